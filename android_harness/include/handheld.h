@@ -1,0 +1,70 @@
+/* Handheld: run a bundle.
+ *
+ * The C API that apps embed. All functions may be called from any thread, one at a time per
+ * session; hh_cancel may be called at any moment. Strings are UTF-8. Nothing throws.
+ */
+#ifndef HANDHELD_H
+#define HANDHELD_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define HH_API __attribute__((visibility("default")))
+
+typedef struct hh_session hh_session;
+
+typedef enum hh_status {
+  HH_OK = 0,
+  HH_FAILED = 1,  /* the run failed, or was cancelled */
+  HH_BAD_INPUT = 2 /* the job, the bundle or an input is wrong */
+} hh_status;
+
+/* One event of the harness protocol, as one JSON object without a line end. */
+typedef void (*hh_event_fn)(void* user, const char* json);
+
+/* Version of this library, for example "0.1.0". */
+HH_API const char* hh_version(void);
+
+/* The engines built in, as a JSON object from name to version. */
+HH_API const char* hh_engines(void);
+
+/* What went wrong last in this thread: a JSON object {"code": ..., "message": ...}. */
+HH_API const char* hh_last_error(void);
+
+/* Open the bundle of a job (the JSON text of protocol.Job), plan residency, make resident
+ * artifacts ready. Events may be NULL. */
+HH_API hh_status hh_open(const char* job_json, hh_event_fn events, void* user, hh_session** out);
+
+/* Give a program input by name; the bytes are copied. Inputs named in the job are read from
+ * their files at hh_open. Noise inputs are drawn from the seed unless given. */
+HH_API hh_status hh_set_input(hh_session* session, const char* name, const void* data, size_t bytes);
+
+/* Redraw noise inputs from another seed at the next run. */
+HH_API hh_status hh_set_seed(hh_session* session, uint64_t seed);
+
+/* Run the program once. Emits one iteration event. */
+HH_API hh_status hh_run(hh_session* session);
+
+/* Run the job's warm-up and timed iterations, with memory, output and done events. */
+HH_API hh_status hh_run_job(hh_session* session);
+
+/* A result of the last run, by role ("picture"); valid until the next run or close. */
+HH_API hh_status hh_output(hh_session* session, const char* role, const void** data, size_t* bytes);
+
+/* Make hh_run or hh_run_job return HH_FAILED (code "cancelled") after the current call. */
+HH_API void hh_cancel(hh_session* session);
+
+HH_API void hh_close(hh_session* session);
+
+/* Draw standard normal noise as runtime/handheld/noise.py specifies. */
+HH_API void hh_noise(uint64_t seed, uint32_t stream, float* out, size_t count);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

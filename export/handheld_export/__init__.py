@@ -1,0 +1,1 @@
+"""Handheld on the build machine: compress, segment, lower and verify."""

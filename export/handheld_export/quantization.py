@@ -1,0 +1,144 @@
+"""Quantization as data: explicit codes, scales and codebooks per layer.
+
+A weight of shape ``[out, in]`` (linear) or ``[out, in, kh, kw]`` (convolution) is stored as
+integer codes and
+
+- ``channel``: one float32 scale per output channel, ``w = code * scale``;
+- ``group``: one scale per output channel and group of ``group_size`` neighbouring inputs;
+- ``palette``: ``w = codebook[code]`` with one codebook per output channel group.
+
+All integer grids are symmetric about zero point 0: int8 uses -127..127, int4 -7..7 (group
+and channel), int2 -2..1. Codes are held as int8 whatever their width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Grid = Literal["int8", "int4", "int2", "palette"]
+LIMITS: dict[str, tuple[int, int]] = {"int8": (-127, 127), "int4": (-7, 7), "int2": (-2, 1)}
+BITS: dict[str, int] = {"int8": 8, "int4": 4, "int2": 2}
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """Codes and scales of one weight.
+
+    Parameters
+    ----------
+    grid : {'int8', 'int4', 'int2', 'palette'}
+    codes : int8 ndarray, the weight's shape (``[out, in]`` or ``[out, in, kh, kw]``)
+    scales : float32 ndarray, ``[out]`` per channel or ``[out, in / group_size]`` per group
+    group_size : int or None
+        Inputs per scale; None for one scale per output channel.
+    codebook : float32 ndarray or None
+        ``[entries]``; only for ``palette``, whose scales are all one.
+    """
+
+    grid: Grid
+    codes: NDArray[np.int8]
+    scales: NDArray[np.float32]
+    group_size: int | None = None
+    codebook: NDArray[np.float32] | None = None
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """Return the float32 weight, in the codes' shape."""
+        if self.codebook is not None:
+            return self.codebook[self.codes].astype(np.float32)
+        codes = self.codes.astype(np.float32)
+        if self.group_size is None:
+            return codes * self.scales.reshape(-1, *([1] * (codes.ndim - 1)))
+        out, groups = self.scales.shape
+        flat = codes.reshape(out, groups, self.group_size)
+        return (flat * self.scales[:, :, None]).reshape(codes.shape)
+
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
+        """Return the part that makes output channels ``start`` to ``stop``."""
+        return QuantizedWeight(
+            self.grid,
+            self.codes[start:stop],
+            self.scales[start:stop],
+            self.group_size,
+            self.codebook,
+        )
+
+    def sha256(self) -> str:
+        """Hash of grid, codes and scales."""
+        h = hashlib.sha256(f"{self.grid}|{self.group_size}|{self.codes.shape}".encode())
+        for array in (self.codes, self.scales, self.codebook):
+            h.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
+        return h.hexdigest()
+
+
+@dataclass(frozen=True)
+class ActivationRange:
+    """Range of one layer's input and output over the calibration set."""
+
+    input_min: float
+    input_max: float
+    output_min: float
+    output_max: float
+
+
+def round_to_nearest(
+    weight: NDArray[np.float32], grid: Grid, group_size: int | None = None
+) -> QuantizedWeight:
+    """Quantize a weight by rounding to the nearest code.
+
+    Parameters
+    ----------
+    weight : float32 ndarray, ``[out, in]`` or ``[out, in, kh, kw]``
+    grid : {'int8', 'int4', 'int2'}
+    group_size : int, optional
+        Only for ``[out, in]``; must divide ``in``.
+
+    Returns
+    -------
+    QuantizedWeight
+        The scale of a channel or group makes its largest magnitude the largest code; on
+        the lopsided int2 grid -2..1 it is the scale of least squared error among 32
+        candidates.
+
+    Raises
+    ------
+    ValueError
+        If the group size does not divide the inputs or the weight is not finite.
+    """
+    if not np.isfinite(weight).all():
+        raise ValueError("the weight has values that are not finite")
+    out = weight.shape[0]
+    flat = weight.reshape(out, -1)
+    if group_size is not None:
+        if weight.ndim != 2 or flat.shape[1] % group_size:
+            raise ValueError(f"group size {group_size} does not divide {flat.shape[1]} inputs")
+        flat = flat.reshape(out, -1, group_size)
+    low, high = LIMITS[grid]
+    peak = np.abs(flat).max(axis=-1, keepdims=True)
+    if grid == "int2":
+        scale = _least_squares_scale(flat, peak, low, high)
+    else:
+        scale = peak / high
+    scale = np.where(scale == 0, 1.0, scale).astype(np.float32)
+    codes = np.clip(np.rint(flat / scale), low, high).astype(np.int8)
+    return QuantizedWeight(
+        grid, codes.reshape(weight.shape), np.ascontiguousarray(scale[..., 0]), group_size
+    )
+
+
+def _least_squares_scale(
+    flat: NDArray[np.float32], peak: NDArray[np.float32], low: int, high: int
+) -> NDArray[np.float32]:
+    best = peak / 2
+    least = np.full_like(peak, np.inf)
+    for fraction in np.linspace(0.15, 1.0, 32, dtype=np.float32):
+        scale = np.where(peak == 0, 1, peak) * fraction
+        error = np.square(np.clip(np.rint(flat / scale), low, high) * scale - flat)
+        error = error.sum(axis=-1, keepdims=True)
+        best = np.where(error < least, scale, best)
+        least = np.minimum(error, least)
+    return best

@@ -1,0 +1,103 @@
+"""The seam between handheld and an engine: lower a segment, run what came out.
+
+A target is one file in this folder (or anywhere, by the entry point group
+``handheld.targets``) with one subclass of :class:`Target`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from handheld.program import Ports
+
+Array = NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class SegmentInput:
+    """A segment as a target receives it.
+
+    Parameters
+    ----------
+    id : str
+        Artifact id, unique in the bundle.
+    module : torch.nn.Module
+        Takes the tensors of ``ports.inputs`` in order and returns a tuple in the order of
+        ``ports.outputs``. Pictures and latents are ``[N, H, W, C]`` at its boundary and
+        the inside is NCHW. In eval mode, float32. Quantized layers (``nn.Linear``,
+        ``nn.Conv2d``) hold the dequantized weight as their parameter and carry
+        ``layer.quantized`` (:class:`~handheld_export.quantization.QuantizedWeight`) and,
+        where calibrated, ``layer.activation_range``
+        (:class:`~handheld_export.quantization.ActivationRange`).
+    ports : Ports
+    examples : sequence of tensors
+        One realistic value per input.
+    """
+
+    id: str
+    module: torch.nn.Module
+    ports: Ports
+    examples: Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What a target made of a segment."""
+
+    path: Path
+    partitions: int | None = None
+    tools: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class Target(ABC):
+    """One engine to lower for."""
+
+    name: ClassVar[str]
+    """For example ``litert-cpu``."""
+    engine: ClassVar[str]
+    """Engine of the harness that runs the artifacts."""
+    suffix: ClassVar[str]
+    """File suffix of artifacts, with the dot."""
+    precisions: ClassVar[tuple[str, ...]]
+    """Names of :mod:`handheld_export.precision` that this target runs."""
+    segment_weights: ClassVar[int]
+    """Grouping policy: neighbouring units join while their weights stay below this."""
+
+    @abstractmethod
+    def missing(self) -> str | None:
+        """Return one line that says what to install, or None if all is there."""
+
+    @abstractmethod
+    def versions(self) -> dict[str, str]:
+        """Return the versions that decide what an artifact looks like, engine first."""
+
+    @abstractmethod
+    def lower(self, segment: SegmentInput, path: Path) -> Lowered:
+        """Write the artifact of a segment to ``path``.
+
+        Raises
+        ------
+        TargetError
+            If the segment cannot be lowered, naming the layer and the reason.
+        """
+
+    @abstractmethod
+    def load(self, path: Path, ports: Ports) -> Runner:
+        """Open an artifact for verification with the engine's Python runtime."""
+
+
+class Runner(ABC):
+    """A loaded artifact."""
+
+    @abstractmethod
+    def __call__(self, *inputs: Array) -> tuple[Array, ...]:
+        """Run once; arrays in the order and with the shapes of the artifact's ports."""

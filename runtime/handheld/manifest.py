@@ -1,0 +1,168 @@
+"""What a bundle's ``manifest.json`` says.
+
+The models here are the schema: ``handheld schema manifest`` prints it as JSON Schema.
+Reading a bundle from disk, with all its checks, is :mod:`handheld.bundle`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from handheld.program import Model, Name, Ports, Program, TensorSpec
+
+SCHEMA_VERSION = 1
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _inside(path: str) -> str:
+    parts = path.split("/")
+    if path.startswith("/") or "\\" in path or ":" in path or "\0" in path:
+        raise ValueError(f"path '{path}' is not a relative path with forward slashes")
+    if any(p in ("", ".", "..") for p in parts):
+        raise ValueError(f"path '{path}' leaves the bundle")
+    return path
+
+
+BundlePath = Annotated[str, Field(max_length=512), AfterValidator(_inside)]
+
+
+class FileRef(Model):
+    """A file of the bundle."""
+
+    path: BundlePath
+    sha256: Sha256
+    bytes: Annotated[int, Field(ge=0)]
+
+
+class Verification(Model):
+    """Numerics of one artifact, or of the whole program, against torch.
+
+    Signal-to-noise ratios are in dB, ``10 log10(sum(ref**2) / sum((ref - x)**2))``; null
+    where nothing was measured, and capped at 999 where the results are equal.
+    """
+
+    snr_db: float | None = None
+    """Against the unquantized checkpoint in fp32."""
+    student_snr_db: float | None = None
+    """Against the student, that is, torch with the same codes dequantized."""
+    max_abs_error: float | None = None
+    """Largest absolute difference to the unquantized checkpoint."""
+    psnr_db: float | None = None
+    """Of the uint8 picture, peak 255 (end to end only)."""
+
+
+class Artifact(Model):
+    """One lowered segment."""
+
+    id: Name
+    target: str
+    engine: Literal["litert", "executorch", "coreml", "qnn", "onnx"]
+    engine_version: str
+    file: FileRef
+    ports: Ports
+    units: tuple[str, ...]
+    """Module paths of the segment, first to last."""
+    component: Literal["unet", "decoder"]
+    weights: dict[str, int] = {}
+    """Number of weights by storage, for example ``{"int4": 1000, "float32": 10}``."""
+    macs: int | None = None
+    partitions: int | None = None
+    """Delegate partitions in the artifact; null where the engine has no such notion."""
+    tools: dict[str, str] = {}
+    """Versions of the packages that made it."""
+    verification: Verification = Verification()
+
+
+class Size(Model):
+    """A picture size and the program that draws it."""
+
+    width: Annotated[int, Field(ge=8, le=8192)]
+    height: Annotated[int, Field(ge=8, le=8192)]
+    program: Program
+
+
+class Prefetched(Model):
+    """Embeddings of prompts that ship with the bundle."""
+
+    file: FileRef
+    """safetensors with ``{i}.prompt_embeds`` and ``{i}.pooled`` for prompt ``i``."""
+    prompts: tuple[str, ...]
+
+
+class TextInfo(Model):
+    """Which text encoders the bundle was made for."""
+
+    encoders_sha256: Sha256 | None = None
+    tokens: int = 77
+    width: int
+    pooled_width: int | None = None
+    prefetched: Prefetched | None = None
+
+
+class Reference(Model):
+    """A picture the bundle must reproduce: prompt embeddings and seed in, picture out."""
+
+    file: FileRef
+    """safetensors: ``input.NAME``, ``picture`` (uint8), and per call ``call.I.PORT``."""
+    size: str
+    seed: int
+    prompt: str | None = None
+
+
+class ModelInfo(Model):
+    """Name and origin of the model."""
+
+    id: str
+    checkpoint_sha256: Sha256
+    steps: int
+    sampler: str
+    guidance: float
+
+
+class Provenance(Model):
+    """Where a bundle comes from. Not part of the bundle's hash."""
+
+    created: str | None = None
+    tools: dict[str, str] = {}
+    recipe: str | None = None
+    options: dict[str, Any] = {}
+    history: tuple[dict[str, Any], ...] = ()
+
+
+class Manifest(Model):
+    """The manifest of a bundle."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    model: ModelInfo
+    target: str
+    precision: str
+    sizes: Annotated[dict[Name, Size], Field(min_length=1)]
+    """``WIDTHxHEIGHT`` to program. Programs share artifacts and constants."""
+    artifacts: Annotated[tuple[Artifact, ...], Field(min_length=1)]
+    constants: FileRef | None = None
+    constant_specs: dict[Name, TensorSpec] = {}
+    text: TextInfo
+    reference: Reference | None = None
+    verification: Verification = Verification()
+    licence: str | None = None
+    provenance: Provenance = Provenance()
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what determines the picture: programs, artifacts and constants."""
+        essence = {
+            "schema_version": self.schema_version,
+            "sizes": {k: v.model_dump(mode="json") for k, v in sorted(self.sizes.items())},
+            "artifacts": sorted(
+                [a.id, a.engine, a.file.sha256, a.ports.model_dump(mode="json")]
+                for a in self.artifacts
+            ),
+            "constants": self.constants.sha256 if self.constants else None,
+        }
+        text = json.dumps(essence, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,347 @@
+"""The program: a straight line of calls and small arithmetic over named tensors.
+
+A program is data. It names every tensor with its shape and dtype, and lists operations
+that run in order, each of which writes tensors that nothing wrote before. The vocabulary
+is closed: :class:`Call`, :class:`Slice`, :class:`Pad`, :class:`Concat`, :class:`Affine`,
+:class:`Moments` and :class:`Normalizer`. Loops (diffusion steps, decoder bands) are
+unrolled when the program is written; what differs between their turns is a constant that
+a call takes as an argument, so all turns share artifacts.
+
+Tensors are dense and row-major. Pictures and latents are ``[N, H, W, C]``. Arithmetic is
+IEEE-754 binary32, evaluated term by term in the order written and never contracted to
+fused multiply-add, so every implementation gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from handheld.errors import BundleError
+
+DType = Literal["float32", "float16", "uint8", "int8", "int32"]
+DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "uint8": 1, "int8": 1, "int32": 4}
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.@\-]{1,128}$")]
+Extent = Annotated[int, Field(ge=1, le=2**31)]
+
+
+class Model(BaseModel):
+    """Base of all persisted models: immutable, and unknown fields are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TensorSpec(Model):
+    """Shape and dtype of a tensor."""
+
+    shape: Annotated[tuple[Extent, ...], Field(min_length=1, max_length=6)]
+    dtype: DType = "float32"
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        n = 1
+        for d in self.shape:
+            n *= d
+        return n
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.elements * DTYPE_BYTES[self.dtype]
+
+
+class Input(Model):
+    """A named input of the program.
+
+    ``noise`` inputs are drawn by :mod:`handheld.noise` from the job's seed and
+    ``stream``. The others are given by the caller; ``negative`` marks those that belong to
+    the negative prompt of guidance.
+    """
+
+    name: Name
+    role: Literal["noise", "prompt_embeds", "pooled", "latent", "other"]
+    stream: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    negative: bool = False
+
+
+class Call(Model):
+    """Run an artifact: ``args`` and ``results`` map its port names to tensor names."""
+
+    op: Literal["call"] = "call"
+    artifact: Name
+    args: dict[Name, Name]
+    results: dict[Name, Name]
+
+
+class Slice(Model):
+    """``out = x[start : start + length]`` along ``axis``."""
+
+    op: Literal["slice"] = "slice"
+    x: Name
+    axis: Annotated[int, Field(ge=0)]
+    start: Annotated[int, Field(ge=0)]
+    length: Extent
+    out: Name
+
+
+class Pad(Model):
+    """``out`` is ``x`` with ``before`` and ``after`` elements added along ``axis``."""
+
+    op: Literal["pad"] = "pad"
+    x: Name
+    axis: Annotated[int, Field(ge=0)]
+    before: Annotated[int, Field(ge=0)] = 0
+    after: Annotated[int, Field(ge=0)] = 0
+    value: float = 0.0
+    out: Name
+
+
+class Concat(Model):
+    """Concatenate ``xs`` along ``axis``."""
+
+    op: Literal["concat"] = "concat"
+    xs: Annotated[tuple[Name, ...], Field(min_length=1)]
+    axis: Annotated[int, Field(ge=0)]
+    out: Name
+
+
+class Term(Model):
+    """One term of an affine combination."""
+
+    x: Name
+    scale: float
+
+
+class Affine(Model):
+    """``out = ((scale0*x0 + scale1*x1) + ...) + bias``, elementwise in binary32.
+
+    All operands have the shape of ``out``. Scales and bias are rounded to binary32 first.
+    If ``out`` is uint8 the result is rounded half to even and saturated to 0..255.
+    """
+
+    op: Literal["affine"] = "affine"
+    terms: Annotated[tuple[Term, ...], Field(min_length=1)]
+    bias: float = 0.0
+    out: Name
+
+
+class Moments(Model):
+    """Group statistics of one band.
+
+    ``x`` is ``[1, h, W, C]``; ``out`` is ``[1, 3, groups]`` float32 and holds the number of
+    elements, the mean and the sum of squared deviations of each group of ``C / groups``
+    neighbouring channels, accumulated in binary64.
+    """
+
+    op: Literal["moments"] = "moments"
+    x: Name
+    groups: Extent
+    out: Name
+
+
+class Normalizer(Model):
+    """Combine the :class:`Moments` of bands into what GroupNorm needs.
+
+    ``mean`` and ``rstd`` are ``[1, 1, 1, C]`` float32 with the group's mean and
+    ``1 / sqrt(variance + eps)`` repeated for its channels. Moments combine pairwise in
+    order (Chan, Golub and LeVeque, 1979) in binary64.
+    """
+
+    op: Literal["normalizer"] = "normalizer"
+    moments: Annotated[tuple[Name, ...], Field(min_length=1)]
+    eps: float
+    mean: Name
+    rstd: Name
+
+
+Op = Annotated[
+    Call | Slice | Pad | Concat | Affine | Moments | Normalizer, Field(discriminator="op")
+]
+
+
+class Program(Model):
+    """A straight-line program from inputs to outputs."""
+
+    inputs: tuple[Input, ...]
+    tensors: dict[Name, TensorSpec]
+    ops: tuple[Op, ...]
+    outputs: Annotated[dict[Name, Name], Field(min_length=1)]
+    """Output role (``picture``, ``latent``) to tensor name."""
+
+
+class Ports(Model):
+    """What an artifact takes and gives, in the order of its engine's signature."""
+
+    inputs: dict[Name, TensorSpec]
+    outputs: dict[Name, TensorSpec]
+
+
+def reads(op: Op) -> tuple[str, ...]:
+    """Names of the tensors that ``op`` reads."""
+    match op:
+        case Call():
+            return tuple(op.args.values())
+        case Slice() | Pad() | Moments():
+            return (op.x,)
+        case Concat():
+            return op.xs
+        case Affine():
+            return tuple(t.x for t in op.terms)
+        case Normalizer():
+            return op.moments
+
+
+def writes(op: Op) -> tuple[str, ...]:
+    """Names of the tensors that ``op`` writes."""
+    match op:
+        case Call():
+            return tuple(op.results.values())
+        case Normalizer():
+            return (op.mean, op.rstd)
+        case _:
+            return (op.out,)
+
+
+def check(
+    program: Program,
+    artifacts: Mapping[str, Ports],
+    constants: Mapping[str, TensorSpec],
+    *,
+    field: str = "program",
+) -> None:
+    """Check that a program is well formed.
+
+    Parameters
+    ----------
+    program : Program
+    artifacts : mapping of artifact id to Ports
+    constants : mapping of constant name to TensorSpec
+    field : str
+        Prefix of the field names in errors.
+
+    Raises
+    ------
+    BundleError
+        For an unknown artifact, a missing or extra port, a tensor read before it is
+        written, written twice or never declared, and for every shape or dtype mismatch.
+    """
+
+    def fail(where: str, message: str) -> BundleError:
+        return BundleError(message, field=f"{field}.{where}", remedy="export the bundle again")
+
+    known: dict[str, TensorSpec] = dict(constants)
+    for i, item in enumerate(program.inputs):
+        spec = program.tensors.get(item.name)
+        if spec is None:
+            raise fail(f"inputs[{i}]", f"tensor '{item.name}' is not declared")
+        if item.name in known:
+            raise fail(f"inputs[{i}]", f"tensor '{item.name}' is defined twice")
+        known[item.name] = spec
+
+    for i, op in enumerate(program.ops):
+        where = f"ops[{i}]"
+        for name in reads(op):
+            if name not in known:
+                raise fail(where, f"reads tensor '{name}', which nothing has written")
+        for name in writes(op):
+            if name in known:
+                raise fail(where, f"writes tensor '{name}' a second time")
+            if name not in program.tensors:
+                raise fail(where, f"tensor '{name}' is not declared")
+        expected = _results(op, known, program.tensors, artifacts, lambda m, w=where: fail(w, m))
+        for name, spec in expected.items():
+            if program.tensors[name] != spec:
+                declared = program.tensors[name]
+                raise fail(
+                    where,
+                    f"tensor '{name}' is declared {declared.dtype}{list(declared.shape)} "
+                    f"but computed as {spec.dtype}{list(spec.shape)}",
+                )
+            known[name] = spec
+
+    for role, name in program.outputs.items():
+        if name not in known:
+            raise fail(f"outputs.{role}", f"tensor '{name}' is never written")
+    for name in program.tensors:
+        if name not in known or name in constants:
+            raise fail(f"tensors.{name}", "declared but never written")
+
+
+def _results(op, known, declared, artifacts, fail):  # type: ignore[no-untyped-def]
+    match op:
+        case Call():
+            ports = artifacts.get(op.artifact)
+            if ports is None:
+                raise fail(f"calls artifact '{op.artifact}', which the bundle does not have")
+            for kind, given, wanted in (
+                ("argument", op.args, ports.inputs),
+                ("result", op.results, ports.outputs),
+            ):
+                if missing := sorted(set(wanted) - set(given)):
+                    raise fail(f"call of '{op.artifact}' lacks {kind} '{missing[0]}'")
+                if extra := sorted(set(given) - set(wanted)):
+                    raise fail(f"call of '{op.artifact}' has an unknown {kind} '{extra[0]}'")
+            for port, name in op.args.items():
+                if known[name] != ports.inputs[port]:
+                    have, want = known[name], ports.inputs[port]
+                    raise fail(
+                        f"argument '{port}' of '{op.artifact}' wants "
+                        f"{want.dtype}{list(want.shape)}, tensor '{name}' is "
+                        f"{have.dtype}{list(have.shape)}"
+                    )
+            return {op.results[p]: s for p, s in ports.outputs.items()}
+        case Slice():
+            x = known[op.x]
+            if op.axis >= len(x.shape) or op.start + op.length > x.shape[op.axis]:
+                raise fail(f"slice leaves tensor '{op.x}' of shape {list(x.shape)}")
+            return {op.out: _resized(x, op.axis, op.length)}
+        case Pad():
+            x = known[op.x]
+            if op.axis >= len(x.shape):
+                raise fail(f"axis {op.axis} is not one of tensor '{op.x}'")
+            return {op.out: _resized(x, op.axis, x.shape[op.axis] + op.before + op.after)}
+        case Concat():
+            first = known[op.xs[0]]
+            if op.axis >= len(first.shape):
+                raise fail(f"axis {op.axis} is not one of tensor '{op.xs[0]}'")
+            total = 0
+            for name in op.xs:
+                x = known[name]
+                if _resized(x, op.axis, 1) != _resized(first, op.axis, 1) if len(
+                    x.shape
+                ) == len(first.shape) else True:
+                    raise fail(f"tensor '{name}' does not fit the concatenation")
+                total += x.shape[op.axis]
+            return {op.out: _resized(first, op.axis, total)}
+        case Affine():
+            out = declared[op.out]
+            if out.dtype not in ("float32", "uint8"):
+                raise fail("an affine result is float32 or uint8")
+            for term in op.terms:
+                x = known[term.x]
+                if x.shape != out.shape or x.dtype != "float32":
+                    raise fail(f"term '{term.x}' does not have the result's shape in float32")
+            return {op.out: out}
+        case Moments():
+            x = known[op.x]
+            if len(x.shape) != 4 or x.dtype != "float32" or x.shape[3] % op.groups:
+                raise fail(f"tensor '{op.x}' does not divide into {op.groups} groups")
+            return {op.out: TensorSpec(shape=(1, 3, op.groups))}
+        case Normalizer():
+            out = declared[op.mean]
+            for name in op.moments:
+                x = known[name]
+                if x.shape[:2] != (1, 3) or len(x.shape) != 3 or out.shape[-1] % x.shape[2]:
+                    raise fail(f"tensor '{name}' does not hold moments for '{op.mean}'")
+                if x != known[op.moments[0]]:
+                    raise fail(f"tensor '{name}' has other groups than '{op.moments[0]}'")
+            spec = TensorSpec(shape=(1, 1, 1, out.shape[-1]))
+            return {op.mean: spec, op.rstd: spec}
+
+
+def _resized(spec: TensorSpec, axis: int, extent: int) -> TensorSpec:
+    shape = (*spec.shape[:axis], extent, *spec.shape[axis + 1 :])
+    return TensorSpec(shape=shape, dtype=spec.dtype)
