@@ -1,0 +1,70 @@
+// What an engine is to the harness: it makes artifacts ready and runs them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace hh {
+
+enum class DType { f32, f16, u8, i8, i32 };
+
+struct Port {
+  std::string name;
+  std::vector<int64_t> shape;
+  DType dtype = DType::f32;
+  size_t bytes = 0;
+};
+
+// Ports are in the order of the manifest, which is that of the engine's signature.
+struct ArtifactInfo {
+  std::string id;
+  std::string path;
+  std::string sha256;
+  std::vector<Port> inputs, outputs;
+};
+
+struct EngineOptions {
+  int threads = 2;
+  std::string cache_dir;  // empty: no packed-weight cache on disk
+};
+
+enum class CacheState { none, built, hit };
+
+// An error with a code of protocol.Failure: job, bundle, hash, engine-missing, engine, input,
+// memory, cancelled or io.
+struct Error : std::runtime_error {
+  Error(std::string code_, const std::string& message)
+      : std::runtime_error(message), code(std::move(code_)) {}
+  std::string code;
+};
+
+// An artifact that is ready to run. Destroying it gives its memory back.
+class Model {
+ public:
+  virtual ~Model() = default;
+  // Pointers are 64-byte aligned, dense row-major, in port order and valid for the call only;
+  // they may differ from call to call. Inputs and outputs never overlap. Throws Error.
+  virtual void run(std::span<const void* const> inputs, std::span<void* const> outputs) = 0;
+  CacheState cache = CacheState::none;
+};
+
+class Engine {
+ public:
+  virtual ~Engine() = default;
+  virtual std::string version() const = 0;
+  // May be called from a prefetch thread while another model runs. Throws Error.
+  virtual std::unique_ptr<Model> load(const ArtifactInfo&) = 0;
+};
+
+// Each engine file defines one of these. The CMake options HANDHELD_LITERT and
+// HANDHELD_EXECUTORCH decide which are compiled in.
+std::unique_ptr<Engine> make_litert(const EngineOptions&);
+std::unique_ptr<Engine> make_executorch(const EngineOptions&);
+
+}  // namespace hh
