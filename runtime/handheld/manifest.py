@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, Field
 
 from handheld.program import Model, Name, Ports, Program, TensorSpec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -159,7 +159,15 @@ class Manifest(Model):
             "schema_version": self.schema_version,
             "sizes": {k: v.model_dump(mode="json") for k, v in sorted(self.sizes.items())},
             "artifacts": sorted(
-                [a.id, a.engine, a.file.sha256, a.ports.model_dump(mode="json")]
+                # Ports go to the engine by position, so their order counts as well.
+                [
+                    a.id,
+                    a.engine,
+                    a.file.sha256,
+                    a.ports.model_dump(mode="json"),
+                    list(a.ports.inputs),
+                    list(a.ports.outputs),
+                ]
                 for a in self.artifacts
             ),
             "constants": self.constants.sha256 if self.constants else None,

@@ -25,12 +25,16 @@ DType = Literal["float32", "float16", "uint8", "int8", "int32"]
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "uint8": 1, "int8": 1, "int32": 4}
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.@\-]{1,128}$")]
 Extent = Annotated[int, Field(ge=1, le=2**31)]
+Offset = Annotated[int, Field(ge=0, le=2**31)]
+Axis = Annotated[int, Field(ge=0, le=5)]
+Binary32 = Annotated[float, Field(ge=-3.4028234663852886e38, le=3.4028234663852886e38)]
+"""A number within the range of binary32, to which it is rounded before use."""
 
 
 class Model(BaseModel):
-    """Base of all persisted models: immutable, and unknown fields are refused."""
+    """Base of all persisted models: immutable; unknown fields, NaN and infinity are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TensorSpec(Model):
@@ -81,21 +85,25 @@ class Slice(Model):
 
     op: Literal["slice"] = "slice"
     x: Name
-    axis: Annotated[int, Field(ge=0)]
-    start: Annotated[int, Field(ge=0)]
+    axis: Axis
+    start: Offset
     length: Extent
     out: Name
 
 
 class Pad(Model):
-    """``out`` is ``x`` with ``before`` and ``after`` elements added along ``axis``."""
+    """``out`` is ``x`` with ``before`` and ``after`` elements added along ``axis``.
+
+    The new elements hold ``value``, rounded to binary32 and then to the dtype of ``x``; if
+    that is an integer dtype, rounded half to even and saturated.
+    """
 
     op: Literal["pad"] = "pad"
     x: Name
-    axis: Annotated[int, Field(ge=0)]
-    before: Annotated[int, Field(ge=0)] = 0
-    after: Annotated[int, Field(ge=0)] = 0
-    value: float = 0.0
+    axis: Axis
+    before: Offset = 0
+    after: Offset = 0
+    value: Binary32 = 0.0
     out: Name
 
 
@@ -104,7 +112,7 @@ class Concat(Model):
 
     op: Literal["concat"] = "concat"
     xs: Annotated[tuple[Name, ...], Field(min_length=1)]
-    axis: Annotated[int, Field(ge=0)]
+    axis: Axis
     out: Name
 
 
@@ -112,19 +120,20 @@ class Term(Model):
     """One term of an affine combination."""
 
     x: Name
-    scale: float
+    scale: Binary32
 
 
 class Affine(Model):
     """``out = ((scale0*x0 + scale1*x1) + ...) + bias``, elementwise in binary32.
 
     All operands have the shape of ``out``. Scales and bias are rounded to binary32 first.
-    If ``out`` is uint8 the result is rounded half to even and saturated to 0..255.
+    The bias is always added. If ``out`` is uint8 the result is rounded half to even and
+    saturated to 0..255; NaN becomes 0.
     """
 
     op: Literal["affine"] = "affine"
     terms: Annotated[tuple[Term, ...], Field(min_length=1)]
-    bias: float = 0.0
+    bias: Binary32 = 0.0
     out: Name
 
 
@@ -132,8 +141,11 @@ class Moments(Model):
     """Group statistics of one band.
 
     ``x`` is ``[1, h, W, C]``; ``out`` is ``[1, 3, groups]`` float32 and holds the number of
-    elements, the mean and the sum of squared deviations of each group of ``C / groups``
-    neighbouring channels, accumulated in binary64.
+    elements ``n``, the mean and the sum of squared deviations of each group of
+    ``C / groups`` neighbouring channels. Sums are binary64 and start at 0: first every
+    channel by itself over the positions in row-major order, then the group's channels in
+    order. ``mean = sum(x) / n``, then ``sum(d * d)`` of ``d = x - mean`` with the mean in
+    binary64. The three results are rounded to binary32.
     """
 
     op: Literal["moments"] = "moments"
@@ -146,13 +158,15 @@ class Normalizer(Model):
     """Combine the :class:`Moments` of bands into what GroupNorm needs.
 
     ``mean`` and ``rstd`` are ``[1, 1, 1, C]`` float32 with the group's mean and
-    ``1 / sqrt(variance + eps)`` repeated for its channels. Moments combine pairwise in
-    order (Chan, Golub and LeVeque, 1979) in binary64.
+    ``1 / sqrt(m2 / n + eps)`` repeated for its channels. Moments combine in order (Chan,
+    Golub and LeVeque, 1979), in binary64: from ``(n, mean, m2)`` and the next
+    ``(k, mean', m2')``, with ``d = mean' - mean`` and ``t = n + k``, come
+    ``(t, mean + d * (k / t), (m2 + m2') + (d * d) * (n * k / t))``.
     """
 
     op: Literal["normalizer"] = "normalizer"
     moments: Annotated[tuple[Name, ...], Field(min_length=1)]
-    eps: float
+    eps: Annotated[float, Field(gt=0, le=1)]
     mean: Name
     rstd: Name
 
@@ -239,6 +253,8 @@ def check(
             raise fail(f"inputs[{i}]", f"tensor '{item.name}' is not declared")
         if item.name in known:
             raise fail(f"inputs[{i}]", f"tensor '{item.name}' is defined twice")
+        if item.role == "noise" and spec.dtype != "float32":
+            raise fail(f"inputs[{i}]", f"noise '{item.name}' is {spec.dtype}, not float32")
         known[item.name] = spec
 
     for i, op in enumerate(program.ops):
@@ -246,12 +262,16 @@ def check(
         for name in reads(op):
             if name not in known:
                 raise fail(where, f"reads tensor '{name}', which nothing has written")
-        for name in writes(op):
-            if name in known:
+        written = writes(op)
+        for name in written:
+            if name in known or written.count(name) > 1:
                 raise fail(where, f"writes tensor '{name}' a second time")
             if name not in program.tensors:
                 raise fail(where, f"tensor '{name}' is not declared")
-        expected = _results(op, known, program.tensors, artifacts, lambda m, w=where: fail(w, m))
+        try:
+            expected = _results(op, known, program.tensors, artifacts)
+        except _MismatchError as error:
+            raise fail(where, str(error)) from None
         for name, spec in expected.items():
             if program.tensors[name] != spec:
                 declared = program.tensors[name]
@@ -270,24 +290,38 @@ def check(
             raise fail(f"tensors.{name}", "declared but never written")
 
 
-def _results(op, known, declared, artifacts, fail):  # type: ignore[no-untyped-def]
+class _MismatchError(Exception):
+    """An operation does not fit the tensors it is given."""
+
+
+def _results(
+    op: Op,
+    known: Mapping[str, TensorSpec],
+    declared: Mapping[str, TensorSpec],
+    artifacts: Mapping[str, Ports],
+) -> dict[str, TensorSpec]:
+    """Compute the specs of the tensors that ``op`` writes."""
     match op:
         case Call():
             ports = artifacts.get(op.artifact)
             if ports is None:
-                raise fail(f"calls artifact '{op.artifact}', which the bundle does not have")
+                raise _MismatchError(
+                    f"calls artifact '{op.artifact}', which the bundle does not have"
+                )
             for kind, given, wanted in (
                 ("argument", op.args, ports.inputs),
                 ("result", op.results, ports.outputs),
             ):
                 if missing := sorted(set(wanted) - set(given)):
-                    raise fail(f"call of '{op.artifact}' lacks {kind} '{missing[0]}'")
+                    raise _MismatchError(f"call of '{op.artifact}' lacks {kind} '{missing[0]}'")
                 if extra := sorted(set(given) - set(wanted)):
-                    raise fail(f"call of '{op.artifact}' has an unknown {kind} '{extra[0]}'")
+                    raise _MismatchError(
+                        f"call of '{op.artifact}' has an unknown {kind} '{extra[0]}'"
+                    )
             for port, name in op.args.items():
                 if known[name] != ports.inputs[port]:
                     have, want = known[name], ports.inputs[port]
-                    raise fail(
+                    raise _MismatchError(
                         f"argument '{port}' of '{op.artifact}' wants "
                         f"{want.dtype}{list(want.shape)}, tensor '{name}' is "
                         f"{have.dtype}{list(have.shape)}"
@@ -296,52 +330,60 @@ def _results(op, known, declared, artifacts, fail):  # type: ignore[no-untyped-d
         case Slice():
             x = known[op.x]
             if op.axis >= len(x.shape) or op.start + op.length > x.shape[op.axis]:
-                raise fail(f"slice leaves tensor '{op.x}' of shape {list(x.shape)}")
+                raise _MismatchError(f"slice leaves tensor '{op.x}' of shape {list(x.shape)}")
             return {op.out: _resized(x, op.axis, op.length)}
         case Pad():
             x = known[op.x]
             if op.axis >= len(x.shape):
-                raise fail(f"axis {op.axis} is not one of tensor '{op.x}'")
+                raise _MismatchError(f"axis {op.axis} is not one of tensor '{op.x}'")
             return {op.out: _resized(x, op.axis, x.shape[op.axis] + op.before + op.after)}
         case Concat():
             first = known[op.xs[0]]
             if op.axis >= len(first.shape):
-                raise fail(f"axis {op.axis} is not one of tensor '{op.xs[0]}'")
+                raise _MismatchError(f"axis {op.axis} is not one of tensor '{op.xs[0]}'")
             total = 0
             for name in op.xs:
                 x = known[name]
-                if _resized(x, op.axis, 1) != _resized(first, op.axis, 1) if len(
-                    x.shape
-                ) == len(first.shape) else True:
-                    raise fail(f"tensor '{name}' does not fit the concatenation")
+                if len(x.shape) != len(first.shape) or (
+                    _resized(x, op.axis, 1) != _resized(first, op.axis, 1)
+                ):
+                    raise _MismatchError(f"tensor '{name}' does not fit the concatenation")
                 total += x.shape[op.axis]
             return {op.out: _resized(first, op.axis, total)}
         case Affine():
             out = declared[op.out]
             if out.dtype not in ("float32", "uint8"):
-                raise fail("an affine result is float32 or uint8")
+                raise _MismatchError("an affine result is float32 or uint8")
             for term in op.terms:
                 x = known[term.x]
                 if x.shape != out.shape or x.dtype != "float32":
-                    raise fail(f"term '{term.x}' does not have the result's shape in float32")
+                    raise _MismatchError(
+                        f"term '{term.x}' does not have the result's shape in float32"
+                    )
             return {op.out: out}
         case Moments():
             x = known[op.x]
-            if len(x.shape) != 4 or x.dtype != "float32" or x.shape[3] % op.groups:
-                raise fail(f"tensor '{op.x}' does not divide into {op.groups} groups")
+            if len(x.shape) != 4 or x.shape[0] != 1 or x.dtype != "float32":
+                raise _MismatchError(f"tensor '{op.x}' is not [1, h, W, C] in float32")
+            if x.shape[3] % op.groups:
+                raise _MismatchError(f"tensor '{op.x}' does not divide into {op.groups} groups")
             return {op.out: TensorSpec(shape=(1, 3, op.groups))}
         case Normalizer():
             out = declared[op.mean]
             for name in op.moments:
                 x = known[name]
-                if x.shape[:2] != (1, 3) or len(x.shape) != 3 or out.shape[-1] % x.shape[2]:
-                    raise fail(f"tensor '{name}' does not hold moments for '{op.mean}'")
+                if len(x.shape) != 3 or x.shape[:2] != (1, 3) or x.dtype != "float32":
+                    raise _MismatchError(f"tensor '{name}' does not hold moments")
+                if out.shape[-1] % x.shape[2]:
+                    raise _MismatchError(f"tensor '{name}' does not hold moments for '{op.mean}'")
                 if x != known[op.moments[0]]:
-                    raise fail(f"tensor '{name}' has other groups than '{op.moments[0]}'")
+                    raise _MismatchError(f"tensor '{name}' has other groups than '{op.moments[0]}'")
             spec = TensorSpec(shape=(1, 1, 1, out.shape[-1]))
             return {op.mean: spec, op.rstd: spec}
 
 
 def _resized(spec: TensorSpec, axis: int, extent: int) -> TensorSpec:
+    if extent > 2**31:
+        raise _MismatchError(f"extent {extent} is too large")
     shape = (*spec.shape[:axis], extent, *spec.shape[axis + 1 :])
     return TensorSpec(shape=shape, dtype=spec.dtype)

@@ -8,13 +8,13 @@ events are ignored, so that an older reader understands a newer harness.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from handheld.program import Model, Name
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION: Final = 1
 
 Residency = Literal["resident", "stream"]
 
