@@ -1,0 +1,127 @@
+"""Files written so that a reader sees all of them or nothing, and the places they go to."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from handheld.errors import OutputError
+
+_REMEDIES = {
+    errno.ENOSPC: ("the disk is full", "free some space"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space"),
+    errno.EROFS: ("the file system is read-only", "choose another place"),
+    errno.EACCES: ("permission denied", "choose another place or change its permissions"),
+    errno.EPERM: ("permission denied", "choose another place or change its permissions"),
+    errno.ENOTDIR: ("part of the path is a file, not a folder", "choose another place"),
+    errno.EISDIR: ("it is a folder, not a file", "name a file"),
+    errno.ENOENT: ("no such file or folder", "check the path"),
+    errno.ENAMETOOLONG: ("the name is too long", "choose a shorter one"),
+}
+
+
+def describe_os_error(error: OSError) -> tuple[str, str | None]:
+    """Return what an :class:`OSError` means and what to do about it."""
+    known = _REMEDIES.get(error.errno or 0)
+    return known if known else (error.strerror or str(error), None)
+
+
+@contextmanager
+def output_errors(path: str | Path) -> Iterator[None]:
+    """Turn an :class:`OSError` while writing ``path`` into an :class:`OutputError`."""
+    try:
+        yield
+    except OSError as error:
+        message, remedy = describe_os_error(error)
+        where = error.filename if isinstance(error.filename, str) else path
+        raise OutputError(f"cannot write: {message}", path=where, remedy=remedy) from error
+
+
+def cache_root() -> Path:
+    """Return the folder for what handheld can make again."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    root = Path(base) if base else Path.home() / ".cache"
+    return root / "handheld"
+
+
+def sha256_file(path: Path) -> str:
+    """Return the sha256 of a file as lower-case hexadecimal digits."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def fsync_folder(path: Path) -> None:
+    """Make renames inside a folder durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` atomically and durably.
+
+    Raises
+    ------
+    OutputError
+        If the place cannot be written.
+    """
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        try:
+            with os.fdopen(fd, "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            temporary.chmod(0o666 & ~umask())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_folder(path.parent)
+
+
+def umask() -> int:
+    """Return the process's file mode creation mask."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder that takes the place of ``path`` once the block has ended well.
+
+    A folder that is at ``path`` already is moved aside first and removed last. Whether it
+    may be replaced is the caller's to check.
+    """
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        old = temporary.with_name(f"{temporary.name}.old")
+        try:
+            temporary.chmod(0o777 & ~umask())
+            yield temporary
+            for folder in [*(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
+                fsync_folder(folder)
+            if path.exists():
+                path.rename(old)
+            try:
+                temporary.rename(path)
+            except OSError:
+                if old.exists():
+                    old.rename(path)
+                raise
+            fsync_folder(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
