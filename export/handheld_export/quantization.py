@@ -46,6 +46,46 @@ class QuantizedWeight:
     group_size: int | None = None
     codebook: NDArray[np.float32] | None = None
 
+    @classmethod
+    def checked(
+        cls,
+        grid: str,
+        codes: NDArray[np.generic],
+        scales: NDArray[np.generic],
+        group_size: int | None = None,
+        codebook: NDArray[np.generic] | None = None,
+    ) -> QuantizedWeight:
+        """Build from data that nobody has checked yet.
+
+        Raises
+        ------
+        ValueError
+            If grid, shapes, dtypes or ranges do not fit together.
+        """
+        if grid not in (*LIMITS, "palette"):
+            raise ValueError(f"grid '{grid}' is unknown; known: {', '.join(LIMITS)}, palette")
+        if codes.dtype != np.int8 or codes.ndim not in (2, 4):
+            raise ValueError("codes are not int8 of 2 or 4 dimensions")
+        if scales.dtype != np.float32 or not np.isfinite(scales).all() or (scales <= 0).any():
+            raise ValueError("scales are not finite, positive float32")
+        if group_size is None:
+            wanted: tuple[int, ...] = (codes.shape[0],)
+        elif codes.ndim != 2 or group_size < 1 or codes.shape[1] % group_size:
+            raise ValueError(f"group size {group_size} does not divide the inputs")
+        else:
+            wanted = (codes.shape[0], codes.shape[1] // group_size)
+        if scales.shape != wanted:
+            raise ValueError(f"scales have shape {scales.shape}, not {wanted}")
+        if grid == "palette":
+            if codebook is None or codebook.dtype != np.float32 or codebook.ndim != 1:
+                raise ValueError("the palette has no float32 codebook of one dimension")
+            low, high = 0, len(codebook) - 1
+        else:
+            low, high = LIMITS[grid]
+        if codes.size and (codes.min() < low or codes.max() > high):
+            raise ValueError(f"codes leave {low}..{high}")
+        return cls(grid, codes, scales, group_size, codebook)  # type: ignore[arg-type]
+
     def dequantize(self) -> NDArray[np.float32]:
         """Return the float32 weight, in the codes' shape."""
         if self.codebook is not None:

@@ -72,6 +72,9 @@ class Target(ABC):
     segment_weights: ClassVar[int]
     """Grouping policy: neighbouring units join while their weights stay below this."""
 
+    needs_ranges: ClassVar[bool] = False
+    """Whether quantized layers need calibrated activation ranges."""
+
     @abstractmethod
     def missing(self) -> str | None:
         """Return one line that says what to install, or None if all is there."""

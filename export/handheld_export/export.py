@@ -1,0 +1,758 @@
+"""From a checkpoint to a verified bundle.
+
+The steps: write the program, run it once in torch (this gives reference results, examples
+and activation ranges), lower each segment in worker processes or take it from the cache,
+run the program again with the artifacts, and pack. A second export of the same thing finds
+its record in the cache and only packs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from handheld import bundle, noise
+from handheld.errors import CheckpointError, TargetError, UsageError
+from handheld.execute import execute
+from handheld.manifest import (
+    Artifact,
+    FileRef,
+    Manifest,
+    ModelInfo,
+    Prefetched,
+    Provenance,
+    Reference,
+    Size,
+    TextInfo,
+    Verification,
+)
+from handheld.program import Program, TensorSpec, check
+from handheld_export import lowering, measure, sampling, targets
+from handheld_export.assemble import assemble, time_embeddings, time_ids
+from handheld_export.checkpoint import Checkpoint, Component, file_sha256
+from handheld_export.precision import find as find_precision
+from handheld_export.quantization import ActivationRange
+from handheld_export.reference import TorchArtifacts
+from handheld_export.segments import Segment
+from handheld_export.targets.base import Target
+
+Array = NDArray[Any]
+_STUDENT_WEIGHTS = 500_000_000
+_CALIBRATION_RUNS = 3
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to export and how.
+
+    Parameters
+    ----------
+    target, precision : str
+    width, height : int or None
+        Of the picture, in pixels; None takes the checkpoint's own size.
+    sampler, spacing : str or None
+    steps : int or None
+    timesteps : tuple of int or None
+        Explicit timesteps instead of ``steps`` and ``spacing``.
+    guidance : float or None
+        1 is none.
+    prompts : tuple of str or None
+        Prefetched into the bundle; the first one makes the reference picture.
+    seed : int
+        Of the reference picture.
+    references : bool
+        Let every artifact's example inputs and outputs travel in the bundle.
+    """
+
+    target: str
+    precision: str
+    width: int | None = None
+    height: int | None = None
+    sampler: str | None = None
+    steps: int | None = None
+    spacing: str | None = None
+    timesteps: tuple[int, ...] | None = None
+    guidance: float | None = None
+    prompts: tuple[str, ...] | None = None
+    seed: int = 0
+    references: bool = False
+
+
+@dataclass
+class Progress:
+    """Told how an export goes on; the command line draws it."""
+
+    stage: Callable[[str], None] = field(default=lambda _: None)
+    planned: Callable[[int, int], None] = field(default=lambda count, weights: None)
+    done: Callable[[str, int, dict[str, Any] | None], None] = field(
+        default=lambda segment, weights, meta: None
+    )
+    """Segment id, its weights, and ``meta.json`` (None if it came from the cache)."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    checkpoint: Checkpoint
+    options: Options
+    target: Target
+    size: tuple[int, int]
+    latent: tuple[int, int]
+    sampler: str
+    steps: list[sampling.Step]
+    guidance: float
+    segments: list[tuple[str, Segment, Component]]
+    """Line, segment, component, in program order."""
+    program: Program
+    constants: dict[str, Array]
+
+
+def export(
+    checkpoint: Checkpoint,
+    options: Options,
+    output: Path,
+    *,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+    use_cache: bool = True,
+) -> Manifest:
+    """Export a checkpoint to a bundle.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    options : Options
+    output : Path
+        The bundle's folder. An existing bundle there is replaced.
+    jobs : int, optional
+        Worker processes; by default as many as cores and memory allow.
+    progress : Progress, optional
+    use_cache : bool
+        False lowers everything afresh.
+
+    Returns
+    -------
+    Manifest
+
+    Raises
+    ------
+    CheckpointError, TargetError, UsageError, OutputError
+    """
+    progress = progress or Progress()
+    bundle.check_output(output)
+    if options.target not in targets.names():
+        targets.find(options.target)
+    find_precision(options.precision)
+    root = lowering.cache_root()
+    progress.stage("reading the checkpoint")
+    key = _export_key(checkpoint, options)
+    record = root / "exports" / key
+    if use_cache and (manifest := _recorded(record, root)) is not None:
+        for artifact in manifest.artifacts:
+            progress.done(artifact.id, sum(artifact.weights.values()), None)
+        progress.stage("packing")
+        _pack(manifest, record, root, output)
+        return manifest
+
+    plan = _plan(checkpoint, options)
+    with tempfile.TemporaryDirectory(prefix="handheld-") as folder:
+        work = Path(folder)
+        manifest, keys = _export(plan, work, root, jobs, progress, use_cache)
+        _remember(manifest, keys, work, record)
+    progress.stage("packing")
+    _pack(manifest, record, root, output)
+    return manifest
+
+
+def _export(
+    plan: _Plan,
+    work: Path,
+    root: Path,
+    jobs: int | None,
+    progress: Progress,
+    use_cache: bool,
+) -> tuple[Manifest, dict[str, str]]:
+    progress.stage("encoding prompts")
+    texts = _texts(plan, work)
+    progress.stage("running the program in torch")
+    reference, ranges = _reference(plan, texts, work)
+    progress.stage("lowering")
+    metas, keys = _lower_all(plan, ranges, work, root, jobs, progress, use_cache)
+    progress.stage("verifying end to end")
+    verification = _verify(plan, texts, reference, ranges, keys, metas, root)
+    manifest = _manifest(plan, texts, metas, verification, work)
+    return manifest, keys
+
+
+def _export_key(checkpoint: Checkpoint, options: Options) -> str:
+    from handheld_export.text import encoders_sha256
+
+    essence = {
+        "checkpoint": checkpoint.sha256,
+        "path": str(checkpoint.path.resolve()),
+        "text": encoders_sha256(checkpoint.path) if checkpoint.path.is_dir() else None,
+        "options": asdict(options),
+        "tools": lowering.tool_versions(),
+        "source": lowering.source_sha256(),
+    }
+    return hashlib.sha256(json.dumps(essence, sort_keys=True).encode()).hexdigest()
+
+
+# --- planning ----------------------------------------------------------------------------
+
+
+def _plan(checkpoint: Checkpoint, options: Options) -> _Plan:
+    target = targets.find(options.target)
+    if options.precision not in target.precisions:
+        raise UsageError(
+            f"target '{target.name}' does not run precision '{options.precision}'",
+            remedy=f"choose from {', '.join(target.precisions)}",
+        )
+    settings = checkpoint.settings
+    factor = _downsampling(checkpoint.vae)
+    native = settings.get("size") or checkpoint.unet.config.get("sample_size", 64) * factor
+    width, height = options.width or int(native), options.height or int(native)
+    for name, value in (("width", width), ("height", height)):
+        if value % factor or not 8 <= value <= 8192:
+            raise UsageError(f"{name} {value} does not divide by {factor} or leaves 8..8192")
+    latent = (height // factor, width // factor)
+    parts = lowering.lines(checkpoint, latent, _tokens(checkpoint))
+    segments = [
+        (line, segment, checkpoint.component(segment.graph.component))
+        for line in ("embedding", "unet", "decoder")
+        for segment in parts.segments(line, target.segment_weights)
+    ]
+    by_line = {
+        line: [s for at, s, _ in segments if at == line] for line in ("embedding", "unet", "decoder")
+    }
+    if parts.unet.shapes["sample"][1] != parts.decoder.shapes["latent"][1]:
+        raise CheckpointError(
+            "U-Net and autoencoder have different latent channels", path=checkpoint.path
+        )
+    sampler = options.sampler or settings.get("sampler") or "ddim"
+    chosen = _timesteps(checkpoint, options)
+    steps = sampling.plan(checkpoint.scheduler, sampler, chosen)
+    guidance = options.guidance
+    if guidance is None:
+        guidance = float(settings.get("guidance", 1.0))
+    vae = checkpoint.vae.config
+    scale = 1.0 / float(vae.get("scaling_factor") or 1.0)
+    embedded = time_embeddings(checkpoint.unet, parts.unet, sorted({s.timestep for s in steps}))
+    program, constants = assemble(
+        unet=by_line["unet"],
+        embedding=by_line["embedding"],
+        decoder=by_line["decoder"],
+        steps=steps,
+        embedded=embedded,
+        size_ids=time_ids(parts.unet, (height, width)) if parts.embedding else None,
+        guidance=guidance,
+        latent_scale=(scale, float(vae.get("shift_factor") or 0.0)),
+    )
+    check(
+        program,
+        {s.id: s.ports for _, s, _ in segments},
+        {n: TensorSpec(shape=v.shape) for n, v in constants.items()},
+    )
+    return _Plan(
+        checkpoint,
+        options,
+        target,
+        (height, width),
+        latent,
+        sampler,
+        steps,
+        guidance,
+        segments,
+        program,
+        cast(dict[str, Array], constants),
+    )
+
+
+def _downsampling(vae: Component) -> int:
+    blocks = vae.config.get("block_out_channels") or vae.config.get("decoder_block_out_channels")
+    if not isinstance(blocks, list) or not blocks:
+        raise CheckpointError("is missing", path=vae.origin, field="block_out_channels")
+    return int(2 ** (len(blocks) - 1))
+
+
+def _tokens(checkpoint: Checkpoint) -> int:
+    config = checkpoint.path / "text_encoder" / "config.json"
+    if checkpoint.path.is_dir() and config.is_file():
+        from handheld_export.checkpoint import read_json
+
+        return int(read_json(config).get("max_position_embeddings", 77))
+    return 77
+
+
+def _timesteps(checkpoint: Checkpoint, options: Options) -> list[int]:
+    settings = checkpoint.settings
+    if options.timesteps:
+        return list(options.timesteps)
+    if options.steps is None and options.spacing is None and settings.get("timesteps"):
+        return [int(t) for t in settings["timesteps"]]
+    scheduler = checkpoint.scheduler
+    return sampling.timesteps(
+        int(scheduler.get("num_train_timesteps", 1000)),
+        options.steps or int(settings.get("steps", 8)),
+        options.spacing or settings.get("timestep_spacing", "trailing"),
+        int(scheduler.get("steps_offset", 0)),
+    )
+
+
+# --- text --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Texts:
+    prompts: tuple[str, ...]
+    info: TextInfo
+    inputs: list[dict[str, Array]]
+    """Program inputs of each prompt but the noise."""
+
+
+def _texts(plan: _Plan, work: Path) -> _Texts:
+    from handheld_export.text import LocalTextEncoder
+
+    graph = next(s for line, s, _ in plan.segments if line == "unet").graph
+    _, tokens, width = graph.shapes["context"]
+    pooled_width = next(
+        (s.graph.shapes["pooled"][1] for line, s, _ in plan.segments if line == "embedding"), None
+    )
+    wanted = plan.options.prompts or tuple(plan.checkpoint.settings.get("prompts") or ())
+    try:
+        encoder = LocalTextEncoder(plan.checkpoint.path)
+    except CheckpointError:
+        if plan.options.prompts:
+            raise
+        generator = np.random.default_rng(0)
+        shapes = {"prompt_embeds": (1, tokens, width)}
+        if pooled_width:
+            shapes["pooled"] = (1, pooled_width)
+        values = {n: generator.standard_normal(s, dtype=np.float32) for n, s in shapes.items()}
+        zeros = {f"negative_{n}": np.zeros_like(v) for n, v in values.items()}
+        info = TextInfo(tokens=tokens, width=width, pooled_width=pooled_width)
+        return _Texts((), info, [_only(plan.program, values | zeros)])
+    prompts = tuple(dict.fromkeys(wanted or ("a picture",)))
+    embeddings = encoder.encode([*prompts, ""])
+    if embeddings[0].prompt_embeds.shape != (tokens, width):
+        raise CheckpointError(
+            f"text encoders give {embeddings[0].prompt_embeds.shape}, "
+            f"the U-Net takes {(tokens, width)}",
+            path=plan.checkpoint.path,
+        )
+    stored: dict[str, Array] = {}
+    inputs = []
+    for i, item in enumerate(embeddings):
+        stored[f"{i}.prompt_embeds"] = item.prompt_embeds
+        if item.pooled is not None:
+            stored[f"{i}.pooled"] = item.pooled
+    negative = embeddings[-1]
+    for item in embeddings[:-1]:
+        values = {"prompt_embeds": item.prompt_embeds[None]}
+        values["negative_prompt_embeds"] = negative.prompt_embeds[None]
+        if item.pooled is not None and negative.pooled is not None:
+            values["pooled"] = item.pooled[None]
+            values["negative_pooled"] = negative.pooled[None]
+        inputs.append(_only(plan.program, values))
+    save_file(stored, work / "prompts.safetensors")
+    info = TextInfo(
+        encoders_sha256=encoder.encoders_sha256,
+        tokens=tokens,
+        width=width,
+        pooled_width=pooled_width,
+        prefetched=Prefetched(
+            file=_ref(work / "prompts.safetensors", "prompts.safetensors"),
+            prompts=(*prompts, ""),
+        ),
+    )
+    return _Texts(prompts, info, inputs)
+
+
+def _only(program: Program, values: Mapping[str, Array]) -> dict[str, Array]:
+    names = {i.name for i in program.inputs}
+    return {n: np.ascontiguousarray(v) for n, v in values.items() if n in names}
+
+
+# --- reference ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Result:
+    decoded: Array
+    """float32 [1, H, W, 3]"""
+    picture: Array
+    """uint8 [1, H, W, 3]"""
+
+
+def _reference(
+    plan: _Plan, texts: _Texts, work: Path
+) -> tuple[_Result, dict[str, ActivationRange]]:
+    pairs = [(s, c) for _, s, c in plan.segments]
+    student_ranges = plan.checkpoint.unet.activation_ranges | plan.checkpoint.vae.activation_ranges
+    precision = find_precision(plan.options.precision)
+    observe = plan.target.needs_ranges and precision.other is not None and not student_ranges
+    artifacts = TorchArtifacts(pairs, observe=observe)
+    middle = {s.id: 0 for s, _ in pairs}
+    calls = len(plan.steps) * (1 if plan.guidance == 1.0 else 2)
+    middle |= {s.id: calls // 2 for line, s, _ in plan.segments if line == "unet"}
+    examples = work / "examples"
+    examples.mkdir()
+    artifacts.save_examples(examples, middle)
+    result = _run(plan, artifacts, texts.inputs[0], plan.options.seed)
+    artifacts.stop_examples()
+    if observe:
+        for i in range(1, _CALIBRATION_RUNS + 1):
+            inputs = texts.inputs[i % len(texts.inputs)]
+            _run(plan, artifacts, inputs, plan.options.seed + i)
+    artifacts.close()
+    if not np.isfinite(result.decoded).all():
+        raise CheckpointError(
+            "the reference picture has values that are not finite",
+            path=plan.checkpoint.path,
+            remedy="the weights overflow; check the checkpoint in diffusers",
+        )
+    drawn = {
+        i.name: noise.normal(plan.options.seed, plan.program.tensors[i.name].shape, i.stream)
+        for i in plan.program.inputs
+        if i.role == "noise"
+    }
+    stored = {f"input.{n}": v for n, v in (drawn | texts.inputs[0]).items()}
+    last_call = sum(op.op == "call" for op in plan.program.ops) - 1
+    stored[f"call.{last_call}.{plan.segments[-1][1].outputs[0]}"] = result.decoded
+    stored["picture"] = result.picture
+    if plan.options.references:
+        for _, segment, _ in plan.segments:
+            example = load_file(examples / f"{segment.id}.safetensors")
+            stored |= {f"artifact.{segment.id}.{n}": v for n, v in example.items()}
+    save_file(stored, work / "reference.safetensors")
+    return result, student_ranges or artifacts.ranges
+
+
+def _run(
+    plan: _Plan,
+    call: Callable[[str, Mapping[str, Array]], Mapping[str, Array]],
+    inputs: Mapping[str, Array],
+    seed: int,
+) -> _Result:
+    last = plan.segments[-1][1]
+    decoded: list[Array] = []
+
+    def watched(artifact: str, args: Mapping[str, Array]) -> Mapping[str, Array]:
+        results = call(artifact, args)
+        if artifact == last.id:
+            decoded.append(np.array(results[last.outputs[0]]))
+        return results
+
+    outputs = execute(plan.program, plan.constants, inputs, watched, seed=seed)
+    return _Result(decoded[-1], outputs["picture"])
+
+
+# --- lowering ----------------------------------------------------------------------------
+
+
+def _lower_all(
+    plan: _Plan,
+    ranges: dict[str, ActivationRange],
+    work: Path,
+    root: Path,
+    jobs: int | None,
+    progress: Progress,
+    use_cache: bool,
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    store = root / "artifacts"
+    store.mkdir(parents=True, exist_ok=True)
+    lowering.sweep(store)
+    metas: dict[str, dict[str, Any]] = {}
+    keys: dict[str, str] = {}
+    tasks: list[tuple[int, lowering.Task]] = []
+    workers = jobs or _workers(max(s.weights for _, s, _ in plan.segments))
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    progress.planned(len(plan.segments), sum(s.weights for _, s, _ in plan.segments))
+    for line, segment, component in plan.segments:
+        own = lowering.segment_ranges(segment, ranges) if plan.target.needs_ranges else {}
+        key = lowering.segment_key(
+            segment, component, plan.target.name, {"precision": plan.options.precision}, own
+        )
+        keys[segment.id] = key
+        meta = lowering.cached(store, key) if use_cache else None
+        if meta is not None:
+            metas[segment.id] = meta
+            progress.done(segment.id, segment.weights, None)
+            continue
+        shutil.rmtree(store / key, ignore_errors=True)
+        tasks.append(
+            (
+                segment.weights,
+                lowering.Task(
+                    checkpoint=str(plan.checkpoint.path),
+                    latent=plan.latent,
+                    tokens=_tokens(plan.checkpoint),
+                    line=line,
+                    segment=segment.id,
+                    target=plan.target.name,
+                    precision=plan.options.precision,
+                    ranges=own,
+                    example=str(work / "examples" / f"{segment.id}.safetensors"),
+                    key=key,
+                    cache=str(store),
+                    threads=threads,
+                ),
+            )
+        )
+    if tasks:
+        tasks.sort(key=lambda t: -t[0])
+        metas |= _in_workers([t for _, t in tasks], min(workers, len(tasks)), threads, progress, plan)
+    return metas, keys
+
+
+def _workers(largest: int) -> int:
+    """As many workers as cores, while each may hold the largest segment several times."""
+    each = 1.0e9 + 16.0 * largest
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(os.cpu_count() or 1, int(available * 0.6 / each)))
+
+
+def _in_workers(
+    tasks: Sequence[lowering.Task],
+    workers: int,
+    threads: int,
+    progress: Progress,
+    plan: _Plan,
+) -> dict[str, dict[str, Any]]:
+    weights = {s.id: s.weights for _, s, _ in plan.segments}
+    metas: dict[str, dict[str, Any]] = {}
+    pool = ProcessPoolExecutor(
+        workers,
+        mp_context=get_context("spawn"),
+        initializer=lowering.start_worker,
+        initargs=(threads,),
+    )
+    try:
+        pending: dict[Future[dict[str, Any]], lowering.Task] = {
+            pool.submit(lowering.lower, task): task for task in tasks
+        }
+        while pending:
+            finished, _ = wait(pending, return_when=FIRST_COMPLETED)
+            for future in finished:
+                task = pending.pop(future)
+                try:
+                    meta = future.result()
+                except BrokenProcessPool:
+                    raise TargetError(
+                        "a worker process died",
+                        field=task.segment,
+                        remedy="probably out of memory: try --jobs 1; what is done is kept",
+                    ) from None
+                metas[task.segment] = meta
+                progress.done(task.segment, weights[task.segment], meta)
+    except BaseException:
+        for process in list((pool._processes or {}).values()):
+            process.kill()
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
+    pool.shutdown()
+    return metas
+
+
+# --- verification and packing ------------------------------------------------------------
+
+
+def _verify(
+    plan: _Plan,
+    texts: _Texts,
+    reference: _Result,
+    ranges: dict[str, ActivationRange],
+    keys: dict[str, str],
+    metas: dict[str, dict[str, Any]],
+    root: Path,
+) -> Verification:
+    paths = {i: root / "artifacts" / k / metas[i]["file"] for i, k in keys.items()}
+    runners = Runners(plan.target, {s.id: s for _, s, _ in plan.segments}, paths)
+    result = _run(plan, runners, texts.inputs[0], plan.options.seed)
+    student_snr = None
+    precision = find_precision(plan.options.precision)
+    quantized = precision.linear or precision.other or plan.checkpoint.unet.quantized
+    if quantized and sum(s.weights for _, s, _ in plan.segments) <= _STUDENT_WEIGHTS:
+        student = TorchArtifacts([(s, c) for _, s, c in plan.segments], precision=precision)
+        student_snr = measure.snr_db(
+            _run(plan, student, texts.inputs[0], plan.options.seed).decoded, result.decoded
+        )
+        student.close()
+    return Verification(
+        snr_db=measure.snr_db(reference.decoded, result.decoded),
+        student_snr_db=student_snr,
+        max_abs_error=measure.max_abs_error(reference.decoded, result.decoded),
+        psnr_db=measure.psnr_db(reference.picture, result.picture),
+    )
+
+
+class Runners:
+    """The call function of a program, with a target's artifacts in Python.
+
+    Parameters
+    ----------
+    target : Target
+    segments : mapping of artifact id to something with ``ports``
+    paths : mapping of artifact id to file
+    keep : int
+        Bytes of artifacts up to which all stay loaded.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        segments: Mapping[str, Any],
+        paths: Mapping[str, Path],
+        keep: int = 1_000_000_000,
+    ) -> None:
+        self._target = target
+        self._segments = segments
+        self._paths = paths
+        self._keep = sum(p.stat().st_size for p in paths.values()) <= keep
+        self._ready: dict[str, Any] = {}
+
+    def __call__(self, artifact: str, args: Mapping[str, Array]) -> dict[str, Array]:
+        """Run an artifact."""
+        ports = self._segments[artifact].ports
+        runner = self._ready.get(artifact) or self._target.load(self._paths[artifact], ports)
+        if self._keep:
+            self._ready[artifact] = runner
+        outputs = runner(*(np.ascontiguousarray(args[n]) for n in ports.inputs))
+        return dict(zip(ports.outputs, outputs, strict=True))
+
+
+def _manifest(
+    plan: _Plan,
+    texts: _Texts,
+    metas: dict[str, dict[str, Any]],
+    verification: Verification,
+    work: Path,
+) -> Manifest:
+    from handheld_export.counts import unit_macs
+
+    save_file(plan.constants, work / "constants.safetensors")
+    height, width = plan.size
+    macs = unit_macs(plan.segments)
+    artifacts = []
+    for _, segment, _ in plan.segments:
+        meta = metas[segment.id]
+        artifacts.append(
+            Artifact(
+                id=segment.id,
+                target=plan.target.name,
+                engine=plan.target.engine,  # type: ignore[arg-type]
+                engine_version=meta["engine_version"],
+                file=FileRef(
+                    path=f"artifacts/{segment.id}{plan.target.suffix}",
+                    sha256=meta["sha256"],
+                    bytes=meta["bytes"],
+                ),
+                ports=segment.ports,
+                units=tuple(u.name for u in segment.units),
+                component=segment.graph.component,  # type: ignore[arg-type]
+                weights=meta["weights"],
+                macs=macs.get(segment.id),
+                partitions=meta["partitions"],
+                tools=meta["tools"],
+                verification=Verification(**meta["verification"]),
+            )
+        )
+    card = plan.checkpoint.settings
+    return Manifest(
+        model=ModelInfo(
+            id=plan.checkpoint.name,
+            checkpoint_sha256=plan.checkpoint.sha256,
+            steps=len(plan.steps),
+            sampler=plan.sampler,
+            guidance=plan.guidance,
+        ),
+        target=plan.target.name,
+        precision=plan.options.precision,
+        sizes={f"{width}x{height}": Size(width=width, height=height, program=plan.program)},
+        artifacts=tuple(artifacts),
+        constants=_ref(work / "constants.safetensors", "constants.safetensors"),
+        constant_specs={n: TensorSpec(shape=v.shape) for n, v in plan.constants.items()},
+        text=texts.info,
+        reference=Reference(
+            file=_ref(work / "reference.safetensors", "reference.safetensors"),
+            size=f"{width}x{height}",
+            seed=plan.options.seed,
+            prompt=texts.prompts[0] if texts.prompts else None,
+        ),
+        verification=verification,
+        licence=card.get("licence"),
+        provenance=Provenance(
+            tools=lowering.tool_versions(),
+            options={
+                k: v for k, v in asdict(plan.options).items() if v is not None and k != "prompts"
+            }
+            | {"checkpoint": plan.checkpoint.name},
+            history=tuple(card.get("history", ())),
+        ),
+    )
+
+
+def _ref(path: Path, name: str) -> FileRef:
+    return FileRef(path=name, sha256=file_sha256(path), bytes=path.stat().st_size)
+
+
+def _remember(manifest: Manifest, keys: dict[str, str], work: Path, record: Path) -> None:
+    record.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f"tmp-{os.getpid()}-", dir=record.parent))
+    for name in ("constants", "reference", "prompts"):
+        if (work / f"{name}.safetensors").is_file():
+            shutil.copyfile(work / f"{name}.safetensors", fresh / f"{name}.safetensors")
+    (fresh / "export.json").write_text(
+        json.dumps({"manifest": manifest.model_dump(mode="json"), "keys": keys})
+    )
+    shutil.rmtree(record, ignore_errors=True)
+    fresh.rename(record)
+    lowering.sweep(record.parent)
+
+
+def _recorded(record: Path, root: Path) -> Manifest | None:
+    try:
+        stored = json.loads((record / "export.json").read_text())
+        manifest = Manifest.model_validate(stored["manifest"])
+        keys = stored["keys"]
+        refs = [manifest.constants, manifest.reference and manifest.reference.file]
+        refs.append(manifest.text.prefetched and manifest.text.prefetched.file)
+        for ref in refs:
+            if ref is not None and file_sha256(record / ref.path) != ref.sha256:
+                return None
+        for artifact in manifest.artifacts:
+            meta = lowering.cached(root / "artifacts", keys[artifact.id])
+            if meta is None or meta["sha256"] != artifact.file.sha256:
+                return None
+    except (OSError, ValueError, KeyError):
+        return None
+    return manifest
+
+
+def _pack(manifest: Manifest, record: Path, root: Path, output: Path) -> None:
+    keys = json.loads((record / "export.json").read_text())["keys"]
+    files: dict[str, Path] = {}
+    for artifact in manifest.artifacts:
+        suffix = Path(artifact.file.path).suffix
+        files[artifact.file.path] = root / "artifacts" / keys[artifact.id] / f"artifact{suffix}"
+    for ref in (
+        manifest.constants,
+        manifest.reference.file if manifest.reference else None,
+        manifest.text.prefetched.file if manifest.text.prefetched else None,
+    ):
+        if ref is not None:
+            files[ref.path] = record / ref.path
+    bundle.write(manifest, files, output)

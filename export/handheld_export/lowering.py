@@ -1,0 +1,320 @@
+"""Lowering one segment, in a worker process, through the cache.
+
+The cache holds one folder per key with the artifact and ``meta.json``. A key is the hash of
+everything that decides what the artifact looks like: weights, configuration, grids,
+activation ranges, target, tool versions and our own source. Folders appear by rename, so a
+killed export leaves either a whole entry or none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+
+import handheld
+from handheld.errors import TargetError
+from handheld_export import measure, targets
+from handheld_export.checkpoint import Checkpoint, Component, file_sha256
+from handheld_export.precision import find as find_precision
+from handheld_export.quantization import ActivationRange, QuantizedWeight
+from handheld_export.segments import (
+    Graph,
+    Segment,
+    SegmentModule,
+    decoder_graph,
+    group,
+    layers,
+    materialize,
+    release,
+    unet_graph,
+)
+from handheld_export.targets.base import SegmentInput
+
+_TOOLS = (
+    "torch",
+    "executorch",
+    "torchao",
+    "litert-torch",
+    "litert-converter",
+    "ai-edge-litert",
+    "diffusers",
+    "numpy",
+)
+
+
+def cache_root() -> Path:
+    """Folder of caches: ``$HANDHELD_CACHE`` or the user's cache folder."""
+    if root := os.environ.get("HANDHELD_CACHE"):
+        return Path(root)
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(home) / "handheld"
+
+
+@cache
+def tool_versions() -> dict[str, str]:
+    """Versions of the packages that exports depend on."""
+    found = {"handheld": handheld.__version__}
+    for name in _TOOLS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def source_sha256() -> str:
+    """Hash of the source that turns checkpoints into bundles."""
+    here = Path(__file__).parent
+    files = [*here.glob("*.py"), *here.glob("targets/*.py")]
+    h = hashlib.sha256()
+    for file in sorted(files):
+        h.update(file.name.encode() + file.read_bytes())
+    return h.hexdigest()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker needs to lower one segment. Everything pickles."""
+
+    checkpoint: str
+    latent: tuple[int, int]
+    tokens: int
+    line: str
+    """``unet``, ``embedding`` or ``decoder``."""
+    segment: str
+    target: str
+    precision: str
+    ranges: dict[str, ActivationRange]
+    example: str
+    key: str
+    cache: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The graphs of a checkpoint at one size."""
+
+    unet: Graph
+    embedding: Graph | None
+    decoder: Graph
+
+    def segments(self, line: str, most_weights: int) -> list[Segment]:
+        """Segments of one graph."""
+        graph = getattr(self, line)
+        return [] if graph is None else group(graph, most_weights, line)
+
+
+@lru_cache(maxsize=2)
+def lines(checkpoint: Checkpoint, latent: tuple[int, int], tokens: int) -> Lines:
+    """Build the graphs of a checkpoint."""
+    unet, embedding = unet_graph(checkpoint.unet, latent, tokens)
+    return Lines(unet, embedding, decoder_graph(checkpoint.vae, latent))
+
+
+@lru_cache(maxsize=2)
+def _open(path: str) -> Checkpoint:
+    return Checkpoint(path)
+
+
+def segment_key(
+    segment: Segment,
+    component: Component,
+    target: str,
+    options: dict[str, Any],
+    ranges: dict[str, ActivationRange],
+) -> str:
+    """Cache key of a segment.
+
+    Parameters
+    ----------
+    segment : Segment
+    component : Component
+    target : str
+    options : dict
+        Everything else that the artifact depends on.
+    ranges : dict
+        Activation ranges of the segment's layers; empty if the target needs none.
+    """
+    h = hashlib.sha256()
+    for name in sorted(_stored_names(segment, component)):
+        for value in component.store.read([name]).values():
+            h.update(f"{name}|{value.dtype}|{tuple(value.shape)}".encode())
+            h.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
+    essence = {
+        "units": [u.name for u in segment.units],
+        "ports": segment.ports.model_dump(mode="json"),
+        "order": [segment.inputs, segment.outputs],
+        "config": component.config,
+        "target": target,
+        "options": options,
+        "ranges": {k: list(vars(v).values()) for k, v in sorted(ranges.items())},
+        "tools": tool_versions(),
+        "source": source_sha256(),
+    }
+    h.update(json.dumps(essence, sort_keys=True, default=str).encode())
+    return h.hexdigest()
+
+
+def _stored_names(segment: Segment, component: Component) -> set[str]:
+    prefixes = tuple(f"{p}." for p in segment.prefixes)
+    return {n for n in component.store if n.startswith(prefixes)}
+
+
+def segment_ranges(
+    segment: Segment, ranges: dict[str, ActivationRange]
+) -> dict[str, ActivationRange]:
+    """The part of ``ranges`` that belongs to a segment's layers."""
+    return {name: ranges[name] for name, _ in layers(segment) if name in ranges}
+
+
+def start_worker(threads: int) -> None:
+    """Prepare a worker process: leave Ctrl-C to the parent, and die with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def lower(task: Task) -> dict[str, Any]:
+    """Lower and verify one segment; put artifact and ``meta.json`` into the cache.
+
+    Returns
+    -------
+    dict
+        The contents of ``meta.json``.
+
+    Raises
+    ------
+    TargetError
+        If the target cannot lower or run the segment.
+    CheckpointError
+        If its weights cannot be read.
+    """
+    began = time.perf_counter()
+    checkpoint = _open(task.checkpoint)
+    target = targets.find(task.target)
+    parts = lines(checkpoint, task.latent, task.tokens)
+    segment = next(
+        s for s in parts.segments(task.line, target.segment_weights) if s.id == task.segment
+    )
+    component = checkpoint.component(segment.graph.component)
+    example = load_file(task.example)
+    inputs = [torch.from_numpy(example[f"in.{n}"]) for n in segment.inputs]
+    try:
+        quantized = materialize(segment, component, find_precision(task.precision))
+        for name, layer in layers(segment):
+            if name in task.ranges:
+                layer.activation_range = task.ranges[name]  # type: ignore[assignment]
+        module = SegmentModule(segment).eval()
+        with torch.no_grad():
+            student = [np.ascontiguousarray(v.numpy()) for v in module(*inputs)]
+        storage = _storage(segment, quantized)
+
+        entry = Path(task.cache) / task.key
+        work = Path(task.cache) / f"tmp-{os.getpid()}-{task.key[:16]}"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        try:
+            path = work / f"artifact{target.suffix}"
+            lowered = target.lower(SegmentInput(segment.id, module, segment.ports, inputs), path)
+            runner = target.load(path, segment.ports)
+            outputs = runner(*(x.numpy() for x in inputs))
+            reference = [example[f"out.{n}"] for n in segment.outputs]
+            meta = {
+                "sha256": file_sha256(path),
+                "bytes": path.stat().st_size,
+                "file": path.name,
+                "partitions": lowered.partitions,
+                "notes": list(lowered.notes),
+                "weights": storage,
+                "tools": dict(lowered.tools) or target.versions(),
+                "engine_version": next(iter(target.versions().values())),
+                "verification": {
+                    "snr_db": _worst(reference, outputs),
+                    "student_snr_db": _worst(student, outputs),
+                    "max_abs_error": max(
+                        measure.max_abs_error(a, b)
+                        for a, b in zip(reference, outputs, strict=True)
+                    ),
+                },
+                "seconds": time.perf_counter() - began,
+            }
+            (work / "meta.json").write_text(json.dumps(meta, indent=2, sort_keys=True))
+            try:
+                work.rename(entry)
+            except OSError:
+                if not (entry / "meta.json").is_file():
+                    raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    finally:
+        release(segment)
+    return meta
+
+
+def cached(root: Path, key: str) -> dict[str, Any] | None:
+    """Return the ``meta.json`` of a cache entry, or None where it is absent or damaged."""
+    try:
+        meta: dict[str, Any] = json.loads((root / key / "meta.json").read_text())
+        artifact = root / key / meta["file"]
+        if artifact.stat().st_size == meta["bytes"] and file_sha256(artifact) == meta["sha256"]:
+            return meta
+    except (OSError, ValueError, KeyError):
+        pass
+    shutil.rmtree(root / key, ignore_errors=True)
+    return None
+
+
+def sweep(root: Path) -> None:
+    """Remove what killed workers left in the cache."""
+    for path in root.glob("tmp-*"):
+        pid = path.name.split("-")[1]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _worst(reference: list[Any], outputs: tuple[Any, ...] | list[Any]) -> float:
+    if len(reference) != len(outputs):
+        raise TargetError(f"the artifact gives {len(outputs)} results, not {len(reference)}")
+    return min(measure.snr_db(a, b) for a, b in zip(reference, outputs, strict=True))
+
+
+def _storage(segment: Segment, quantized: dict[str, QuantizedWeight]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    total = segment.weights
+    for weight in quantized.values():
+        counts[weight.grid] = counts.get(weight.grid, 0) + weight.codes.size
+        total -= weight.codes.size
+    return {**dict(sorted(counts.items())), "float32": total}
