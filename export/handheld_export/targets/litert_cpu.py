@@ -1,0 +1,134 @@
+"""LiteRT on the CPU, with XNNPACK inside."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from handheld.errors import TargetError
+from handheld.program import Ports
+from handheld_export.quantization import QuantizedWeight
+from handheld_export.targets.base import Array, Lowered, Runner, SegmentInput, Target
+
+_PACKAGES = {"ai-edge-litert": "ai_edge_litert", "litert-torch": "litert_torch"}
+
+
+class LiteRTCPU(Target):
+    """Lower to .tflite with weight-only codes and activations quantized while running."""
+
+    name: ClassVar[str] = "litert-cpu"
+    engine: ClassVar[str] = "litert"
+    suffix: ClassVar[str] = ".tflite"
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8", "int4", "int4g32", "int2")
+    segment_weights: ClassVar[int] = 80_000_000
+
+    def missing(self) -> str | None:
+        """Return what to install, or None."""
+        absent = [p for p, module in _PACKAGES.items() if importlib.util.find_spec(module) is None]
+        return f"pip install 'handheld[export]' (no {', '.join(absent)})" if absent else None
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions that decide what an artifact looks like, engine first."""
+        return {p: importlib.metadata.version(p) for p in (*_PACKAGES, "torch")}
+
+    def lower(self, segment: SegmentInput, path: Path) -> Lowered:
+        """Write the artifact of a segment.
+
+        The scales of groups are rounded to bfloat16, because that is all the kernels take;
+        codes and all other scales are the student's.
+
+        Raises
+        ------
+        TargetError
+            If a layer's grid cannot run, or the converted graph does not read each
+            layer's weight as it should.
+        """
+        from handheld_export import tflite
+
+        opened = tflite.Open(segment.module, len(segment.ports.inputs)).eval()
+        checked = [_check(x.name, x.quantized) for x in opened.layers if x.quantized is not None]
+        notes = [note for note in checked if note]
+        flatbuffer = _convert(opened, segment, [layer.weight for layer in opened.layers])
+        tflite.graft(flatbuffer, opened.layers, segment.ports, path)
+        tflite.check(path, opened.layers)
+        return Lowered(path, _partitions(path), self.versions(), tuple(notes))
+
+    def load(self, path: Path, ports: Ports) -> Runner:
+        """Open an artifact with the engine's Python runtime."""
+        return _Runner(path, ports)
+
+
+def _check(name: str, weight: QuantizedWeight) -> str | None:
+    def refuse(what: str) -> TargetError:
+        return TargetError(f"layer '{name}': {what}")
+
+    if weight.grid == "palette":
+        raise refuse("palettes do not run on LiteRT's CPU kernels")
+    if weight.codes.ndim == 4 and weight.grid != "int8":
+        raise refuse(
+            f"{weight.grid} convolutions "
+            + ("give NaN on LiteRT" if weight.grid == "int2" else "run outside XNNPACK on LiteRT")
+            + "; use int8"
+        )
+    if weight.group_size is None:
+        return None
+    if weight.grid != "int4":
+        raise refuse(f"{weight.grid} in groups does not run on LiteRT; groups are for int4")
+    if weight.group_size % 32:
+        raise refuse(f"groups of {weight.group_size} do not run on LiteRT; use a multiple of 32")
+    from handheld_export.tflite import block_scales
+
+    kept = block_scales(weight.scales).astype(np.float32)
+    error = float(np.max(np.abs(kept - weight.scales) / weight.scales))
+    if error > 2**-8:
+        raise refuse(f"group scales leave what float16 holds (relative error {error:.2g})")
+    return (
+        f"layer '{name}': group scales rounded to bfloat16, off by {error:.1e}" if error else None
+    )
+
+
+def _convert(opened: Any, segment: SegmentInput, weights: list[torch.Tensor]) -> bytes:
+    import litert_torch
+    from litert_torch import progress
+
+    progress.config.show_progress = False
+    logging.getLogger("litert_torch").setLevel(logging.ERROR)
+    try:
+        with torch.no_grad():
+            model = litert_torch.convert(opened, (*segment.examples, *weights))
+        return bytes(model.model_content())
+    except Exception as error:
+        raise TargetError(
+            f"segment '{segment.id}': litert-torch cannot convert it: {error}"
+        ) from error
+
+
+def _partitions(path: Path) -> int:
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(path), num_threads=1)
+    interpreter.allocate_tensors()
+    return sum(op["op_name"] == "DELEGATE" for op in interpreter._get_ops_details())
+
+
+class _Runner(Runner):
+    def __init__(self, path: Path, ports: Ports) -> None:
+        from ai_edge_litert.interpreter import Interpreter
+
+        self._interpreter = Interpreter(str(path), num_threads=2)
+        self._ports = ports
+        self._interpreter.allocate_tensors()
+        signature = self._interpreter.get_signature_list()
+        if len(signature) != 1:
+            raise TargetError("the artifact does not have one signature", path=path)
+        self._run = self._interpreter.get_signature_runner()
+
+    def __call__(self, *inputs: Array) -> tuple[Array, ...]:
+        results = self._run(**dict(zip(self._ports.inputs, inputs, strict=True)))
+        return tuple(results[name] for name in self._ports.outputs)
