@@ -1,8 +1,9 @@
 """Graph rewrites that leave only operators an engine's delegate takes.
 
 Each rewrite replaces one kind of module by one that computes the same function from
-elementwise arithmetic, means over the last axis or the picture, convolutions, linear layers, batched matrix products, softmax over the last axis,
-permutations, views and concatenations. Values agree to float32 rounding.
+elementwise arithmetic, means over the last axis or the picture, convolutions, linear
+layers, batched matrix products, softmax over the last axis, permutations, views and
+concatenations. Values agree to float32 rounding.
 
 Layers that hold weights stay ``nn.Linear`` and ``nn.Conv2d`` and keep their ``quantized``
 and ``activation_range``; where a rewrite splits a layer, its codes are split with it.
@@ -114,9 +115,7 @@ class PictureGroupNorm(nn.Module):
         bias = zeros if norm.bias is None else norm.bias.detach()
         self.register_buffer("weight", weight.reshape(1, -1, 1, 1))
         self.register_buffer("bias", bias.reshape(1, -1, 1, 1))
-        self.register_buffer(
-            "spread", torch.zeros(1, self.groups, self.channels // self.groups, 1)
-        )
+        self.register_buffer("spread", torch.zeros(1, self.groups, self.channels // self.groups, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         centred = x - self._group_mean(x)
@@ -313,7 +312,7 @@ class Upsample(nn.Module):
         )
 
     def forward(self, hidden_states: Tensor, output_size: Any = None, *_: Any) -> Tensor:
-        n, c, h, w = hidden_states.shape
+        h, w = hidden_states.shape[2:]
         if output_size is not None and tuple(output_size) != (2 * h, 2 * w):
             raise ValueError("upsampling by other than two is not supported")
         x = self.nearest(hidden_states)

@@ -1,0 +1,92 @@
+"""ExecuTorch on the CPU, through its XNNPACK delegate."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from handheld.errors import TargetError
+from handheld.program import Ports
+from handheld_export.targets.base import Array, Lowered, Runner, SegmentInput, Target
+
+_PACKAGES = ("executorch", "torch")
+
+
+class ExecuTorchXNNPACK(Target):
+    """Lower to a .pte that is one XNNPACK delegate.
+
+    The artifact has one method, ``forward``. Its inputs and outputs are contiguous,
+    row-major float32 tensors in the order of the ports, and none of them is memory-planned:
+    the caller hands over the storage of each input and each output
+    (``Module::set_input``/``set_output``), and nothing is copied. Activations inside live in
+    XNNPACK's workspace, which all loaded artifacts share.
+
+    Linear layers run from the student's codes with activations quantized per token while
+    running: int8 and int4 per channel, int4 in groups of a multiple of 32; int2 codes are
+    held as int4, which changes nothing. 1x1 convolutions run as linear layers. Other
+    convolutions run in int8 whatever their grid, with activations on the fixed int8 grid of
+    their calibrated range.
+
+    Codes are the student's to the bit. So are scales per channel; scales of groups are
+    bfloat16 in XNNPACK, so they are rounded to it (relative error at most 2**-8, noted per
+    layer) unless the student's are already.
+    """
+
+    name: ClassVar[str] = "executorch-xnnpack"
+    engine: ClassVar[str] = "executorch"
+    suffix: ClassVar[str] = ".pte"
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8", "int4", "int4g32", "int2")
+    segment_weights: ClassVar[int] = 80_000_000
+
+    def missing(self) -> str | None:
+        """Return what to install, or None."""
+        absent = [p for p in _PACKAGES if importlib.util.find_spec(p) is None]
+        return f"pip install 'handheld[export]' (no {', '.join(absent)})" if absent else None
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions that decide what an artifact looks like, engine first."""
+        return {p: importlib.metadata.version(p) for p in _PACKAGES}
+
+    def lower(self, segment: SegmentInput, path: Path) -> Lowered:
+        """Write the artifact of a segment and read its codes back.
+
+        Raises
+        ------
+        TargetError
+            If a layer's grid does not run, a quantized convolution has no activation range
+            or an operator has no XNNPACK form.
+        """
+        from handheld_export import xnnpack
+
+        outputs = [spec.shape for spec in segment.ports.outputs.values()]
+        try:
+            result = xnnpack.lower(segment.module, segment.examples, path, outputs)
+            xnnpack.check(path, result.layers)
+        except TargetError as error:
+            raise TargetError(
+                f"segment '{segment.id}': {error.message}", remedy=error.remedy
+            ) from error
+        return Lowered(path, 1, self.versions(), result.notes)
+
+    def load(self, path: Path, ports: Ports) -> Runner:
+        """Open an artifact with the engine's Python runtime."""
+        return _Runner(path, ports)
+
+
+class _Runner(Runner):
+    def __init__(self, path: Path, ports: Ports) -> None:
+        from executorch.runtime import Runtime
+
+        self._program: Any = Runtime.get().load_program(path)
+        self._method: Any = self._program.load_method("forward")
+        self._ports = ports
+
+    def __call__(self, *inputs: Array) -> tuple[Array, ...]:
+        tensors = [torch.from_numpy(np.ascontiguousarray(x)) for x in inputs]
+        results = self._method.execute(tensors)
+        return tuple(r.clone().numpy() for r in results)
