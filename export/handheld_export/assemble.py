@@ -217,4 +217,3 @@ def assemble(
         outputs={"picture": picture},
     )
     return program, draft.constants
-

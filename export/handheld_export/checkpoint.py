@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from handheld.errors import CheckpointError
+from handheld.files import sha256_file
 from handheld_export.quantization import ActivationRange, QuantizedWeight
 
 DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
@@ -211,9 +212,7 @@ class Component:
     store : TensorStore
     """
 
-    def __init__(
-        self, kind: str, config: dict[str, Any], store: TensorStore, origin: Path
-    ) -> None:
+    def __init__(self, kind: str, config: dict[str, Any], store: TensorStore, origin: Path) -> None:
         self.kind = kind
         self.config = config
         self.store = store
@@ -389,14 +388,8 @@ class Checkpoint:
         root = self.path if self.path.is_dir() else self.path.parent
         h = hashlib.sha256()
         for file in self.files:
-            h.update(f"{file.relative_to(root).as_posix()}\n{file_sha256(file)}\n".encode())
+            h.update(f"{file.relative_to(root).as_posix()}\n{sha256_file(file)}\n".encode())
         return h.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's contents."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def check_unet(config: Mapping[str, Any], origin: Path) -> None:
@@ -472,9 +465,7 @@ def write_student_component(
     layers = {}
     for layer, weight in quantized.items():
         everything[f"{layer}.weight.codes"] = torch.from_numpy(np.ascontiguousarray(weight.codes))
-        everything[f"{layer}.weight.scales"] = torch.from_numpy(
-            np.ascontiguousarray(weight.scales)
-        )
+        everything[f"{layer}.weight.scales"] = torch.from_numpy(np.ascontiguousarray(weight.scales))
         layers[layer] = {"grid": weight.grid, "group_size": weight.group_size}
         if weight.codebook is not None:
             everything[f"{layer}.weight.codebook"] = torch.from_numpy(weight.codebook)

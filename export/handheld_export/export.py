@@ -23,11 +23,12 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from handheld import bundle, noise
 from handheld.errors import CheckpointError, TargetError, UsageError
 from handheld.execute import execute
+from handheld.files import cache_root, replaced_folder, sha256_file
 from handheld.manifest import (
     Artifact,
     FileRef,
@@ -43,7 +44,7 @@ from handheld.manifest import (
 from handheld.program import Program, TensorSpec, check
 from handheld_export import lowering, measure, sampling, targets
 from handheld_export.assemble import assemble, time_embeddings, time_ids
-from handheld_export.checkpoint import Checkpoint, Component, file_sha256
+from handheld_export.checkpoint import Checkpoint, Component, read_json
 from handheld_export.precision import find as find_precision
 from handheld_export.quantization import ActivationRange
 from handheld_export.reference import TorchArtifacts
@@ -152,11 +153,11 @@ def export(
     CheckpointError, TargetError, UsageError, OutputError
     """
     progress = progress or Progress()
-    bundle.check_output(output)
+    bundle.check_replaceable(output)
     if options.target not in targets.names():
         targets.find(options.target)
     find_precision(options.precision)
-    root = lowering.cache_root()
+    root = cache_root()
     progress.stage("reading the checkpoint")
     key = _export_key(checkpoint, options)
     record = root / "exports" / key
@@ -175,6 +176,19 @@ def export(
     progress.stage("packing")
     _pack(manifest, record, root, output)
     return manifest
+
+
+def plan_segments(checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
+    """Say how a checkpoint would be cut, without lowering anything."""
+    plan = _plan(checkpoint, options)
+    return {
+        "steps": len(plan.steps),
+        "sampler": plan.sampler,
+        "guidance": plan.guidance,
+        "segments": [
+            {"id": s.id, "units": len(s.units), "weights": s.weights} for _, s, _ in plan.segments
+        ],
+    }
 
 
 def _export(
@@ -236,7 +250,8 @@ def _plan(checkpoint: Checkpoint, options: Options) -> _Plan:
         for segment in parts.segments(line, target.segment_weights)
     ]
     by_line = {
-        line: [s for at, s, _ in segments if at == line] for line in ("embedding", "unet", "decoder")
+        line: [s for at, s, _ in segments if at == line]
+        for line in ("embedding", "unet", "decoder")
     }
     if parts.unet.shapes["sample"][1] != parts.decoder.shapes["latent"][1]:
         raise CheckpointError(
@@ -291,8 +306,6 @@ def _downsampling(vae: Component) -> int:
 def _tokens(checkpoint: Checkpoint) -> int:
     config = checkpoint.path / "text_encoder" / "config.json"
     if checkpoint.path.is_dir() and config.is_file():
-        from handheld_export.checkpoint import read_json
-
         return int(read_json(config).get("max_position_embeddings", 77))
     return 77
 
@@ -391,10 +404,15 @@ def _only(program: Program, values: Mapping[str, Array]) -> dict[str, Array]:
 
 @dataclass(frozen=True, eq=False)
 class _Result:
-    decoded: Array
-    """float32 [1, H, W, 3]"""
     picture: Array
     """uint8 [1, H, W, 3]"""
+    calls: list[Mapping[str, Array]]
+    """Results of the calls, by port; only the last one's unless all were asked for."""
+
+    @property
+    def decoded(self) -> Array:
+        """What the decoder gave, float32 [1, H, W, 3]."""
+        return next(iter(self.calls[-1].values()))
 
 
 def _reference(
@@ -411,7 +429,13 @@ def _reference(
     examples = work / "examples"
     examples.mkdir()
     artifacts.save_examples(examples, middle)
-    result = _run(plan, artifacts, texts.inputs[0], plan.options.seed)
+    result = _run(
+        plan,
+        artifacts,
+        texts.inputs[0],
+        plan.options.seed,
+        keep_calls=plan.options.references,
+    )
     artifacts.stop_examples()
     if observe:
         for i in range(1, _CALIBRATION_RUNS + 1):
@@ -430,13 +454,11 @@ def _reference(
         if i.role == "noise"
     }
     stored = {f"input.{n}": v for n, v in (drawn | texts.inputs[0]).items()}
-    last_call = sum(op.op == "call" for op in plan.program.ops) - 1
-    stored[f"call.{last_call}.{plan.segments[-1][1].outputs[0]}"] = result.decoded
     stored["picture"] = result.picture
-    if plan.options.references:
-        for _, segment, _ in plan.segments:
-            example = load_file(examples / f"{segment.id}.safetensors")
-            stored |= {f"artifact.{segment.id}.{n}": v for n, v in example.items()}
+    last = len(result.calls) - 1
+    for i, results in enumerate(result.calls):
+        if plan.options.references or i == last:
+            stored |= {f"call.{i}.{port}": v for port, v in results.items()}
     save_file(stored, work / "reference.safetensors")
     return result, student_ranges or artifacts.ranges
 
@@ -446,18 +468,20 @@ def _run(
     call: Callable[[str, Mapping[str, Array]], Mapping[str, Array]],
     inputs: Mapping[str, Array],
     seed: int,
+    *,
+    keep_calls: bool = False,
 ) -> _Result:
-    last = plan.segments[-1][1]
-    decoded: list[Array] = []
+    calls: list[Mapping[str, Array]] = []
 
     def watched(artifact: str, args: Mapping[str, Array]) -> Mapping[str, Array]:
         results = call(artifact, args)
-        if artifact == last.id:
-            decoded.append(np.array(results[last.outputs[0]]))
+        if calls and not keep_calls:
+            calls[-1] = {}
+        calls.append(results)
         return results
 
     outputs = execute(plan.program, plan.constants, inputs, watched, seed=seed)
-    return _Result(decoded[-1], outputs["picture"])
+    return _Result(outputs["picture"], calls)
 
 
 # --- lowering ----------------------------------------------------------------------------
@@ -514,7 +538,9 @@ def _lower_all(
         )
     if tasks:
         tasks.sort(key=lambda t: -t[0])
-        metas |= _in_workers([t for _, t in tasks], min(workers, len(tasks)), threads, progress, plan)
+        metas |= _in_workers(
+            [t for _, t in tasks], min(workers, len(tasks)), threads, progress, plan
+        )
     return metas, keys
 
 
@@ -641,11 +667,8 @@ def _manifest(
     verification: Verification,
     work: Path,
 ) -> Manifest:
-    from handheld_export.counts import unit_macs
-
     save_file(plan.constants, work / "constants.safetensors")
     height, width = plan.size
-    macs = unit_macs(plan.segments)
     artifacts = []
     for _, segment, _ in plan.segments:
         meta = metas[segment.id]
@@ -664,7 +687,6 @@ def _manifest(
                 units=tuple(u.name for u in segment.units),
                 component=segment.graph.component,  # type: ignore[arg-type]
                 weights=meta["weights"],
-                macs=macs.get(segment.id),
                 partitions=meta["partitions"],
                 tools=meta["tools"],
                 verification=Verification(**meta["verification"]),
@@ -706,21 +728,16 @@ def _manifest(
 
 
 def _ref(path: Path, name: str) -> FileRef:
-    return FileRef(path=name, sha256=file_sha256(path), bytes=path.stat().st_size)
+    return FileRef(path=name, sha256=sha256_file(path), bytes=path.stat().st_size)
 
 
 def _remember(manifest: Manifest, keys: dict[str, str], work: Path, record: Path) -> None:
-    record.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f"tmp-{os.getpid()}-", dir=record.parent))
-    for name in ("constants", "reference", "prompts"):
-        if (work / f"{name}.safetensors").is_file():
-            shutil.copyfile(work / f"{name}.safetensors", fresh / f"{name}.safetensors")
-    (fresh / "export.json").write_text(
-        json.dumps({"manifest": manifest.model_dump(mode="json"), "keys": keys})
-    )
-    shutil.rmtree(record, ignore_errors=True)
-    fresh.rename(record)
-    lowering.sweep(record.parent)
+    with replaced_folder(record) as fresh:
+        for name in ("constants", "reference", "prompts"):
+            if (work / f"{name}.safetensors").is_file():
+                shutil.copyfile(work / f"{name}.safetensors", fresh / f"{name}.safetensors")
+        stored = {"manifest": manifest.model_dump(mode="json"), "keys": keys}
+        (fresh / "export.json").write_text(json.dumps(stored))
 
 
 def _recorded(record: Path, root: Path) -> Manifest | None:
@@ -731,7 +748,7 @@ def _recorded(record: Path, root: Path) -> Manifest | None:
         refs = [manifest.constants, manifest.reference and manifest.reference.file]
         refs.append(manifest.text.prefetched and manifest.text.prefetched.file)
         for ref in refs:
-            if ref is not None and file_sha256(record / ref.path) != ref.sha256:
+            if ref is not None and sha256_file(record / ref.path) != ref.sha256:
                 return None
         for artifact in manifest.artifacts:
             meta = lowering.cached(root / "artifacts", keys[artifact.id])

@@ -27,8 +27,9 @@ from safetensors.numpy import load_file
 
 import handheld
 from handheld.errors import TargetError
+from handheld.files import sha256_file
 from handheld_export import measure, targets
-from handheld_export.checkpoint import Checkpoint, Component, file_sha256
+from handheld_export.checkpoint import Checkpoint, Component
 from handheld_export.precision import find as find_precision
 from handheld_export.quantization import ActivationRange, QuantizedWeight
 from handheld_export.segments import (
@@ -54,14 +55,6 @@ _TOOLS = (
     "diffusers",
     "numpy",
 )
-
-
-def cache_root() -> Path:
-    """Folder of caches: ``$HANDHELD_CACHE`` or the user's cache folder."""
-    if root := os.environ.get("HANDHELD_CACHE"):
-        return Path(root)
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(home) / "handheld"
 
 
 @cache
@@ -243,7 +236,7 @@ def lower(task: Task) -> dict[str, Any]:
             outputs = runner(*(x.numpy() for x in inputs))
             reference = [example[f"out.{n}"] for n in segment.outputs]
             meta = {
-                "sha256": file_sha256(path),
+                "sha256": sha256_file(path),
                 "bytes": path.stat().st_size,
                 "file": path.name,
                 "partitions": lowered.partitions,
@@ -255,8 +248,7 @@ def lower(task: Task) -> dict[str, Any]:
                     "snr_db": _worst(reference, outputs),
                     "student_snr_db": _worst(student, outputs),
                     "max_abs_error": max(
-                        measure.max_abs_error(a, b)
-                        for a, b in zip(reference, outputs, strict=True)
+                        measure.max_abs_error(a, b) for a, b in zip(reference, outputs, strict=True)
                     ),
                 },
                 "seconds": time.perf_counter() - began,
@@ -279,7 +271,7 @@ def cached(root: Path, key: str) -> dict[str, Any] | None:
     try:
         meta: dict[str, Any] = json.loads((root / key / "meta.json").read_text())
         artifact = root / key / meta["file"]
-        if artifact.stat().st_size == meta["bytes"] and file_sha256(artifact) == meta["sha256"]:
+        if artifact.stat().st_size == meta["bytes"] and sha256_file(artifact) == meta["sha256"]:
             return meta
     except (OSError, ValueError, KeyError):
         pass

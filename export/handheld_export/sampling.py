@@ -125,7 +125,9 @@ def plan(config: Mapping[str, Any], sampler: str, chosen: list[int]) -> list[Ste
         The last step's latent is the denoised one.
     """
     if sampler not in SAMPLERS:
-        raise UsageError(f"sampler '{sampler}' is unknown", remedy=f"choose one of {', '.join(SAMPLERS)}")
+        raise UsageError(
+            f"sampler '{sampler}' is unknown", remedy=f"choose one of {', '.join(SAMPLERS)}"
+        )
     a_all = alphas_cumprod(config)
     if any(not 0 <= t < len(a_all) for t in chosen) or sorted(set(chosen), reverse=True) != chosen:
         raise UsageError(f"timesteps {chosen} do not fall within {len(a_all) - 1}..0")

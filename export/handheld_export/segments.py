@@ -252,15 +252,16 @@ class _Line:
         self.units: list[Unit] = []
         self.block = ""
 
-    def add(
-        self, name: str, module: nn.Module, *inputs: str, prefixes: Sequence[str] = ()
-    ) -> str:
+    def add(self, name: str, module: nn.Module, *inputs: str, prefixes: Sequence[str] = ()) -> str:
         self.units.append(Unit(name, module, inputs, tuple(prefixes) or (name,), self.block))
         return name
 
     def transformer(self, path: str, module: Any, x: str) -> str:
         tokens = self.add(
-            f"{path}.proj_in", _TransformerIn(module), x, prefixes=(f"{path}.norm", f"{path}.proj_in")
+            f"{path}.proj_in",
+            _TransformerIn(module),
+            x,
+            prefixes=(f"{path}.norm", f"{path}.proj_in"),
         )
         for i, block in enumerate(module.transformer_blocks):
             tokens = self.add(
@@ -290,7 +291,9 @@ def build_model(component: Component) -> nn.Module:
             model = cls.from_config(dict(component.config))
     except Exception as e:  # diffusers raises whatever its constructors run into
         raise CheckpointError(
-            f"describes no {cls.__name__}: {e}", path=component.origin, remedy="compare with the original"
+            f"describes no {cls.__name__}: {e}",
+            path=component.origin,
+            remedy="compare with the original",
         ) from None
     return model.eval()  # type: ignore[no-any-return]
 
@@ -363,7 +366,9 @@ def unet_graph(
         x = line.samplers(f"{path}.upsamplers", block.upsamplers, x)
     x = line.add(
         "conv_out",
-        _Plain(*(m for m in (model.conv_norm_out, model.conv_act, model.conv_out) if m is not None)),
+        _Plain(
+            *(m for m in (model.conv_norm_out, model.conv_act, model.conv_out) if m is not None)
+        ),
         x,
         prefixes=[p for p in ("conv_norm_out", "conv_out") if getattr(model, p) is not None],
     )
@@ -425,7 +430,9 @@ def decoder_graph(component: Component, latent: tuple[int, int]) -> Graph:
     graph = _finish("decoder", model, line.units, {"latent": (1, channels, *latent)}, output)
     used = tuple(p for u in graph.units for p in u.prefixes)
     check_weights(
-        component, model, {k for k in model.state_dict() if k.startswith(tuple(f"{p}." for p in used))}
+        component,
+        model,
+        {k for k in model.state_dict() if k.startswith(tuple(f"{p}." for p in used))},
     )
     return graph
 

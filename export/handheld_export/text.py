@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from handheld.errors import CheckpointError
+from handheld.files import sha256_file
 from handheld.text import PromptEmbedding
-from handheld_export.checkpoint import file_sha256, read_json
+from handheld_export.checkpoint import read_json
 
 _PARTS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
 
@@ -30,7 +31,7 @@ def encoders_sha256(checkpoint: Path) -> str:
     h = hashlib.sha256()
     for folder in sorted(name for part in _PARTS for name in part):
         for file in sorted((checkpoint / folder).glob("*")):
-            h.update(f"{folder}/{file.name}\n{file_sha256(file)}\n".encode())
+            h.update(f"{folder}/{file.name}\n{sha256_file(file)}\n".encode())
     return h.hexdigest()
 
 
@@ -56,7 +57,9 @@ class LocalTextEncoder:
         self._parts = [p for p in _PARTS if (self.path / p[1] / "config.json").is_file()]
         if not self._parts:
             raise CheckpointError(
-                "has no text encoder", path=self.path, remedy="prefetch prompts or use a text server"
+                "has no text encoder",
+                path=self.path,
+                remedy="prefetch prompts or use a text server",
             )
 
     @cached_property

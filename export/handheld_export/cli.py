@@ -1,0 +1,303 @@
+"""The commands ``handheld export`` and ``handheld verify``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from handheld import models
+from handheld.errors import GateError, UsageError
+
+
+def _quiet() -> None:
+    """Keep what libraries say on import out of the terminal."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.disable(logging.WARNING)
+
+
+def _checkpoint_path(name: str) -> Path:
+    path = Path(name)
+    return path if path.exists() or os.sep in name else models.checkpoint(name)
+
+
+def export(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Folder in diffusers layout, .safetensors file, or model name.")
+    ],
+    target: Annotated[
+        list[str] | None, typer.Option("--target", "-t", help="Engine to lower for; repeatable.")
+    ] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--precision",
+            "-p",
+            help="fp32, int8, int4, int4g32 or int2, by rounding to nearest; layers that a "
+            "student has quantized already keep their codes. Repeatable.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The bundle; with several, the folder of bundles."),
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Picture width in pixels.")] = None,
+    height: Annotated[int | None, typer.Option(help="Picture height in pixels.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps to unroll.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddim, dpmpp2m or dmd.")] = None,
+    spacing: Annotated[str | None, typer.Option(help="trailing, leading or linspace.")] = None,
+    timesteps: Annotated[
+        str | None, typer.Option(help="Explicit timesteps, for example 999,749,499,249.")
+    ] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Prompt to prefetch; repeatable.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the reference picture.")] = 0,
+    references: Annotated[
+        bool, typer.Option(help="Let reference results of every call travel in the bundle.")
+    ] = False,
+    jobs: Annotated[int | None, typer.Option("--jobs", "-j", help="Worker processes.")] = None,
+    cache: Annotated[bool, typer.Option(help="Use artifacts lowered earlier.")] = True,
+    dry_run: Annotated[bool, typer.Option(help="Show the segments and stop.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Lower a checkpoint to verified bundles.
+
+    \b
+    handheld export critter --target litert-cpu --precision int8 -o build/critter
+    handheld export ./sdxl -t litert-cpu -t executorch-xnnpack -p int4 -o build/sdxl
+    handheld export critter --dry-run
+    """
+    _quiet()
+    targets_ = target or ["litert-cpu"]
+    precisions = precision or ["int8"]
+    chosen = [(t, p) for t in dict.fromkeys(targets_) for p in dict.fromkeys(precisions)]
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"--jobs {jobs} is not positive")
+    if output is None and not dry_run:
+        raise UsageError("no place for the bundle", remedy="give one with --output")
+    from handheld_export.checkpoint import Checkpoint
+    from handheld_export.export import Options, plan_segments
+    from handheld_export.export import export as run
+
+    source = Checkpoint(_checkpoint_path(checkpoint))
+    console = Console(stderr=True)
+    results = []
+    for name, level in chosen:
+        options = Options(
+            target=name,
+            precision=level,
+            width=width,
+            height=height,
+            sampler=sampler,
+            steps=steps,
+            spacing=spacing,
+            timesteps=_numbers(timesteps),
+            guidance=guidance,
+            prompts=tuple(prompt) if prompt else None,
+            seed=seed,
+            references=references,
+        )
+        if dry_run:
+            results.append({"target": name, "precision": level} | plan_segments(source, options))
+            continue
+        assert output is not None
+        place = output if len(chosen) == 1 else output / f"{source.name}-{name}-{level}"
+        began = time.perf_counter()
+        with _Bar(console, f"{name} {level}") as bar:
+            manifest = run(
+                source, options, place, jobs=jobs, progress=bar.progress, use_cache=cache
+            )
+        results.append(
+            {
+                "bundle": str(place),
+                "sha256": manifest.sha256,
+                "target": name,
+                "precision": level,
+                "artifacts": len(manifest.artifacts),
+                "bytes": sum(a.file.bytes for a in manifest.artifacts),
+                "snr_db": manifest.verification.snr_db,
+                "student_snr_db": manifest.verification.student_snr_db,
+                "psnr_db": manifest.verification.psnr_db,
+                "seconds": round(time.perf_counter() - began, 2),
+                "from_cache": bar.cached,
+                "lowered": bar.lowered,
+            }
+        )
+    if json_output:
+        sys.stdout.write(json.dumps(results, indent=2) + "\n")
+    elif dry_run:
+        for result in results:
+            _print_plan(result)
+    else:
+        _print_bundles(results)
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="The bundle.")],
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Checkpoint to compare with; by default the bundle's references or model."
+        ),
+    ] = None,
+    gate: Annotated[
+        Path | None,
+        typer.Option(help="TOML file with artifact_db and end_to_end_db per precision."),
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check the numerics of every artifact against torch; exit code 1 if a gate fails.
+
+    \b
+    handheld verify build/critter
+    handheld verify build/critter --checkpoint critter --json
+    """
+    _quiet()
+    from handheld.bundle import Bundle
+    from handheld_export.verify import verify as run
+
+    path = None if checkpoint is None else _checkpoint_path(checkpoint)
+    report = run(Bundle.open(bundle), path, gate)
+    if json_output:
+        sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n")
+    else:
+        table = Table(title=f"{report.target} {report.precision}, against the {report.reference}")
+        for column in ("artifact", "calls", "SNR dB", "gate dB", "max error", "partitions", ""):
+            table.add_column(column, justify="left" if column in ("artifact", "") else "right")
+        for row in report.rows:
+            table.add_row(
+                row.artifact,
+                str(row.calls),
+                f"{row.snr_db:.1f}",
+                f"{row.gate_db:.0f}",
+                f"{row.max_abs_error:.2g}",
+                "" if row.partitions is None else str(row.partitions),
+                "ok" if row.passed else "[red]FAILED[/red]",
+            )
+        whole = report.end_to_end
+        ok = whole.snr_db is not None and whole.snr_db >= report.gate_db
+        table.add_section()
+        table.add_row(
+            "end to end",
+            "",
+            f"{whole.snr_db:.1f}",
+            f"{report.gate_db:.0f}",
+            f"{whole.max_abs_error:.2g}",
+            "",
+            "ok" if ok else "[red]FAILED[/red]",
+        )
+        Console().print(table)
+        for problem in report.problems:
+            Console().print(f"[red]{problem}[/red]")
+    if not report.passed:
+        failed = [r.artifact for r in report.rows if not r.passed]
+        what = ", ".join(failed) or (report.problems[0] if report.problems else "end to end")
+        raise GateError(f"verification failed: {what}", path=bundle)
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(t) for t in text.split(","))
+    except ValueError:
+        raise UsageError(
+            f"--timesteps '{text}' is not a list of integers", remedy="write 999,749,499,249"
+        ) from None
+
+
+class _Bar:
+    """A progress bar over weights, with an estimate from the segments done in this run."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._title = title
+        self._task = self._bar.add_task(title, total=None, left="")
+        self._began = 0.0
+        self._weights = 0
+        self._lowered_weights = 0
+        self.cached = 0
+        self.lowered = 0
+        from handheld_export.export import Progress as Hooks
+
+        self.progress = Hooks(self._stage, self._planned, self._done)
+
+    def __enter__(self) -> _Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def _stage(self, name: str) -> None:
+        self._bar.update(self._task, description=f"{self._title}: {name}")
+
+    def _planned(self, count: int, weights: int) -> None:
+        self._began = time.perf_counter()
+        self._weights = weights
+        self._bar.update(self._task, total=count, left="estimating")
+
+    def _done(self, segment: str, weights: int, meta: dict[str, Any] | None) -> None:
+        if meta is None:
+            self.cached += 1
+            self._weights -= weights
+        else:
+            self.lowered += 1
+            self._lowered_weights += weights
+        left = ""
+        if self._lowered_weights:
+            spent = time.perf_counter() - self._began
+            rest = self._weights - self._lowered_weights
+            seconds = spent * rest / self._lowered_weights
+            left = f"about {seconds:.0f} s left" if rest > 0 else ""
+        self._bar.update(self._task, advance=1, left=left)
+
+
+def _print_bundles(results: list[dict[str, Any]]) -> None:
+    table = Table(title="bundles (sizes in MB = 10^6 bytes)")
+    for column in ("bundle", "artifacts", "MB", "SNR dB", "student dB", "PSNR dB", "s", "cached"):
+        table.add_column(column, justify="left" if column == "bundle" else "right", overflow="fold")
+    for r in results:
+        table.add_row(
+            r["bundle"],
+            str(r["artifacts"]),
+            f"{r['bytes'] / 1e6:.1f}",
+            f"{r['snr_db']:.1f}",
+            "" if r["student_snr_db"] is None else f"{r['student_snr_db']:.1f}",
+            f"{r['psnr_db']:.1f}",
+            f"{r['seconds']:.1f}",
+            f"{r['from_cache']}/{r['artifacts']}",
+        )
+    Console().print(table)
+
+
+def _print_plan(plan: dict[str, Any]) -> None:
+    table = Table(title=f"{plan['target']} {plan['precision']}: {plan['steps']} steps")
+    for column in ("segment", "units", "weights"):
+        table.add_column(column, justify="left" if column == "segment" else "right")
+    for s in plan["segments"]:
+        table.add_row(s["id"], str(s["units"]), f"{s['weights']:,}")
+    Console().print(table)
