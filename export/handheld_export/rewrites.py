@@ -22,11 +22,9 @@ from diffusers.models.activations import GEGLU, GELU, ApproximateGELU, FP32SiLU
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.vae import DecoderTiny
 from diffusers.models.downsampling import Downsample2D
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import (
-    Transformer2DModel,
-    Transformer2DModelOutput,
-)
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
@@ -51,7 +49,7 @@ def rewrite(module: nn.Module) -> nn.Module:
     copied = _copy(module)
     for name, layer in copied.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
-            layer.source_name = name  # type: ignore[assignment]
+            layer.source_name = name
     return _rewrite(copied, {})
 
 
@@ -160,7 +158,8 @@ class GatedGELU(nn.Module):
         self.value, self.gate = split_rows(geglu.proj, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.value(x) * F.gelu(self.gate(x))
+        y: Tensor = self.value(x) * F.gelu(self.gate(x))
+        return y
 
 
 class LinearGELU(nn.Module):
@@ -172,7 +171,8 @@ class LinearGELU(nn.Module):
         self.activation = TanhGELU() if gelu.approximate == "tanh" else nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.activation(self.proj(x))
+        y: Tensor = self.activation(self.proj(x))
+        return y
 
 
 class ExplicitAttention(nn.Module):
@@ -201,7 +201,7 @@ class ExplicitAttention(nn.Module):
         if len(shape) == 4:
             x = x.permute(0, 2, 3, 1).reshape(shape[0], -1, shape[1])
         context = x if encoder_hidden_states is None else encoder_hidden_states
-        y = self.to_out(self._attend(self.to_q(x), self.to_k(context), self.to_v(context)))
+        y: Tensor = self.to_out(self._attend(self.to_q(x), self.to_k(context), self.to_v(context)))
         if len(shape) == 4:
             y = y.reshape(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
         if self.residual:
@@ -260,7 +260,7 @@ class Resnet(nn.Module):
         self.skip_time_act, self.rescale = block.skip_time_act, float(block.output_scale_factor)
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *_: Any) -> Tensor:
-        x = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
+        x: Tensor = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
         if self.time_emb_proj is not None and temb is not None:
             t = temb if self.skip_time_act else self.nonlinearity(temb)
             t = self.time_emb_proj(t)
@@ -281,8 +281,8 @@ class Pointwise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        x = self.linear(x.permute(0, 2, 3, 1).reshape(n, h * w, c))
-        return x.reshape(n, h, w, -1).permute(0, 3, 1, 2)
+        y: Tensor = self.linear(x.permute(0, 2, 3, 1).reshape(n, h * w, c))
+        return y.reshape(n, h, w, -1).permute(0, 3, 1, 2)
 
 
 class NearestUpsample(nn.Module):
@@ -315,7 +315,7 @@ class Upsample(nn.Module):
         h, w = hidden_states.shape[2:]
         if output_size is not None and tuple(output_size) != (2 * h, 2 * w):
             raise ValueError("upsampling by other than two is not supported")
-        x = self.nearest(hidden_states)
+        x: Tensor = self.nearest(hidden_states)
         return x if self.conv is None else self.conv(x)
 
 
@@ -328,7 +328,8 @@ class Downsample(nn.Module):
 
     def forward(self, hidden_states: Tensor, *_: Any) -> Tensor:
         x = F.pad(hidden_states, (0, 1, 0, 1)) if self.pad else hidden_states
-        return self.conv(x)
+        y: Tensor = self.conv(x)
+        return y
 
 
 class TinyBlock(nn.Module):
@@ -340,7 +341,8 @@ class TinyBlock(nn.Module):
         self.skip = None if isinstance(block.skip, nn.Identity) else block.skip
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fuse(self.conv(x) + (x if self.skip is None else self.skip(x)))
+        y: Tensor = self.fuse(self.conv(x) + (x if self.skip is None else self.skip(x)))
+        return y
 
 
 class TinyDecoder(nn.Module):
@@ -351,7 +353,8 @@ class TinyDecoder(nn.Module):
         self.layers = decoder.layers
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(torch.tanh(x * (1 / 3)) * 3) * 2 - 1
+        y: Tensor = self.layers(torch.tanh(x * (1 / 3)) * 3) * 2 - 1
+        return y
 
 
 def split_rows(layer: nn.Linear, parts: int) -> tuple[nn.Linear, ...]:
@@ -364,7 +367,7 @@ def split_rows(layer: nn.Linear, parts: int) -> tuple[nn.Linear, ...]:
         part = _make_linear(layer.weight.detach()[start:stop], bias)
         if quantized := quantized_of(layer):
             part.quantized = quantized.rows(start, stop)  # type: ignore[assignment]
-        part.source_name = getattr(layer, "source_name", "")
+        part.source_name = source_of(layer)  # type: ignore[assignment]
         result.append(part)
     return tuple(result)
 
@@ -372,6 +375,12 @@ def split_rows(layer: nn.Linear, parts: int) -> tuple[nn.Linear, ...]:
 def quantized_of(layer: nn.Module) -> QuantizedWeight | None:
     """Return the codes a layer carries."""
     return getattr(layer, "quantized", None)
+
+
+def source_of(layer: object) -> str:
+    """Return the path of the layer in the module that was rewritten."""
+    name: str = getattr(layer, "source_name", "")
+    return name
 
 
 def range_of(layer: nn.Module) -> ActivationRange | None:
@@ -403,7 +412,7 @@ def _linear(layer: nn.Module) -> nn.Linear:
         result.quantized = QuantizedWeight(  # type: ignore[assignment]
             q.grid, codes, q.scales, q.group_size, q.codebook
         )
-    result.source_name = getattr(layer, "source_name", "")
+    result.source_name = source_of(layer)  # type: ignore[assignment]
     return result
 
 
@@ -414,26 +423,26 @@ def _replace_conv(conv: nn.Conv2d) -> nn.Module:
     return conv
 
 
-def _replace_attention(attention: Attention) -> nn.Module:
+def _replace_attention(attention: Any) -> Any:
     special = ("norm_q", "norm_k", "norm_cross", "spatial_norm", "added_kv_proj_dim")
     if any(getattr(attention, name, None) is not None for name in special):
         return attention
     return ExplicitAttention(attention)
 
 
-def _replace_transformer(model: Transformer2DModel) -> nn.Module:
+def _replace_transformer(model: Any) -> Any:
     if not model.is_input_continuous or model.config.norm_type != "layer_norm":
         return model
     return SpatialTransformer(model)
 
 
-def _replace_resnet(block: ResnetBlock2D) -> nn.Module:
+def _replace_resnet(block: Any) -> Any:
     if block.time_embedding_norm != "default" or block.up or block.down:
         return block
     return Resnet(block)
 
 
-def _replace_upsample2d(block: Upsample2D) -> nn.Module:
+def _replace_upsample2d(block: Any) -> Any:
     if block.norm is not None or block.use_conv_transpose or not block.interpolate:
         return block
     return Upsample(block)

@@ -1,0 +1,417 @@
+"""Segments as ExecuTorch programs: one delegate, the student's codes, near torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.autoencoders.vae import DecoderTiny
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+from handheld.errors import TargetError
+from handheld.program import Ports, TensorSpec
+from handheld_export import xnnpack
+from handheld_export.quantization import ActivationRange, QuantizedWeight, round_to_nearest
+from handheld_export.targets.base import SegmentInput
+from handheld_export.targets.executorch_xnnpack import ExecuTorchXNNPACK
+
+TARGET = ExecuTorchXNNPACK()
+
+
+class Line(nn.Module):
+    """Modules one after the other; inputs by rank: picture, time embedding, context."""
+
+    def __init__(self, *steps):
+        super().__init__()
+        self.steps = nn.ModuleList(steps)
+        self.kinds = [type(s).__name__ for s in steps]
+
+    def forward(self, x, *rest):
+        more = {r.dim(): r for r in rest}
+        x = x.permute(0, 3, 1, 2)
+        for kind, step in zip(self.kinds, self.steps, strict=True):
+            if kind == "ResnetBlock2D":
+                x = step(x, more.get(2))
+            elif kind == "Transformer2DModel":
+                (x,) = step(x, encoder_hidden_states=more[3], return_dict=False)
+            else:
+                x = step(x)
+        return (x.permute(0, 2, 3, 1),)
+
+
+def randomize(module):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if p.ndim == 1:
+                p.copy_(1 + 0.2 * noise if "weight" in name else 0.1 * noise)
+            else:
+                p.copy_(noise / p[0].numel() ** 0.5)
+    return module.eval()
+
+
+def resnet(inputs, outputs):
+    return ResnetBlock2D(in_channels=inputs, out_channels=outputs, temb_channels=64, groups=32)
+
+
+def transformer(channels, *, linear=True):
+    return Transformer2DModel(
+        2,
+        channels // 2,
+        channels,
+        cross_attention_dim=96,
+        use_linear_projection=linear,
+    )
+
+
+TIME, CONTEXT = (1, 64), (1, 77, 96)
+CASES = {
+    "convolution": lambda: (Line(nn.Conv2d(4, 64, 3, padding=1)), [(1, 16, 16, 4)]),
+    "resnet": lambda: (Line(resnet(64, 64)), [(1, 8, 12, 64), TIME]),
+    "resnet with shortcut": lambda: (Line(resnet(64, 128)), [(1, 8, 8, 64), TIME]),
+    "transformer": lambda: (Line(transformer(64)), [(1, 8, 8, 64), CONTEXT]),
+    "transformer, convolutions": lambda: (
+        Line(transformer(64, linear=False)),
+        [(1, 8, 8, 64), CONTEXT],
+    ),
+    "upsampler": lambda: (Line(Upsample2D(64, True)), [(1, 8, 6, 64)]),
+    "downsampler": lambda: (Line(Downsample2D(64, True)), [(1, 8, 8, 64)]),
+    "downsampler, asymmetric": lambda: (
+        Line(Downsample2D(64, True, padding=0)),
+        [(1, 8, 8, 64)],
+    ),
+    "mid block": lambda: (
+        Line(UNetMidBlock2D(64, temb_channels=None, attention_head_dim=64, resnet_groups=32)),
+        [(1, 8, 8, 64)],
+    ),
+    "tiny decoder": lambda: (
+        Line(DecoderTiny(4, 3, (1, 1), (32, 32), 2, "relu", "nearest")),
+        [(1, 8, 8, 4)],
+    ),
+    "resnet and transformer": lambda: (
+        Line(resnet(96, 64), transformer(64)),
+        [(1, 8, 8, 96), TIME, CONTEXT],
+    ),
+}
+GRIDS = {
+    "int8": ("int8", None),
+    "int4": ("int4", None),
+    "int4g32": ("int4", 32),
+    "int2": ("int2", None),
+}
+
+
+def segment(module, shapes):
+    generator = torch.Generator().manual_seed(2)
+    examples = [torch.randn(s, generator=generator) for s in shapes]
+    with torch.no_grad():
+        outputs = module(*examples)
+    ports = Ports(
+        inputs={f"in{i}": TensorSpec(shape=tuple(x.shape)) for i, x in enumerate(examples)},
+        outputs={f"out{i}": TensorSpec(shape=tuple(x.shape)) for i, x in enumerate(outputs)},
+    )
+    return SegmentInput("unet.00", module, ports, examples)
+
+
+def layers_of(module):
+    return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+
+
+def attach(layer, quantized):
+    layer.quantized = quantized
+    layer.weight = nn.Parameter(torch.from_numpy(quantized.dequantize()), requires_grad=False)
+
+
+def quantize(item, choose):
+    """Round layers to what ``choose(name, layer)`` says, then calibrate."""
+    layers = layers_of(item.module)
+    for name, layer in layers.items():
+        if choice := choose(name, layer):
+            attach(layer, round_to_nearest(layer.weight.detach().numpy(), *choice))
+
+    def observe(layer, arguments, output):
+        low, high = float(arguments[0].min()), float(arguments[0].max())
+        layer.activation_range = ActivationRange(
+            low, high, float(output.min()), float(output.max())
+        )
+
+    handles = [m.register_forward_hook(observe) for m in layers.values()]
+    with torch.no_grad():
+        item.module(*item.examples)
+    for handle in handles:
+        handle.remove()
+
+
+def run(item, path):
+    lowered = TARGET.lower(item, path)
+    results = TARGET.load(path, item.ports)(*(x.numpy() for x in item.examples))
+    with torch.no_grad():
+        expected = [y.numpy() for y in item.module(*item.examples)]
+    for result, y in zip(results, expected, strict=True):
+        assert result.shape == y.shape
+        assert result.flags.c_contiguous
+    return lowered, min(snr(y, r) for y, r in zip(expected, results, strict=True))
+
+
+def snr(reference, x):
+    reference, x = reference.astype(np.float64), x.astype(np.float64)
+    return 10 * np.log10((reference**2).sum() / max(((reference - x) ** 2).sum(), 1e-30))
+
+
+def stored(path):
+    """Each quantized constant of an artifact with the bytes of its codes and scales."""
+    graph, data = xnnpack._read(path)
+    found = []
+    for value in graph["xvalues"]:
+        union = value["xvalue_union"]
+        if "quant_params" in union and union["tensor_value"]["constant_buffer_idx"]:
+            tensor, params = union["tensor_value"], union["quant_params"]
+            codes = data(tensor["constant_buffer_idx"])
+            found.append((tensor, codes, data(params["scale_buffer_idx"])))
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_float(case, tmp_path):
+    item = segment(*(lambda m, s: (randomize(m), s))(*CASES[case]()))
+    lowered, db = run(item, tmp_path / "a.pte")
+    assert db >= 90
+    assert lowered.partitions == 1
+    assert lowered.notes == ()
+    graph, _ = xnnpack._read(tmp_path / "a.pte")
+    kinds = [n["xnode_union_type"] for n in graph["xnodes"]]
+    transposes = 8 if "transformer" in case else 1 if "mid" in case else 0
+    assert kinds.count("XNNStaticTranspose") == transposes
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(
+    "case",
+    ["resnet with shortcut", "transformer", "transformer, convolutions", "mid block"],
+)
+def test_quantized(case, grid, tmp_path):
+    module, shapes = CASES[case]()
+    item = segment(randomize(module), shapes)
+    quantize(
+        item, lambda _, layer: GRIDS[grid] if isinstance(layer, nn.Linear) else (GRIDS[grid][0],)
+    )
+    lowered, db = run(item, tmp_path / "a.pte")
+    assert db >= 35
+    assert lowered.partitions == 1
+    linear = [m for m in layers_of(module).values() if isinstance(m, nn.Linear)]
+    assert len(lowered.notes) == (0 if grid != "int4g32" else _groups(linear))
+
+
+def _groups(linear):
+    # GEGLU's projection is noted once for each half.
+    return sum(2 if m.out_features == 8 * m.in_features else 1 for m in linear)
+
+
+@pytest.mark.parametrize("case", ["tiny decoder", "upsampler", "downsampler, asymmetric"])
+def test_convolutions_run_in_int8(case, tmp_path):
+    module, shapes = CASES[case]()
+    item = segment(randomize(module), shapes)
+    quantize(item, lambda *_: ("int8",))
+    _, db = run(item, tmp_path / "a.pte")
+    assert db >= 35
+    graph, _ = xnnpack._read(tmp_path / "a.pte")
+    for node in graph["xnodes"]:
+        if node["xnode_union_type"] == "XNNConv2d":
+            value = graph["xvalues"][node["xnode_union"]["input1_id"]]["xvalue_union"]
+            assert value["tensor_value"]["datatype"] == "xnn_datatype_qint8"
+
+
+def test_convolutions_in_a_row_stay_in_int8(tmp_path):
+    block = nn.Sequential(
+        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1)
+    )
+    item = segment(randomize(Line(block)), [(1, 8, 8, 32)])
+    quantize(item, lambda *_: ("int8",))
+    _, db = run(item, tmp_path / "a.pte")
+    assert db >= 35
+    graph, _ = xnnpack._read(tmp_path / "a.pte")
+    kinds = [n["xnode_union_type"] for n in graph["xnodes"]]
+    assert kinds == ["XNNConvert", "XNNConv2d", "XNNConv2d", "XNNConvert"]
+
+
+def mixed(name, layer):
+    if isinstance(layer, nn.Conv2d):
+        return ("int8",)
+    if name.endswith("to_q"):
+        return ("int2",)
+    if name.endswith("to_k"):
+        return ("int4", 32)
+    if name.endswith("to_v"):
+        return ("int8",)
+    if name.endswith("proj_in"):
+        return None
+    return ("int4",)
+
+
+def test_mixed_bits_are_stored_bit_for_bit(tmp_path):
+    module, shapes = CASES["resnet and transformer"]()
+    item = segment(randomize(module), shapes)
+    quantize(item, mixed)
+    lowered, db = run(item, tmp_path / "a.pte")
+    assert db >= 35
+    assert all("to_k" in note for note in lowered.notes)
+    found = stored(tmp_path / "a.pte")
+    for name, layer in layers_of(module).items():
+        weight = getattr(layer, "quantized", None)
+        if weight is None:
+            continue
+        parts = [weight]
+        if "ff.net.0.proj" in name:
+            half = layer.out_features // 2
+            parts = [weight.rows(0, half), weight.rows(half, 2 * half)]
+        for part in parts:
+            assert any(matches(part, *entry) for entry in found), name
+
+
+def matches(weight, tensor, codes, scales):
+    if weight.group_size:
+        bits = torch.from_numpy(weight.scales).bfloat16().view(torch.int16).numpy().tobytes()
+    else:
+        bits = weight.scales.tobytes()
+    if weight.codes.ndim == 4 and weight.codes.shape[2:] != (1, 1):
+        expected, packed = weight.codes.transpose(0, 2, 3, 1), False
+    else:
+        expected = weight.codes.reshape(weight.codes.shape[:2])
+        packed = weight.grid != "int8"
+    if list(expected.shape) != tensor["dims"] or scales != bits:
+        return False
+    if not packed:
+        return codes == np.ascontiguousarray(expected).tobytes()
+    low = np.frombuffer(codes, np.uint8).reshape(expected.shape[0], -1)
+    both = np.empty(expected.shape, np.int16)
+    both[:, ::2], both[:, 1::2] = low & 15, low >> 4
+    return np.array_equal(both - 8, expected)
+
+
+def test_check_finds_a_changed_code(tmp_path):
+    module, shapes = CASES["resnet with shortcut"]()
+    item = segment(randomize(module), shapes)
+    quantize(item, lambda *_: ("int8",))
+    result = xnnpack.lower(module, item.examples, tmp_path / "a.pte")
+    xnnpack.check(tmp_path / "a.pte", result.layers)
+    assert {x.name for x in result.layers} == set(layers_of(module))
+    for layer in result.layers:
+        codes = layer.weight.codes.copy()
+        codes.flat[7] ^= 1
+        other = replace(layer, weight=replace(layer.weight, codes=codes))
+        with pytest.raises(TargetError, match=f"'{layer.name}'.*codes"):
+            xnnpack.check(tmp_path / "a.pte", [other])
+        other = replace(layer, weight=replace(layer.weight, scales=layer.weight.scales * 2))
+        with pytest.raises(TargetError, match="scales"):
+            xnnpack.check(tmp_path / "a.pte", [other])
+
+
+def test_same_codes_under_other_scales_stay_apart(tmp_path):
+    first, second = nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)
+    item = segment(randomize(nn.Sequential(first, second, Tuple())), [(1, 32)])
+    weight = round_to_nearest(first.weight.detach().numpy(), "int4")
+    attach(first, weight)
+    attach(second, replace(weight, scales=weight.scales * 3))
+    _, db = run(item, tmp_path / "a.pte")
+    assert db >= 35
+    graph, _ = xnnpack._read(tmp_path / "a.pte")
+    keys = [c["named_key"] for c in graph["constant_data"][1:]]
+    assert len(set(keys)) == 4
+
+
+class Tuple(nn.Module):
+    def forward(self, x):
+        return (x,)
+
+
+class Several(nn.Module):
+    def forward(self, x, y):
+        z = x.permute(0, 3, 1, 2)
+        return x, z.permute(0, 2, 3, 1) + y, z.reshape(1, -1), z, torch.cat([x, y] * 3, 3)
+
+
+def test_results_in_any_layout(tmp_path):
+    item = segment(Several(), [(1, 4, 6, 8), (1, 4, 6, 8)])
+    _, db = run(item, tmp_path / "a.pte")
+    assert db >= 250
+
+
+def test_bfloat16_scales_pass_through(tmp_path):
+    layer = nn.Linear(64, 32)
+    item = segment(randomize(nn.Sequential(layer, Tuple())), [(3, 64)])
+    weight = round_to_nearest(layer.weight.detach().numpy(), "int4", 32)
+    scales = torch.from_numpy(weight.scales).bfloat16().float().numpy()
+    attach(layer, replace(weight, scales=scales))
+    lowered, db = run(item, tmp_path / "a.pte")
+    assert db >= 35
+    assert lowered.notes == ()
+
+
+def test_convolution_without_range_is_refused_by_name(tmp_path):
+    module, shapes = CASES["resnet"]()
+    item = segment(randomize(module), shapes)
+    quantize(item, lambda *_: ("int8",))
+    del module.steps[0].conv2.activation_range
+    with pytest.raises(TargetError, match=r"steps\.0\.conv2.*activation range") as error:
+        TARGET.lower(item, tmp_path / "a.pte")
+    assert "calibrate" in error.value.remedy
+    assert not (tmp_path / "a.pte").exists()
+
+
+def test_grids_that_do_not_run_are_refused(tmp_path):
+    layer = nn.Linear(64, 32)
+    item = segment(randomize(nn.Sequential(layer, Tuple())), [(1, 64)])
+    codes = np.zeros((32, 64), np.int8)
+    palette = QuantizedWeight(
+        "palette", codes, np.ones(32, np.float32), None, np.array([0.5], np.float32)
+    )
+    weight = layer.weight.detach().numpy()
+    for quantized, reason in (
+        (palette, "palette"),
+        (round_to_nearest(weight, "int8", 32), "int8 in groups"),
+        (round_to_nearest(weight, "int4", 16), "multiple of 32"),
+    ):
+        layer.quantized = quantized
+        with pytest.raises(TargetError, match=f"layer '0'.*{reason}"):
+            TARGET.lower(item, tmp_path / "a.pte")
+
+
+def test_unknown_operators_are_refused(tmp_path):
+    class Sorted(nn.Module):
+        def forward(self, x):
+            return (torch.sort(x)[0],)
+
+    item = segment(Sorted(), [(1, 8)])
+    with pytest.raises(TargetError, match=r"aten\.sort\.default has no XNNPACK form"):
+        TARGET.lower(item, tmp_path / "a.pte")
+
+
+def test_shapes_must_be_those_of_the_ports(tmp_path):
+    item = segment(nn.Sequential(nn.Linear(8, 8), Tuple()), [(1, 8)])
+    wrong = Ports(inputs=item.ports.inputs, outputs={"y": TensorSpec(shape=(1, 9))})
+    with pytest.raises(TargetError, match="shapes"):
+        TARGET.lower(replace(item, ports=wrong), tmp_path / "a.pte")
+
+
+def test_lowering_twice_gives_the_same_bytes(tmp_path):
+    module, shapes = CASES["resnet and transformer"]()
+    item = segment(randomize(module), shapes)
+    quantize(item, mixed)
+    TARGET.lower(item, tmp_path / "a.pte")
+    TARGET.lower(item, tmp_path / "b.pte")
+    assert (tmp_path / "a.pte").read_bytes() == (tmp_path / "b.pte").read_bytes()
+
+
+def test_versions_and_missing():
+    assert TARGET.missing() is None
+    assert next(iter(TARGET.versions())) == "executorch"
+    assert json.dumps(TARGET.versions())
