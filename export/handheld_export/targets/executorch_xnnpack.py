@@ -42,6 +42,7 @@ class ExecuTorchXNNPACK(Target):
     suffix: ClassVar[str] = ".pte"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8", "int4", "int4g32", "int2")
     segment_weights: ClassVar[int] = 80_000_000
+    needs_ranges: ClassVar[bool] = True
 
     def missing(self) -> str | None:
         """Return what to install, or None."""
