@@ -455,7 +455,7 @@ def write(
         If manifest and files do not fit together.
     """
     target = Path(path)
-    _check_replaceable(target, zipped)
+    check_replaceable(target, zipped)
     if not zipped:
         with replaced_folder(target) as temporary:
             _fill(temporary, manifest, files, target)
@@ -604,7 +604,8 @@ def _walk(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _check_replaceable(path: Path, zipped: bool) -> None:
+def check_replaceable(path: Path, zipped: bool = False) -> None:
+    """Raise OutputError if something that is not a bundle is at ``path``."""
     if not path.exists() and not path.is_symlink():
         return
     if zipped and path.is_file() and zipfile.is_zipfile(path):

@@ -104,3 +104,15 @@ class GateError(HandheldError):
 
     exit_code = 1
     code = "gate"
+
+
+class RecordError(HandheldError):
+    """A file of run records cannot be read."""
+
+    code = "record"
+
+
+class DeviceError(HandheldError):
+    """A device is unknown, gone or cannot do what was asked."""
+
+    code = "device"

@@ -125,3 +125,8 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
+
+
+def weights_cache(bundle_sha256: str, threads: int) -> Path:
+    """Return the folder for a bundle's packed weights."""
+    return cache_root() / "weights" / bundle_sha256[:16] / f"threads{threads}"

@@ -1,0 +1,5 @@
+"""``python -m handheld``."""
+
+from handheld.cli import main
+
+main()

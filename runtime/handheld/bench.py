@@ -1,0 +1,447 @@
+"""Benchmarks: latency and memory of bundles on devices, as run records.
+
+A record is made of three processes of the harness. The first finds no packed weights
+(first-ever), the second measures times, the third does nothing but show its memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from handheld import __version__
+from handheld.bundle import Bundle
+from handheld.devices.base import Device, Place
+from handheld.errors import BundleError, HandheldError, UsageError
+from handheld.files import output_errors, weights_cache
+from handheld.manifest import Size
+from handheld.protocol import (
+    Done,
+    Event,
+    Hello,
+    Iteration,
+    Job,
+    Load,
+    Memory,
+    Output,
+    Residency,
+    TensorFile,
+    Thermal,
+)
+from handheld.records import (
+    BundleFacts,
+    Check,
+    Heat,
+    MemoryFigures,
+    Pass,
+    RunRecord,
+    Settings,
+    new_id,
+    noise_reasons,
+)
+
+MIN_PSNR_DB = 30.0
+CAP_DB = 999.0
+Purpose = Literal["first-ever", "latency", "memory"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run a bundle.
+
+    Parameters
+    ----------
+    size : str or None
+        Key of the manifest's sizes; None takes the reference's.
+    residency : Residency
+    threads, warmup, iterations : int
+    min_seconds : float
+        Timed iterations go on until this has passed as well.
+    seed : int or None
+        None takes the reference's, whose picture is then compared.
+    cache : bool
+        Keep packed weights in files.
+    first_ever : bool
+        Also measure a start without packed weights.
+    timeout_s : float or None
+        Of each process.
+    min_psnr_db : float
+        A picture further than this from the reference is wrong.
+    """
+
+    size: str | None = None
+    residency: Residency = "resident"
+    threads: int = 2
+    warmup: int = 1
+    iterations: int = 5
+    min_seconds: float = 0.0
+    seed: int | None = None
+    cache: bool = True
+    first_ever: bool = True
+    timeout_s: float | None = 3600.0
+    min_psnr_db: float = MIN_PSNR_DB
+
+
+Progress = Callable[[Purpose, Event | None], None]
+"""Told of a pass when it starts (None) and of every event in it."""
+
+
+def run(
+    bundle: Bundle,
+    device: Device,
+    options: Options,
+    *,
+    command: tuple[str, ...] = (),
+    progress: Progress = lambda purpose, event: None,
+    keep: Callable[[RunRecord], None] = lambda record: None,
+) -> RunRecord:
+    """Run a bundle on a device and return what was seen.
+
+    Whatever happens once the device is ready, ``keep`` is told the record, complete or not;
+    after a KeyboardInterrupt it is raised again.
+
+    Raises
+    ------
+    UsageError
+        If the bundle has nothing to run with.
+    HarnessError, DeviceError
+        If the device cannot run bundles at all.
+    """
+    size_name, size = bundle.size(options.size)
+    with _inputs(bundle, size_name, size, options) as given, device.prepare(bundle) as place:
+        attempt = _Attempt(bundle, place, options, size_name, given, progress)
+        started = datetime.now(UTC)
+        heat_start = device.heat()
+        facts = device.facts()
+        status: Literal["ok", "failed", "partial"] = "ok"
+        error: str | None = None
+        interrupt: KeyboardInterrupt | None = None
+        try:
+            attempt.run()
+        except KeyboardInterrupt as e:
+            interrupt = e
+            status, error = "partial", "interrupted"
+        except HandheldError as e:
+            status, error = "failed", str(e)
+            if any(p.iterations for p in attempt.passes):
+                status = "partial"
+        heat_end = device.heat()
+        check = attempt.check
+        if status == "ok" and check is not None and not check.matches:
+            status = "failed"
+            error = f"the picture is wrong: {check.psnr_db:.1f} dB from the reference"
+        hello = next((p.hello for p in attempt.passes if p.hello), None)
+        if hello is not None:
+            facts = facts.model_copy(update={"engines": hello.engines})
+        latency = next((p for p in attempt.passes if p.purpose == "latency"), None)
+        record = RunRecord(
+            id=new_id(started),
+            status=status,
+            error=error,
+            started=started,
+            finished=datetime.now(UTC),
+            handheld=__version__,
+            command=command,
+            device=facts,
+            bundle=BundleFacts(
+                sha256=bundle.sha256,
+                model=bundle.manifest.model.id,
+                target=bundle.manifest.target,
+                precision=bundle.manifest.precision,
+                size=size_name,
+                steps=bundle.manifest.model.steps,
+                bytes=bundle.nbytes,
+            ),
+            settings=Settings(
+                residency=options.residency,
+                threads=options.threads,
+                seed=given.seed,
+                warmup=options.warmup,
+                iterations=options.iterations,
+                min_seconds=options.min_seconds,
+                inputs=given.source,
+                cache=options.cache,
+            ),
+            passes=tuple(attempt.passes),
+            memory=_memory(attempt.passes),
+            heat_start=heat_start,
+            heat_end=heat_end,
+            check=check,
+            noisy=noise_reasons(
+                latency.milliseconds("timed") if latency else [], heat_start, facts
+            ),
+            throttled=_throttled(attempt.passes, heat_start, heat_end),
+        )
+    keep(record)
+    if interrupt is not None:
+        raise interrupt
+    return record
+
+
+def compare(
+    picture: NDArray[np.uint8], reference: NDArray[np.uint8], min_psnr_db: float = MIN_PSNR_DB
+) -> Check:
+    """Compare a picture with the bundle's reference.
+
+    Raises
+    ------
+    BundleError
+        If their sizes differ.
+    """
+    if picture.size != reference.size:
+        raise BundleError(f"the picture has {picture.size} bytes, the reference {reference.size}")
+    ours, theirs = picture.ravel().astype(np.float64), reference.ravel().astype(np.float64)
+    squares = float(((ours - theirs) ** 2).sum())
+
+    def decibels(signal: float) -> float:
+        if squares == 0.0:
+            return CAP_DB
+        return float(min(CAP_DB, 10 * np.log10(signal / squares))) if signal else -CAP_DB
+
+    return Check(
+        sha256=_digest(picture),
+        reference_sha256=_digest(reference),
+        snr_db=decibels(float((theirs**2).sum())),
+        psnr_db=decibels(255.0**2 * ours.size),
+        max_abs_error=int(np.abs(ours - theirs).max()),
+        min_psnr_db=min_psnr_db,
+    )
+
+
+def _digest(picture: NDArray[np.uint8]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(picture).tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What the program is run with."""
+
+    inputs: dict[str, TensorFile]
+    seed: int
+    source: Literal["reference", "prefetched"]
+    picture: NDArray[np.uint8] | None
+    """What must come out, if that is known."""
+
+
+@contextmanager
+def _inputs(bundle: Bundle, size_name: str, size: Size, options: Options) -> Iterator[_Given]:
+    reference = bundle.manifest.reference
+    if reference is not None and reference.size == size_name:
+        path = str(bundle.file(reference.file))
+        seed = reference.seed if options.seed is None else options.seed
+        yield _Given(
+            inputs={
+                item.name: TensorFile(path=path, tensor=f"input.{item.name}")
+                for item in size.program.inputs
+                if item.role != "noise"
+            },
+            seed=seed,
+            source="reference",
+            picture=bundle.reference().get("picture") if seed == reference.seed else None,
+        )
+        return
+    text = bundle.manifest.text
+    if text.prefetched is None or not text.prefetched.prompts:
+        raise UsageError(
+            f"holds neither a reference for {size_name} nor prompts to run it with",
+            path=bundle.path,
+            remedy="export it with prompts",
+        )
+    found = bundle.prefetched(text.prefetched.prompts[0])
+    assert found is not None
+    tensors: dict[str, NDArray[Any]] = {}
+    for item in size.program.inputs:
+        value = {"prompt_embeds": found[0], "pooled": found[1]}.get(item.role)
+        if item.role == "noise":
+            continue
+        if value is None:
+            raise UsageError(
+                f"nothing is known for the input '{item.name}'",
+                path=bundle.path,
+                remedy="bench the size that the reference has",
+            )
+        spec = size.program.tensors[item.name]
+        tensors[item.name] = (
+            np.zeros(spec.shape, spec.dtype)
+            if item.negative
+            else value.reshape(spec.shape).astype(spec.dtype)
+        )
+    with tempfile.TemporaryDirectory(prefix="handheld-") as folder:
+        file = Path(folder) / "inputs.safetensors"
+        with output_errors(file):
+            save_file(tensors, file)
+        yield _Given(
+            inputs={name: TensorFile(path=str(file), tensor=name) for name in tensors},
+            seed=options.seed or 0,
+            source="prefetched",
+            picture=None,
+        )
+
+
+@dataclass
+class _Attempt:
+    bundle: Bundle
+    place: Place
+    options: Options
+    size: str
+    given: _Given
+    progress: Progress
+    passes: list[Pass] = field(default_factory=list)
+    check: Check | None = None
+
+    def run(self) -> None:
+        """Run all passes."""
+        options = self.options
+        cache = None
+        if options.cache:
+            cache = str(weights_cache(self.bundle.sha256, options.threads))
+        if cache is not None and options.first_ever:
+            self.place.forget_cache(cache)
+            self._pass("first-ever", self._job(cache))
+        with tempfile.TemporaryDirectory(prefix="handheld-") as name:
+            output = Path(name) / "picture.raw"
+            job = self._job(cache).model_copy(
+                update={
+                    "warmup": options.warmup,
+                    "iterations": options.iterations,
+                    "min_seconds": options.min_seconds,
+                    "output": str(output),
+                }
+            )
+            self._pass("latency", job)
+            self._compare(output)
+        self._pass("memory", self._job(cache))
+        digests = {o.sha256 for p in self.passes for o in p.outputs if o.role == "picture"}
+        if len(digests) > 1:
+            raise BundleError(
+                "one seed gave different pictures in different runs",
+                path=self.bundle.path,
+                remedy="report it: an engine is not deterministic",
+            )
+
+    def _job(self, cache: str | None) -> Job:
+        return Job(
+            bundle=str(self.bundle.path.resolve()),
+            size=self.size,
+            seed=self.given.seed,
+            inputs=self.given.inputs,
+            residency=self.options.residency,
+            threads=self.options.threads,
+            cache=cache,
+            warmup=0,
+            iterations=1,
+            # Checked when the bundle was opened; here it would count as start-up time.
+            verify_hashes=False,
+        )
+
+    def _pass(self, purpose: Purpose, job: Job) -> None:
+        self.progress(purpose, None)
+        seen: dict[str, list[Any]] = {
+            "loads": [],
+            "iterations": [],
+            "memory": [],
+            "thermal": [],
+            "outputs": [],
+        }
+        names = {
+            Load: "loads",
+            Iteration: "iterations",
+            Memory: "memory",
+            Thermal: "thermal",
+            Output: "outputs",
+        }
+        values: dict[str, Any] = {}
+        started = datetime.now(UTC)
+        events = self.place.run(job, self.options.timeout_s)
+        try:
+            for received in events:
+                event = received.event
+                if (name := names.get(type(event))) is not None:
+                    seen[name].append(event)
+                if isinstance(event, Hello):
+                    values.update(hello=event, spawn_to_hello_ms=received.since_spawn_ms)
+                if isinstance(event, Iteration):
+                    values.setdefault("spawn_to_first_ms", received.since_spawn_ms)
+                if isinstance(event, Done):
+                    values["done"] = True
+                self.progress(purpose, event)
+        except KeyboardInterrupt:
+            values["error"] = "interrupted"
+            raise
+        except HandheldError as error:
+            values["error"] = str(error)
+            raise
+        finally:
+            events.close()
+            self.passes.append(
+                Pass(
+                    purpose=purpose,
+                    started=started,
+                    finished=datetime.now(UTC),
+                    **{k: tuple(v) for k, v in seen.items()},
+                    **values,
+                )
+            )
+
+    def _compare(self, output: Path) -> None:
+        if self.given.picture is None:
+            return
+        picture = np.fromfile(output, dtype=np.uint8) if output.is_file() else None
+        if picture is None:
+            raise BundleError("the harness wrote no picture", path=self.bundle.path)
+        self.check = compare(picture, self.given.picture, self.options.min_psnr_db)
+
+
+def _memory(passes: list[Pass]) -> MemoryFigures | None:
+    chosen = next((p for p in passes if p.purpose == "memory" and p.done), None)
+    separate = chosen is not None
+    chosen = chosen or next((p for p in passes if p.memory), None)
+    if chosen is None or not chosen.memory:
+        return None
+
+    def largest(name: str) -> int | None:
+        values = [v for m in chosen.memory if (v := getattr(m, name)) is not None]
+        return max(values, default=None)
+
+    peak = largest("peak_rss")
+    swapped = [m.rss + m.swap for m in chosen.memory if m.rss is not None and m.swap]
+    if peak is not None:
+        peak = max([peak, *swapped])
+    not_counted = []
+    if largest("dma_buf") is None:
+        not_counted.append("dma-buf memory of accelerators")
+    if largest("phys_footprint") is None:
+        not_counted.append("memory of other processes on this one's behalf")
+    return MemoryFigures(
+        separate_pass=separate,
+        peak_rss=peak,
+        anon=largest("anon"),
+        file=largest("file"),
+        swap=largest("swap"),
+        base_rss=chosen.hello.base_rss_bytes if chosen.hello else None,
+        activations=largest("activations"),
+        dma_buf=largest("dma_buf"),
+        phys_footprint=largest("phys_footprint_peak") or largest("phys_footprint"),
+        not_counted=tuple(not_counted),
+    )
+
+
+def _throttled(passes: list[Pass], start: Heat, end: Heat) -> bool | None:
+    statuses = [t.status for p in passes for t in p.thermal if t.status is not None]
+    statuses += [h.status for h in (start, end) if h.status is not None]
+    known = bool(statuses)
+    hot = any(s >= 2 for s in statuses)
+    if start.throttle_events is not None and end.throttle_events is not None:
+        known = True
+        hot = hot or end.throttle_events > start.throttle_events
+    return hot if known else None

@@ -1,0 +1,1 @@
+"""The light commands, one file each; imported when they are run."""

@@ -1,0 +1,216 @@
+"""``handheld bench``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from handheld import bench as bench_
+from handheld import devices, records
+from handheld.bundle import Bundle
+from handheld.commands.output import megabytes, milliseconds, print_json
+from handheld.errors import GateError, UsageError
+from handheld.protocol import Event, Iteration, Residency
+from handheld.records import RunRecord
+
+
+def bench(  # noqa: PLR0917
+    bundles: Annotated[list[Path], typer.Argument(help="Bundles: folders or zip files.")],
+    device: Annotated[
+        str, typer.Option("--device", "-d", help="A kind of device, a device's id, or all.")
+    ] = "host",
+    size: Annotated[
+        str | None, typer.Option(help="WIDTHxHEIGHT; by default the reference's.")
+    ] = None,
+    residency: Annotated[
+        str, typer.Option(help="resident, stream, or both with a comma between.")
+    ] = "resident",
+    iterations: Annotated[int, typer.Option(min=1, help="Timed iterations, at least.")] = 5,
+    min_seconds: Annotated[
+        float, typer.Option(min=0.0, help="Go on with timed iterations for this long.")
+    ] = 0.0,
+    warmup: Annotated[int, typer.Option(min=0, help="Iterations before the timed ones.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=256)] = 2,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="By default the reference's, whose picture is compared."),
+    ] = None,
+    cache: Annotated[bool, typer.Option(help="Keep packed weights in files.")] = True,
+    first_ever: Annotated[
+        bool, typer.Option(help="Also measure a start without packed weights.")
+    ] = True,
+    min_psnr: Annotated[
+        float, typer.Option(help="A picture further from the reference, in dB, is wrong.")
+    ] = bench_.MIN_PSNR_DB,
+    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds for each process.")] = 3600.0,
+    records_file: Annotated[
+        Path, typer.Option("--records", help="JSON Lines file that records are appended to.")
+    ] = Path("records.jsonl"),
+    json_output: Annotated[bool, typer.Option("--json", help="Print the records.")] = False,
+) -> None:
+    """Measure latency and peak memory of bundles on devices.
+
+    Each record takes three processes: one without packed weights (first-ever), one for the
+    times, one for memory. A picture that is not the reference's fails: exit code 1.
+
+    \b
+    handheld bench build/critter
+    handheld bench build/a build/b --residency resident,stream --iterations 20 --json
+    handheld bench build/critter --min-seconds 60 --records runs/critter.jsonl
+    """  # noqa: D301
+    modes = _residencies(residency)
+    chosen = devices.find(device)
+    opened = [Bundle.open(path) for path in bundles]
+    done: list[RunRecord] = []
+    console = Console(stderr=True)
+
+    def keep(record: RunRecord) -> None:
+        records.append(records_file, record)
+        done.append(record)
+
+    try:
+        for bundle in opened:
+            for one in chosen:
+                for mode in modes:
+                    options = bench_.Options(
+                        size=size,
+                        residency=mode,
+                        threads=threads,
+                        warmup=warmup,
+                        iterations=iterations,
+                        min_seconds=min_seconds,
+                        seed=seed,
+                        cache=cache,
+                        first_ever=first_ever,
+                        timeout_s=timeout,
+                        min_psnr_db=min_psnr,
+                    )
+                    title = f"{bundle.manifest.model.id} on {one.id}, {mode}"
+                    with _Bar(console, title, iterations + warmup) as bar:
+                        bench_.run(
+                            bundle,
+                            one,
+                            options,
+                            command=("handheld", *(shlex.quote(a) for a in sys.argv[1:])),
+                            progress=bar.see,
+                            keep=keep,
+                        )
+    finally:
+        if json_output:
+            print_json({"records": [r.to_json() for r in done]})
+        elif done:
+            _print(done)
+            console.print(f"records: {records_file}")
+    failed = [r for r in done if r.status != "ok"]
+    if failed and not json_output:
+        raise GateError(
+            f"{len(failed)} of {len(done)} runs failed: {failed[0].error}", path=records_file
+        )
+    if failed:
+        raise typer.Exit(1)
+
+
+def _residencies(text: str) -> list[Residency]:
+    known: tuple[Residency, ...] = get_args(Residency)
+    wanted = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    for part in wanted:
+        if part not in known:
+            raise UsageError(
+                f"'{part}' is not a residency", field="--residency", remedy=f"use {known}"
+            )
+    return [mode for mode in known if mode in wanted]
+
+
+class _Bar:
+    """Progress on the terminal."""
+
+    def __init__(self, console: Console, title: str, iterations: int) -> None:
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[last]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._title = title
+        self._iterations = iterations
+        self._task = self._bar.add_task(title, total=None, last="")
+
+    def __enter__(self) -> _Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def see(self, purpose: str, event: Event | None) -> None:
+        """Show where the run is."""
+        if event is None:
+            total = self._iterations if purpose == "latency" else 1
+            self._bar.reset(
+                self._task, total=total, description=f"{self._title}: {purpose}", last=""
+            )
+        elif isinstance(event, Iteration):
+            self._bar.update(self._task, advance=1, last=f"{event.total_ms:.0f} ms")
+
+
+def _print(done: list[RunRecord]) -> None:
+    table = Table(title="runs (times in ms, memory in MB = 10^6 bytes)")
+    for name in (
+        "bundle",
+        "size",
+        "device",
+        "residency",
+        "median",
+        "p5-p95",
+        "first",
+        "cold start",
+        "first ever",
+        "peak",
+        "anon",
+        "PSNR dB",
+        "",
+    ):
+        left = name in ("bundle", "size", "device", "residency", "")
+        table.add_column(name, justify="left" if left else "right", overflow="fold")
+    for record in done:
+        table.add_row(*_row(record))
+    Console().print(table)
+    for record in done:
+        for reason in record.noisy:
+            Console(stderr=True).print(f"noisy: {record.id}: {reason}", markup=False)
+
+
+def _row(record: RunRecord) -> list[str]:
+    figures: dict[str, Any] = record.summary()
+    spread = "-"
+    if figures["p5_ms"] is not None:
+        spread = f"{milliseconds(figures['p5_ms'])}-{milliseconds(figures['p95_ms'])}"
+    check = "not compared" if record.check is None else f"{record.check.psnr_db:.1f}"
+    flags: list[str] = [record.status] if record.status != "ok" else []
+    flags += ["noisy"] * bool(record.noisy) + ["throttled"] * bool(record.throttled)
+    return [
+        f"{record.bundle.model} {record.bundle.target} {record.bundle.precision}",
+        record.bundle.size,
+        record.device.id,
+        record.settings.residency,
+        milliseconds(figures["median_ms"]),
+        spread,
+        milliseconds(figures["first_ms"]),
+        milliseconds(figures["cold_start_ms"]),
+        milliseconds(figures["first_ever_ms"]),
+        megabytes(figures["peak_rss"]),
+        megabytes(record.memory.anon if record.memory else None),
+        check,
+        ", ".join(flags) or "ok",
+    ]

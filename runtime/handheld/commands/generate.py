@@ -1,0 +1,187 @@
+"""``handheld generate``."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from handheld import generate as generate_
+from handheld import models
+from handheld.bundle import MANIFEST, Bundle
+from handheld.commands.output import print_json
+from handheld.errors import BundleError, HandheldError, MissingDependencyError, UsageError
+from handheld.protocol import AnyEvent, Residency
+from handheld.text import PromptEmbedding, TextEncoder, embed, local_encoder
+
+TARGET, PRECISION = "litert-cpu", "int8"
+
+
+def generate(  # noqa: PLR0917
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="BUNDLE_OR_MODEL", help="A bundle, a checkpoint, or a model's name."
+        ),
+    ],
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The PNG file.")],
+    negative: Annotated[
+        str | None, typer.Option(help="What not to draw; for bundles with guidance.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1)] = 0,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT, of those in the bundle.")] = None,
+    residency: Annotated[
+        Residency, typer.Option(help="stream needs less memory and takes longer.")
+    ] = "resident",
+    threads: Annotated[int, typer.Option(min=1, max=256)] = 2,
+    cache: Annotated[bool, typer.Option(help="Keep packed weights in files.")] = True,
+    text_checkpoint: Annotated[
+        str | None, typer.Option(help="Checkpoint or model whose text encoders to use.")
+    ] = None,
+    text_url: Annotated[str | None, typer.Option(hidden=True)] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Draw a picture from a prompt.
+
+    A model or checkpoint is first exported for this machine's CPU, once. Prompts that the
+    bundle holds need nothing more; others are encoded with the checkpoint's text encoders.
+
+    \b
+    handheld generate critter "a purple horned creature" -o out.png
+    handheld generate build/critter "a green robot" --seed 7 --residency stream -o out.png
+    """  # noqa: D301
+    if text_url is not None:
+        raise UsageError(
+            "text servers are not supported yet", field="--text-url", remedy="leave it out"
+        )
+    if output.suffix.lower() != ".png":
+        raise UsageError("pictures are PNG files", path=output, remedy="name it .png")
+    console = Console(stderr=True)
+    bundle, checkpoint = _resolve(model, console)
+    if text_checkpoint is not None:
+        checkpoint = models.checkpoint(text_checkpoint)
+    _, chosen = bundle.size(size)
+    guided = generate_.needs_negative(chosen.program)
+    if negative is not None and not guided:
+        raise UsageError(
+            "the bundle was exported without guidance and takes no negative prompt",
+            path=bundle.path,
+            remedy="leave out --negative",
+        )
+    encode = _Encoder(bundle, checkpoint)
+    with console.status("encoding the prompt"):
+        embedding = encode(prompt)
+        other = encode(negative or "") if guided else None
+    with console.status("drawing") as status:
+
+        def show(event: AnyEvent) -> None:
+            if event.event == "load":
+                status.update(f"loading {event.artifact}")
+
+        picture = generate_.draw(
+            bundle,
+            prompt,
+            embedding,
+            negative=negative,
+            negative_embedding=other,
+            seed=seed,
+            size=size,
+            residency=residency,
+            threads=threads,
+            cache=cache,
+            on_event=show,
+        )
+    generate_.save(picture, output)
+    if json_output:
+        print_json(
+            {
+                "output": str(output),
+                "width": chosen.width,
+                "height": chosen.height,
+                "seed": seed,
+                "bundle": bundle.sha256,
+                "ms": picture.milliseconds,
+                "sha256": hashlib.sha256(picture.pixels.tobytes()).hexdigest(),
+            }
+        )
+    else:
+        console.print(f"{output}: {chosen.width}x{chosen.height} in {picture.milliseconds:.0f} ms")
+
+
+class _Encoder:
+    """Embeddings from the bundle, or from text encoders that are loaded when needed."""
+
+    def __init__(self, bundle: Bundle, checkpoint: Path | None) -> None:
+        self._bundle = bundle
+        self._checkpoint = checkpoint
+        self._encoder: TextEncoder | None = None
+
+    def __call__(self, prompt: str) -> PromptEmbedding:
+        if (found := self._bundle.prefetched(prompt)) is not None:
+            return PromptEmbedding(*found)
+        if self._encoder is None:
+            path = self._checkpoint or _checkpoint_of(self._bundle)
+            self._encoder = None if path is None else local_encoder(path)
+        return embed(self._bundle, prompt, self._encoder)
+
+
+def _checkpoint_of(bundle: Bundle) -> Path | None:
+    try:
+        return models.checkpoint(bundle.manifest.model.id)
+    except UsageError:
+        return None
+
+
+def _resolve(name: str, console: Console) -> tuple[Bundle, Path | None]:
+    """Return the bundle that a name means, and the checkpoint if it is a model's."""
+    if models.is_bundle(Path(name)):
+        return Bundle.open(name), None
+    checkpoint = models.checkpoint(name)
+    label = checkpoint.name
+    if Path(name) == checkpoint:
+        digest = hashlib.sha256(str(checkpoint.resolve()).encode()).hexdigest()
+        label = f"{checkpoint.resolve().name}-{digest[:8]}"
+    path = models.bundle_cache(label, TARGET, PRECISION)
+    if _is_fresh(path, checkpoint):
+        try:
+            return Bundle.open(path), checkpoint
+        except BundleError as error:
+            console.print(f"the cached bundle is broken: {error}", markup=False)
+    console.print(
+        f"exporting {checkpoint} for this machine ({TARGET}, {PRECISION}), once: {path}",
+        markup=False,
+        highlight=False,
+    )
+    _export(checkpoint, path)
+    return Bundle.open(path), checkpoint
+
+
+def _is_fresh(bundle: Path, checkpoint: Path) -> bool:
+    manifest = bundle / MANIFEST
+    if not manifest.is_file():
+        return False
+    made = manifest.stat().st_mtime
+    return all(p.stat().st_mtime <= made for p in checkpoint.rglob("*") if p.is_file())
+
+
+def _export(checkpoint: Path, path: Path) -> None:
+    try:
+        command: Any = next(iter(entry_points(group="handheld.commands", name="export"))).load()
+        # What the command prints must not mix with what this one prints.
+        with contextlib.redirect_stdout(sys.stderr):
+            command(str(checkpoint), target=[TARGET], precision=[PRECISION], output=path)
+    except (StopIteration, ModuleNotFoundError) as error:
+        raise MissingDependencyError(
+            "a checkpoint must be exported first, and the exporter is not installed",
+            path=checkpoint,
+            remedy='install with  pip install "handheld[export]", or name a bundle',
+        ) from error
+    if not (path / MANIFEST).is_file():
+        raise HandheldError("the export made no bundle", path=path)

@@ -1,0 +1,88 @@
+"""The seam between handheld and a kind of device.
+
+A kind of device is one file with a subclass of :class:`Devices`, which finds attached
+devices, and one of :class:`Device`, found by the entry point group ``handheld.devices``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import ClassVar
+
+from handheld.bundle import Bundle
+from handheld.protocol import AnyEvent, Job
+from handheld.records import DeviceFacts, Heat
+
+
+@dataclass(frozen=True)
+class Received:
+    """An event and when it arrived, in milliseconds since the harness was started."""
+
+    event: AnyEvent
+    since_spawn_ms: float
+
+
+class Place(ABC):
+    """A bundle on a device, ready to run; what a context manager gives and cleans up."""
+
+    @abstractmethod
+    def run(self, job: Job, timeout_s: float | None = None) -> Generator[Received, None, None]:
+        """Run the harness and yield what it says as it says it.
+
+        Paths in the job are those of this machine. A device with other ones sends the
+        bundle's files and ``job.inputs`` there, and brings ``job.output`` and
+        ``job.dump_calls`` back before the last event is yielded. ``job.cache`` is a name
+        for a folder on the device. Closing the generator ends the harness.
+
+        Raises
+        ------
+        HarnessError
+            If the harness cannot be started, says that it failed, dies, or takes longer than
+            ``timeout_s``. Events until then have been yielded.
+        """
+
+    @abstractmethod
+    def forget_cache(self, cache: str) -> None:
+        """Remove the packed weights that ``job.cache`` named."""
+
+
+class Device(ABC):
+    """One attached device."""
+
+    id: str
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def facts(self) -> DeviceFacts:
+        """Return what the device is, with the engines of its harness."""
+
+    @abstractmethod
+    def heat(self) -> Heat:
+        """Return the thermal state now."""
+
+    @abstractmethod
+    def prepare(self, bundle: Bundle) -> AbstractContextManager[Place]:
+        """Bring a bundle and the harness to the device.
+
+        Raises
+        ------
+        HarnessError
+            If the harness is not built for it.
+        DeviceError
+            If the device is gone or its space does not suffice.
+        """
+
+
+class Devices(ABC):
+    """A kind of device."""
+
+    @abstractmethod
+    def attached(self) -> list[Device]:
+        """Return the devices at hand."""
+
+    @abstractmethod
+    def problems(self) -> list[str]:
+        """Return one line for each thing that is missing, with its remedy."""

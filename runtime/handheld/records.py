@@ -1,0 +1,356 @@
+"""Run records: what one benchmark run saw, complete enough to be believed later.
+
+Records hold raw figures; medians and the like are computed from them whenever they are
+wanted. A file of records is JSON Lines that is only ever appended to.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import numpy as np
+from pydantic import AwareDatetime, Field, ValidationError
+
+from handheld.bundle import describe_validation
+from handheld.errors import RecordError
+from handheld.files import describe_os_error, fsync_folder, output_errors
+from handheld.manifest import Sha256
+from handheld.program import Model
+from handheld.protocol import Hello, Iteration, Load, Memory, Output, Residency, Thermal
+
+RECORD_VERSION: Final = 1
+NOISY_SPREAD = 0.10
+"""A record whose p5 to p95 is wider than this part of its median is noisy."""
+NOISY_LOAD = 0.25
+"""So is one taken while other processes used more than this part of the cores."""
+
+
+class DeviceFacts(Model):
+    """What a device is. Names no host, user or serial number."""
+
+    id: str
+    """Stable for one device, and says nothing about its owner."""
+    kind: Literal["host", "android", "ios"]
+    model: str | None = None
+    cpu: str | None = None
+    soc: str | None = None
+    arch: str | None = None
+    cores: int | None = None
+    """Cores that the harness may use."""
+    ram_bytes: int | None = None
+    free_bytes: int | None = None
+    """Free space where bundles and caches are kept."""
+    os: str | None = None
+    engines: dict[str, str] = {}
+
+
+class Heat(Model):
+    """Thermal state and load at one moment; null where the platform does not tell."""
+
+    status: Annotated[int, Field(ge=0, le=6)] | None = None
+    """Android's scale: 0 none to 6 shutdown."""
+    celsius: float | None = None
+    """The hottest sensor."""
+    battery_celsius: float | None = None
+    throttle_events: int | None = None
+    """Times the processor throttled since it was started."""
+    load_average: float | None = None
+    """Runnable processes, averaged over the last minute."""
+
+
+class BundleFacts(Model):
+    """Which bundle was run."""
+
+    sha256: Sha256
+    model: str
+    target: str
+    precision: str
+    size: str
+    steps: int
+    bytes: int
+
+
+class Settings(Model):
+    """How it was run."""
+
+    residency: Residency
+    prefetch: bool = True
+    threads: int
+    seed: int
+    warmup: int
+    iterations: int
+    min_seconds: float
+    inputs: Literal["reference", "prefetched"] = "reference"
+    cache: bool = True
+    """Whether packed weights were kept in files."""
+
+
+class Pass(Model):
+    """One process of the harness, from start to end."""
+
+    purpose: Literal["first-ever", "latency", "memory"]
+    """``first-ever`` starts without packed weights, the others find them."""
+    started: AwareDatetime
+    finished: AwareDatetime
+    spawn_to_hello_ms: float | None = None
+    spawn_to_first_ms: float | None = None
+    """From starting the process to the end of its first iteration."""
+    hello: Hello | None = None
+    loads: tuple[Load, ...] = ()
+    iterations: tuple[Iteration, ...] = ()
+    memory: tuple[Memory, ...] = ()
+    thermal: tuple[Thermal, ...] = ()
+    outputs: tuple[Output, ...] = ()
+    done: bool = False
+    error: str | None = None
+
+    def milliseconds(self, kind: Literal["first", "warmup", "timed"]) -> list[float]:
+        """Return the total time of every iteration of one kind."""
+        return [i.total_ms for i in self.iterations if i.kind == kind]
+
+    @property
+    def load_ms(self) -> float:
+        """Sum over artifacts of the time of their first load."""
+        first: dict[str, float] = {}
+        for load in self.loads:
+            first.setdefault(load.artifact, load.ms)
+        return sum(first.values())
+
+
+class MemoryFigures(Model):
+    """Peak memory of the run, in bytes; null where it was not measured."""
+
+    separate_pass: bool
+    """Whether the process did nothing but this."""
+    peak_rss: int | None = None
+    """High-water mark of the resident set, from process start to end."""
+    anon: int | None = None
+    """Largest anonymous part that an event saw."""
+    file: int | None = None
+    """Largest file-backed part that an event saw: clean pages the system may take back."""
+    swap: int | None = None
+    base_rss: int | None = None
+    """Resident set before any engine was touched; part of ``peak_rss``."""
+    activations: int | None = None
+    dma_buf: int | None = None
+    phys_footprint: int | None = None
+    not_counted: tuple[str, ...] = ()
+    """Kinds of memory that the figures above leave out."""
+
+
+class Check(Model):
+    """The picture compared with the bundle's reference."""
+
+    sha256: Sha256
+    reference_sha256: Sha256
+    snr_db: float
+    psnr_db: float
+    max_abs_error: int
+    min_psnr_db: float
+    """Below this the picture is wrong."""
+
+    @property
+    def matches(self) -> bool:
+        """Whether the picture is the reference's, but for rounding."""
+        return self.psnr_db >= self.min_psnr_db
+
+
+class RunRecord(Model):
+    """What one benchmark run of one bundle, size and setting saw on one device."""
+
+    record_version: Literal[1] = RECORD_VERSION
+    id: str
+    status: Literal["ok", "failed", "partial"]
+    """``failed``: an error, or a wrong picture; ``partial``: it was cut short."""
+    error: str | None = None
+    started: AwareDatetime
+    finished: AwareDatetime
+    handheld: str
+    command: tuple[str, ...]
+    device: DeviceFacts
+    bundle: BundleFacts
+    settings: Settings
+    passes: tuple[Pass, ...] = ()
+    memory: MemoryFigures | None = None
+    heat_start: Heat | None = None
+    heat_end: Heat | None = None
+    placement: dict[str, dict[str, int]] | None = None
+    """Per artifact, operations by compute unit; null where the engine does not tell."""
+    battery_drop_percent: float | None = None
+    check: Check | None = None
+    """Null where the inputs were not the reference's."""
+    noisy: tuple[str, ...] = ()
+    """Reasons not to trust the times; empty if none."""
+    throttled: bool | None = None
+    """Null where the platform does not tell."""
+
+    def latency(self) -> Pass | None:
+        """Return the pass whose times count."""
+        return next((p for p in self.passes if p.purpose == "latency"), None)
+
+    def summary(self) -> dict[str, float | int | bool | str | None]:
+        """Return the figures that tables show, computed from the raw ones."""
+        latency = self.latency()
+        timed = latency.milliseconds("timed") if latency else []
+        first = latency.milliseconds("first") if latency else []
+        ever = next((p for p in self.passes if p.purpose == "first-ever"), None)
+        stats = statistics(timed)
+        return {
+            "median_ms": stats.median if stats else None,
+            "p5_ms": stats.p5 if stats else None,
+            "p95_ms": stats.p95 if stats else None,
+            "spread": stats.spread if stats else None,
+            "timed": len(timed),
+            "first_ms": first[0] if first else None,
+            "load_ms": latency.load_ms if latency else None,
+            "cold_start_ms": latency.spawn_to_first_ms if latency else None,
+            "first_ever_ms": ever.spawn_to_first_ms if ever else None,
+            "drift": drift(timed),
+            "peak_rss": self.memory.peak_rss if self.memory else None,
+            "matches": self.check.matches if self.check else None,
+            "psnr_db": self.check.psnr_db if self.check else None,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as JSON values, with its :meth:`summary`."""
+        return {**self.model_dump(mode="json"), "summary": self.summary()}
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Median and spread of times."""
+
+    median: float
+    p5: float
+    p95: float
+
+    @property
+    def spread(self) -> float:
+        """Width of p5 to p95 as part of the median."""
+        return (self.p95 - self.p5) / self.median if self.median else 0.0
+
+
+def statistics(values: list[float]) -> Statistics | None:
+    """Return median, p5 and p95 (linearly interpolated), or None of nothing."""
+    if not values:
+        return None
+    p5, median, p95 = (float(v) for v in np.percentile(values, [5, 50, 95]))
+    return Statistics(median, p5, p95)
+
+
+def drift(values: list[float]) -> float | None:
+    """Return by which part the last third is slower than the first third."""
+    third = len(values) // 3
+    if third == 0:
+        return None
+    return float(np.median(values[-third:]) / np.median(values[:third]) - 1)
+
+
+def noise_reasons(timed: list[float], start: Heat | None, facts: DeviceFacts) -> tuple[str, ...]:
+    """Return the reasons not to trust the times of a run."""
+    reasons = []
+    stats = statistics(timed)
+    if stats and stats.spread > NOISY_SPREAD:
+        reasons.append(f"p5 to p95 spans {stats.spread:.0%} of the median")
+    change = drift(timed)
+    if change is not None and abs(change) > NOISY_SPREAD:
+        reasons.append(f"the last third is {change:+.0%} against the first")
+    if start and start.load_average is not None and facts.cores:
+        load = start.load_average / facts.cores
+        if load > NOISY_LOAD:
+            reasons.append(f"other processes used {load:.0%} of the cores before the start")
+    return tuple(reasons)
+
+
+def new_id(now: datetime | None = None) -> str:
+    """Return a record id that sorts by time."""
+    return f"{now or datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+
+
+def append(path: str | Path, record: RunRecord) -> None:
+    """Append a record to a file, durably.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written.
+    """
+    line = json.dumps(record.to_json(), ensure_ascii=False, allow_nan=False) + "\n"
+    target = Path(path)
+    with output_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not target.exists()
+        with target.open("a+b") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            if f.tell() and _last_byte(target) != b"\n":
+                # What was cut off mid-line stays a line of its own, which readers skip.
+                line = "\n" + line
+            f.write(line.encode())
+            f.flush()
+            os.fsync(f.fileno())
+        if is_new:
+            fsync_folder(target.absolute().parent)
+
+
+def _last_byte(path: Path) -> bytes:
+    with path.open("rb") as f:
+        f.seek(-1, os.SEEK_END)
+        return f.read(1)
+
+
+def read(path: str | Path) -> list[RunRecord]:
+    """Read a file of records, without the lines that were cut off while written.
+
+    Raises
+    ------
+    RecordError
+        If the file cannot be read, or a whole line is not a record.
+    """
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        message, remedy = describe_os_error(error)
+        raise RecordError(f"cannot read: {message}", path=path, remedy=remedy) from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            tree = json.loads(line)
+        except (ValueError, RecursionError):
+            # Only a whole line ends in a brace and is valid JSON.
+            continue
+        records.append(parse(tree, f"{path}:{number}"))
+    return records
+
+
+def parse(tree: Any, path: str | Path) -> RunRecord:
+    """Validate one record.
+
+    Raises
+    ------
+    RecordError
+        If it is none.
+    """
+    if not isinstance(tree, dict) or type(tree.get("record_version")) is not int:
+        raise RecordError("is not a run record", path=path, field="record_version")
+    if tree["record_version"] > RECORD_VERSION:
+        raise RecordError(
+            "was made by a newer handheld",
+            path=path,
+            field="record_version",
+            remedy="upgrade: pip install --upgrade handheld",
+        )
+    raw = {k: v for k, v in tree.items() if k != "summary"}
+    try:
+        return RunRecord.model_validate_json(json.dumps(raw))
+    except ValidationError as error:
+        message, field = describe_validation(error)
+        raise RecordError(message, path=path, field=field) from None
