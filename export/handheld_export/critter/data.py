@@ -1,8 +1,9 @@
 """Creatures composed from robohash's second set, with every attribute known.
 
-A creature is a tuple of seven attribute values. Its picture is the seven layers laid over white; its caption names a
-random subset of the values. The split is by the hash of the four large attributes, so a held-out
-(face colour, head, body colour, body) combination never occurs in training, whatever eyes, mouth and nose it wears.
+A creature is a tuple of seven attribute values. Its picture is the seven layers laid over white;
+its caption names a random subset of the values. The split is by the hash of the four large
+attributes, so a held-out (face colour, head, body colour, body) combination never occurs in
+training, whatever eyes, mouth and nose it wears.
 """
 
 from __future__ import annotations
@@ -179,8 +180,20 @@ def layer_root() -> Path:
     return Path(str(importlib.resources.files("robohash"))) / "sets" / "set2"
 
 
+@dataclass(frozen=True)
+class Layers:
+    """The layers of one attribute, cut to the box that holds all of them."""
+
+    color: torch.Tensor
+    """(values, 3, height, width), premultiplied by alpha."""
+    clear: torch.Tensor
+    """(values, 1, height, width), one minus alpha."""
+    top: int
+    left: int
+
+
 @cache
-def layers(size: int = SIZE) -> tuple[torch.Tensor, ...]:
+def layers(size: int = SIZE) -> tuple[Layers, ...]:
     """Load all layers, premultiplied by alpha and downscaled.
 
     Parameters
@@ -190,8 +203,8 @@ def layers(size: int = SIZE) -> tuple[torch.Tensor, ...]:
 
     Returns
     -------
-    tuple of torch.Tensor
-        For each attribute, in the order of `ATTRIBUTES`, a tensor (values, 4, size, size) in 0..1.
+    tuple of Layers
+        One for each attribute, in the order of `ATTRIBUTES`.
     """
     root = layer_root()
     stacks = []
@@ -202,14 +215,22 @@ def layers(size: int = SIZE) -> tuple[torch.Tensor, ...]:
                 rgba = np.asarray(opened.convert("RGBA"), dtype=np.float32) / 255.0
             rgba = np.concatenate([rgba[..., :3] * rgba[..., 3:], rgba[..., 3:]], axis=-1)
             planes = [
-                np.asarray(Image.fromarray(rgba[..., c]).resize((size, size), Image.Resampling.BOX)) for c in range(4)
+                np.asarray(Image.fromarray(rgba[..., c]).resize((size, size), Image.Resampling.BOX))
+                for c in range(4)
             ]
             rows.append(np.stack(planes))
-        stacks.append(torch.from_numpy(np.stack(rows)).clamp_(0, 1))
+        rgba_stack = torch.from_numpy(np.stack(rows)).clamp_(0, 1)
+        seen = rgba_stack[:, 3].amax(dim=0) > 0
+        ys, xs = seen.any(dim=1).nonzero().flatten(), seen.any(dim=0).nonzero().flatten()
+        top, left = int(ys[0]), int(xs[0])
+        cut = rgba_stack[:, :, top : int(ys[-1]) + 1, left : int(xs[-1]) + 1]
+        stacks.append(Layers(cut[:, :3].contiguous(), 1 - cut[:, 3:], top, left))
     return tuple(stacks)
 
 
-def compose(creatures: torch.Tensor, size: int = SIZE) -> torch.Tensor:
+def compose(
+    creatures: torch.Tensor, size: int = SIZE, order: Sequence[str] = LAYER_ORDER
+) -> torch.Tensor:
     """Draw creatures over white.
 
     Parameters
@@ -218,6 +239,8 @@ def compose(creatures: torch.Tensor, size: int = SIZE) -> torch.Tensor:
         Attribute indices, (n, 7) integers in the order of `ATTRIBUTES`.
     size
         Side of the pictures in pixels.
+    order
+        Which layers are laid, from the back to the front.
 
     Returns
     -------
@@ -226,10 +249,12 @@ def compose(creatures: torch.Tensor, size: int = SIZE) -> torch.Tensor:
     """
     stacks = layers(size)
     out = torch.ones(len(creatures), 3, size, size)
-    for name in LAYER_ORDER:
+    for name in order:
         i = NAMES.index(name)
-        layer = stacks[i][creatures[:, i]]
-        out.mul_(1 - layer[:, 3:]).add_(layer[:, :3])
+        layer, picked = stacks[i], creatures[:, i]
+        height, width = layer.color.shape[-2:]
+        box = out[:, :, layer.top : layer.top + height, layer.left : layer.left + width]
+        box.mul_(layer.clear[picked]).add_(layer.color[picked])
     return out.mul_(255).round_().clamp_(0, 255).to(torch.uint8)
 
 
@@ -244,7 +269,7 @@ def to_uint8(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def split_of(combination: Sequence[int]) -> Split:
-    """Return the split of a creature by its first four attributes: 80 % train, 10 % val, 10 % test."""
+    """Return the split that the first four attributes decide: 80 % train, 10 % val, 10 % test."""
     key = "/".join(str(int(v)) for v in combination[:SPLIT_ON])
     bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % 10
     return "test" if bucket == 0 else "val" if bucket == 1 else "train"
@@ -298,7 +323,11 @@ def describe(creature: Sequence[int], named: Sequence[str], rng: random.Random) 
     str
         The caption, for example ``a purple horned creature with a lime body and sleepy eyes``.
     """
-    word = {a.name: a.names[int(v)] for a, v in zip(ATTRIBUTES, creature, strict=True) if a.name in named}
+    word = {
+        a.name: a.names[int(v)]
+        for a, v in zip(ATTRIBUTES, creature, strict=True)
+        if a.name in named
+    }
     noun = rng.choice(("creature", "monster", "critter"))
     head = word.get("head")
     details = []
@@ -322,7 +351,9 @@ def describe(creature: Sequence[int], named: Sequence[str], rng: random.Random) 
         lead = rng.choice(("", "a picture of ", "a drawing of ")) + _article(subject)
         if not details:
             return lead
-        joined = details[0] if len(details) == 1 else ", ".join(details[:-1]) + " and " + details[-1]
+        joined = (
+            details[0] if len(details) == 1 else ", ".join(details[:-1]) + " and " + details[-1]
+        )
         return f"{lead} with {joined}"
     if style == 1:
         return ", ".join([_article(subject), *details])
@@ -334,7 +365,9 @@ def random_subset(rng: random.Random) -> tuple[str, ...]:
     return tuple(name for name in NAMES if rng.random() < NAMING_RATE[name])
 
 
-def caption(creature: Sequence[int], rng: random.Random, *, empty_rate: float = 0.0) -> tuple[str, tuple[str, ...]]:
+def caption(
+    creature: Sequence[int], rng: random.Random, *, empty_rate: float = 0.0
+) -> tuple[str, tuple[str, ...]]:
     """Write a training caption: a random subset of the attributes, or nothing.
 
     Returns

@@ -1,0 +1,161 @@
+"""The U-Net in SDXL's form, and its training on latents encoded once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from . import data, text, vae
+from .loop import LoopConfig, Losses, load_ema, save_atomic, step_generator, train
+
+BATCH = 32
+PICTURES = 12_800
+TIME_IDS = (data.SIZE, data.SIZE, 0, 0, data.SIZE, data.SIZE)
+TIME_DIM = 32
+WEIGHT_LIMIT = 5.0
+CAPTIONS = 2
+LOOP = LoopConfig(steps=2600, lr=7e-4, seed=4, warmup=150, ema=0.996, save_seconds=120.0)
+BETAS = (0.00085, 0.012)
+TRAIN_STEPS = 1000
+
+
+def build() -> UNet2DConditionModel:
+    """Make the U-Net with random weights."""
+    return UNet2DConditionModel(
+        sample_size=data.SIZE // 8,
+        in_channels=vae.LATENT_CHANNELS,
+        out_channels=vae.LATENT_CHANNELS,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DCrossAttn",
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(64, 128, 192),
+        layers_per_block=2,
+        transformer_layers_per_block=[1, 1, 2],
+        attention_head_dim=[2, 4, 6],
+        cross_attention_dim=sum(text.WIDTHS),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=TIME_DIM,
+        projection_class_embeddings_input_dim=text.PROJECTION + len(TIME_IDS) * TIME_DIM,
+    )
+
+
+def alphas_cumprod() -> torch.Tensor:
+    """Return SDXL's noise schedule, the cumulative products of 1 - beta."""
+    betas = torch.linspace(BETAS[0] ** 0.5, BETAS[1] ** 0.5, TRAIN_STEPS) ** 2
+    return torch.cumprod(1 - betas, dim=0)
+
+
+def predict(
+    unet: UNet2DConditionModel,
+    noisy: torch.Tensor,
+    timesteps: torch.Tensor,
+    states: torch.Tensor,
+    pooled: torch.Tensor,
+) -> torch.Tensor:
+    """Return the U-Net's noise prediction."""
+    ids = torch.tensor(TIME_IDS, dtype=torch.float32).expand(len(noisy), -1)
+    out: Any = unet(
+        noisy,
+        timesteps,
+        encoder_hidden_states=states,
+        added_cond_kwargs={"text_embeds": pooled, "time_ids": ids},
+    )
+    return torch.as_tensor(out.sample)
+
+
+@torch.no_grad()
+def encode_pictures(root: Path, pictures: int = PICTURES) -> dict[str, torch.Tensor]:
+    """Encode training pictures once; the file under `root` is reused while the VAE is the same."""
+    path = root / "latents.pt"
+    model = vae.load(root).to(memory_format=torch.channels_last)
+    factor = float(model.config["scaling_factor"])
+    if path.exists():
+        kept: dict[str, Any] = torch.load(path, weights_only=True)
+        if kept["factor"] == factor and len(kept["creatures"]) == pictures:
+            return kept
+    creatures = data.sample_creatures(pictures, "train", step_generator(5, 0))
+    means, stds = [], []
+    for chunk in torch.split(creatures, BATCH):
+        with torch.autocast("cpu", torch.bfloat16):
+            x = data.to_float(data.compose(chunk)).contiguous(memory_format=torch.channels_last)
+            posterior = model.encode(x).latent_dist
+        means.append((posterior.mean.float() * factor).contiguous())
+        stds.append((posterior.std.float() * factor).contiguous())
+    made = {"creatures": creatures, "mean": torch.cat(means), "std": torch.cat(stds)}
+    save_atomic({**made, "factor": factor}, path)
+    return made
+
+
+def noise_loss(
+    unet: UNet2DConditionModel,
+    latents: torch.Tensor,
+    states: torch.Tensor,
+    pooled: torch.Tensor,
+    generator: torch.Generator,
+) -> dict[str, torch.Tensor]:
+    """Return the epsilon loss, weighted up (at most `WEIGHT_LIMIT`) where the signal is small."""
+    alphas = alphas_cumprod()
+    timesteps = torch.randint(TRAIN_STEPS, (len(latents),), generator=generator)
+    a = alphas[timesteps].view(-1, 1, 1, 1)
+    noise = torch.randn(latents.shape, generator=generator)
+    noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
+    noisy = noisy.contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        predicted = predict(unet, noisy, timesteps, states, pooled)
+    error = (predicted.float() - noise).square().flatten(1).mean(dim=1)
+    weight = ((1 - a) / a).flatten().clamp(1.0, WEIGHT_LIMIT)
+    return {"loss": (weight * error).mean(), "mse": error.mean()}
+
+
+@torch.no_grad()
+def encode_captions(root: Path, creatures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write `CAPTIONS` captions for each creature and encode them.
+
+    Returns
+    -------
+    tuple
+        Prompt embeddings (captions, n, 77, width) and pooled embeddings (captions, n, width), bf16.
+    """
+    reader, tokens = text.load_reader(root)
+    states, pooled = [], []
+    for i in range(CAPTIONS):
+        captions, _ = text.captioned(creatures, step_generator(8, i))
+        for start in range(0, len(captions), BATCH):
+            with torch.autocast("cpu", torch.bfloat16):
+                encoded = reader.encoders(*tokens(captions[start : start + BATCH]))
+            states.append(encoded[0].bfloat16())
+            pooled.append(encoded[1].bfloat16())
+    return (
+        torch.cat(states).view(CAPTIONS, len(creatures), *states[0].shape[1:]),
+        torch.cat(pooled).view(CAPTIONS, len(creatures), -1),
+    )
+
+
+def run(root: Path, loop: LoopConfig = LOOP, pictures: int = PICTURES) -> None:
+    """Train the U-Net, or go on training it; VAE and text encoders stay as they are."""
+    latents = encode_pictures(root, pictures)
+    states, pooled = encode_captions(root, latents["creatures"])
+    torch.manual_seed(loop.seed)
+    unet = build().to(memory_format=torch.channels_last)
+
+    def loss(step: int, generator: torch.Generator) -> Losses:
+        picked = torch.randint(pictures, (BATCH,), generator=generator)
+        told = torch.randint(CAPTIONS, (BATCH,), generator=generator)
+        mean, std = latents["mean"][picked], latents["std"][picked]
+        x = mean + std * torch.randn(mean.shape, generator=generator)
+        return noise_loss(
+            unet, x, states[told, picked].float(), pooled[told, picked].float(), generator
+        )
+
+    train(unet, loss, loop, root / "unet.pt", root / "unet.log")
+
+
+def load(root: Path) -> UNet2DConditionModel:
+    """Load the averaged U-Net."""
+    unet = build().eval()
+    load_ema(unet, root / "unet.pt")
+    return unet.requires_grad_(False)
