@@ -38,7 +38,7 @@ enum class CacheState { none, built, hit };
 
 // An error with a code of protocol.Failure: job, bundle, hash, engine-missing, engine, input,
 // memory, cancelled or io.
-struct Error : std::runtime_error {
+struct __attribute__((visibility("default"))) Error : std::runtime_error {
   Error(std::string code_, const std::string& message)
       : std::runtime_error(message), code(std::move(code_)) {}
   std::string code;

@@ -1,0 +1,49 @@
+// The manifest of a bundle. Reading it is a trust boundary.
+#pragma once
+
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "program.hpp"
+
+namespace hh {
+
+struct FileRef {
+  std::string path;  // relative to the bundle
+  std::string sha256;
+  uint64_t bytes = 0;
+};
+
+struct Artifact {
+  std::string id;
+  std::string engine;
+  FileRef file;
+  Ports ports;
+  std::string field;  // "artifacts[3]"
+};
+
+struct Size {
+  int64_t width = 0, height = 0;
+  Program program;
+};
+
+struct Manifest {
+  std::string folder;
+  std::map<std::string, Size> sizes;
+  std::vector<Artifact> artifacts;
+  std::optional<FileRef> constants;
+  Specs constant_specs;
+
+  const Artifact* artifact(const std::string& id) const;
+};
+
+// Reads and checks manifest.json; the files that it names are checked by check_file.
+Manifest read_manifest(const std::string& folder);
+
+// Checks that a file is inside the bundle, reached without symbolic links, and as the manifest
+// says. Returns its path.
+std::string check_file(const Manifest&, const FileRef&, const std::string& field, bool verify_hash);
+
+}  // namespace hh

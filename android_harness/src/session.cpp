@@ -1,0 +1,320 @@
+#include "session.hpp"
+
+#include <sys/utsname.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "memory.hpp"
+#include "noise.hpp"
+#include "sha256.hpp"
+
+namespace hh {
+namespace {
+
+constexpr int kProtocol = 1;
+
+std::string platform() {
+  utsname name{};
+  ::uname(&name);
+  std::string system = name.sysname;
+  std::ranges::transform(system, system.begin(), [](unsigned char c) { return std::tolower(c); });
+#if defined(__ANDROID__)
+  system = "android";
+#endif
+  return system + "-" + name.machine;
+}
+
+std::vector<int64_t> without_leading_ones(const std::vector<int64_t>& shape) {
+  auto first = std::ranges::find_if(shape, [](int64_t d) { return d != 1; });
+  return {first, shape.end()};
+}
+
+std::vector<Port> ports_of(const std::vector<std::pair<std::string, TensorSpec>>& ports) {
+  std::vector<Port> out;
+  for (const auto& [name, spec] : ports) out.push_back({name, spec.shape, spec.dtype, spec.bytes()});
+  return out;
+}
+
+const char* cache_name(CacheState state) {
+  switch (state) {
+    case CacheState::built: return "built";
+    case CacheState::hit: return "hit";
+    case CacheState::none: break;
+  }
+  return "none";
+}
+
+}  // namespace
+
+Session::Session(Job job, EventSink events, const std::function<bool()>& cancelled)
+    : job_(std::move(job)), events_(std::move(events)), seed_(job_.seed) {
+  MemoryUse base = memory_use();
+  emit(std::move(Event("hello")
+                     .add("protocol", kProtocol)
+                     .add("harness", HANDHELD_VERSION)
+                     .add("pid", static_cast<uint64_t>(::getpid()))
+                     .raw("engines", engines_json())
+                     .add("platform", platform())
+                     .add("base_rss_bytes", base.rss)
+                     .add("engine_library_bytes", 0)));
+  emit_memory("start");
+  auto go_on = [&] {
+    if (cancelled()) throw Error("cancelled", "cancelled while the bundle was opened");
+  };
+  manifest_ = read_manifest(job_.bundle);
+  trim_heap();
+  auto size = manifest_.sizes.find(job_.size);
+  if (size == manifest_.sizes.end()) {
+    std::string have;
+    for (const auto& [name, unused] : manifest_.sizes) have += (have.empty() ? "" : ", ") + name;
+    throw Error("job", job_.bundle + ": the bundle has no size '" + job_.size + "' (it has " + have + ")");
+  }
+  size_ = &size->second;
+  for (const Input& input : program().inputs) given_[input.name] = false;
+  for (const auto& [id, unused] : job_.stream_by_artifact)
+    if (!manifest_.artifact(id))
+      throw Error("job", "job: residency_by_artifact: the bundle has no artifact '" + id + "'");
+  {
+    auto constants = open_constants();
+    go_on();
+    executor_ = std::make_unique<Executor>(manifest_, program(), constants.get());
+  }
+  read_job_inputs();
+  open_artifacts(go_on);
+  trim_heap();
+  emit_memory("loaded");
+  if (job_.reset_peak) reset_peak_memory();
+}
+
+std::unique_ptr<SafeTensors> Session::open_constants() const {
+  if (!manifest_.constants) return nullptr;
+  std::string path = check_file(manifest_, *manifest_.constants, "constants", job_.verify_hashes);
+  auto file = std::make_unique<SafeTensors>(path, "bundle");
+  for (const auto& [name, spec] : manifest_.constant_specs)
+    if (const TensorSpec& have = file->at(name).spec; have != spec)
+      throw Error("bundle", path + ": constant_specs." + name + ": is " + have.text() +
+                                ", the manifest says " + spec.text());
+  for (const auto& [name, tensor] : file->tensors())
+    if (!manifest_.constant_specs.contains(name))
+      throw Error("bundle", path + ": the manifest does not name tensor '" + name + "'");
+  return file;
+}
+
+void Session::open_artifacts(const std::function<void()>& go_on) {
+  EngineOptions options;
+  options.threads = job_.threads;
+  options.cache_dir = job_.cache;
+  engines_ = std::make_unique<Engines>(std::move(options));
+
+  constexpr size_t kUnused = SIZE_MAX;
+  std::vector<size_t> slot_of(manifest_.artifacts.size(), kUnused), calls;
+  std::vector<Slot> slots;
+  for (size_t index : executor_->call_order()) {
+    if (slot_of[index] == kUnused) {
+      const Artifact& artifact = manifest_.artifacts[index];
+      go_on();
+      Slot slot;
+      slot.info = {artifact.id,
+                   check_file(manifest_, artifact.file, artifact.field + ".file", job_.verify_hashes),
+                   artifact.file.sha256, ports_of(artifact.ports.inputs),
+                   ports_of(artifact.ports.outputs)};
+      auto exception = job_.stream_by_artifact.find(artifact.id);
+      slot.stream = exception == job_.stream_by_artifact.end() ? job_.stream : exception->second;
+      slot_of[index] = slots.size();
+      slots.push_back(std::move(slot));
+    }
+    calls.push_back(slot_of[index]);
+  }
+  // Only after all files were checked, so that a broken bundle never reaches an engine.
+  for (size_t i = 0; i < slot_of.size(); ++i)
+    if (slot_of[i] != kUnused) slots[slot_of[i]].engine = &engines_->get(manifest_.artifacts[i].engine);
+  timing_.calls.resize(calls.size());
+  residency_ = std::make_unique<Residency>(
+      std::move(slots), std::move(calls), job_.prefetch,
+      [this](const ArtifactInfo& info, double ms, CacheState cache) {
+        emit(std::move(Event("load")
+                           .add("artifact", info.id)
+                           .milliseconds("ms", ms)
+                           .add("cache", cache_name(cache))));
+      });
+  residency_->load_residents(go_on);
+}
+
+void Session::read_job_inputs() {
+  for (const auto& [name, source] : job_.inputs) {
+    if (!given_.contains(name))
+      throw Error("input", "job: inputs." + name + ": the program has no such input");
+    SafeTensors file(source.path, "input");
+    const SafeTensors::Tensor& tensor = file.at(source.tensor);
+    const TensorSpec want = executor_->tensor(name).spec;
+    if (tensor.spec.dtype != want.dtype ||
+        without_leading_ones(tensor.spec.shape) != without_leading_ones(want.shape))
+      throw Error("input", source.path + ": tensor '" + source.tensor + "' is " +
+                               tensor.spec.text() + ", input '" + name + "' wants " + want.text());
+    set_input(name, tensor.data.data(), tensor.data.size());
+  }
+}
+
+void Session::set_input(const std::string& name, const void* data, size_t bytes) {
+  auto found = given_.find(name);
+  if (found == given_.end()) throw Error("input", "the program has no input '" + name + "'");
+  Executor::View view = executor_->tensor(name);
+  if (bytes != view.spec.bytes())
+    throw Error("input", "input '" + name + "' has " + std::to_string(bytes) + " bytes, " +
+                             view.spec.text() + " has " + std::to_string(view.spec.bytes()));
+  std::memcpy(view.data, data, bytes);
+  found->second = true;
+}
+
+void Session::set_seed(uint64_t seed) {
+  seed_ = seed;
+  draw_ = true;
+}
+
+void Session::prepare_inputs() {
+  for (const Input& input : program().inputs) {
+    if (given_.at(input.name)) continue;
+    if (!input.noise) throw Error("input", "input '" + input.name + "' is missing");
+    if (!draw_) continue;
+    Executor::View view = executor_->tensor(input.name);
+    draw_noise(seed_, input.stream, reinterpret_cast<float*>(view.data), view.spec.elements());
+  }
+  draw_ = false;
+}
+
+void Session::check_cancelled() {
+  if (cancelled_.exchange(false, std::memory_order_relaxed))
+    throw Error("cancelled", "cancelled");
+}
+
+void Session::pass(SafeTensorsWriter* dump) {
+  timing_.engine = timing_.load = 0;
+  for (const Step& step : executor_->steps()) {
+    const auto* call = std::get_if<CallStep>(&step);
+    if (!call) {
+      executor_->compute(step);
+      continue;
+    }
+    if (cancelled_.load(std::memory_order_relaxed)) check_cancelled();
+    double before = now_ms();
+    Model& model = residency_->acquire(call->call);
+    double start = now_ms();
+    model.run(call->inputs, call->outputs);
+    double end = now_ms();
+    residency_->release(call->call);
+    timing_.load += start - before;
+    timing_.engine += end - start;
+    timing_.calls[call->call] = end - start;
+    if (dump) {
+      const Artifact& artifact = manifest_.artifacts[call->artifact];
+      for (size_t i = 0; i < call->outputs.size(); ++i)
+        dump->write(call->outputs[i], artifact.ports.outputs[i].second.bytes());
+    }
+  }
+}
+
+void Session::iterate(const char* kind) {
+  prepare_inputs();
+  ran_ = false;
+  double start = now_ms();
+  try {
+    pass(nullptr);
+  } catch (...) {
+    residency_->drop_streamed();
+    throw;
+  }
+  double total = now_ms() - start;
+  ran_ = true;
+  emit(std::move(Event("iteration")
+                     .add("index", static_cast<uint64_t>(index_))
+                     .add("kind", kind)
+                     .milliseconds("total_ms", total)
+                     .milliseconds("engine_ms", timing_.engine)
+                     .milliseconds("load_ms", timing_.load)
+                     .list("calls_ms", std::span<const double>(timing_.calls))));
+  if (index_++ == 0) emit_memory("first");
+}
+
+void Session::run() {
+  iterate(index_ == 0 ? "first" : "timed");
+  check_cancelled();
+}
+
+void Session::run_job() {
+  check_cancelled();
+  if (index_ == 0) iterate("first");
+  for (int64_t i = 0; i < job_.warmup; ++i) iterate("warmup");
+  double start = now_ms();
+  int64_t timed = 0;
+  while (timed < job_.iterations || now_ms() - start < job_.min_seconds * 1000.0) {
+    iterate("timed");
+    ++timed;
+  }
+  emit_memory("end");
+  if (!job_.dump_calls.empty()) dump_calls();
+  emit_outputs();
+  check_cancelled();
+  emit(std::move(Event("done").add("iterations", static_cast<uint64_t>(timed))));
+}
+
+// One more pass, outside of the measurements: writing would spoil them, and every pass gives the
+// same bits.
+void Session::dump_calls() {
+  std::vector<std::pair<std::string, TensorSpec>> tensors;
+  size_t call = 0;
+  for (size_t artifact : executor_->call_order()) {
+    for (const auto& [port, spec] : manifest_.artifacts[artifact].ports.outputs)
+      tensors.emplace_back("call." + std::to_string(call) + "." + port, spec);
+    ++call;
+  }
+  SafeTensorsWriter dump(job_.dump_calls, tensors);
+  pass(&dump);
+  dump.commit();
+}
+
+std::span<const std::byte> Session::output(const std::string& role) const {
+  if (!ran_) throw Error("input", "there is no output before a run");
+  for (const auto& [name, tensor] : program().outputs)
+    if (name == role) {
+      Executor::View view = executor_->tensor(tensor);
+      return {view.data, view.spec.bytes()};
+    }
+  throw Error("input", "the program has no output '" + role + "'");
+}
+
+void Session::emit_outputs() const {
+  for (const auto& [role, tensor] : program().outputs) {
+    Executor::View view = executor_->tensor(tensor);
+    Sha256 hash;
+    hash.update(view.data, view.spec.bytes());
+    Event event("output");
+    event.add("role", role)
+        .add("sha256", hash.hex())
+        .list("shape", std::span<const int64_t>(view.spec.shape))
+        .add("dtype", dtype_name(view.spec.dtype));
+    if (role == "picture" && !job_.output.empty()) {
+      AtomicFile file(job_.output);
+      file.write(view.data, view.spec.bytes());
+      file.commit();
+      event.add("file", job_.output);
+    }
+    emit(std::move(event));
+  }
+}
+
+void Session::emit_memory(const char* phase) const {
+  MemoryUse use = memory_use();
+  Event event("memory");
+  event.add("phase", phase)
+      .add("rss", use.rss)
+      .add("peak_rss", use.peak_rss)
+      .add("anon", use.anon)
+      .add("file", use.file)
+      .add("swap", use.swap);
+  if (executor_) event.add("activations", executor_->bytes());
+  emit(std::move(event));
+}
+
+}  // namespace hh

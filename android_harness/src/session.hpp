@@ -1,0 +1,70 @@
+// One opened bundle: what hh_session is behind the C API.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engines.hpp"
+#include "events.hpp"
+#include "executor.hpp"
+#include "job.hpp"
+#include "manifest.hpp"
+#include "residency.hpp"
+
+namespace hh {
+
+class Session {
+ public:
+  // `cancelled` is asked while the bundle is being opened.
+  Session(Job job, EventSink events, const std::function<bool()>& cancelled);
+
+  void set_input(const std::string& name, const void* data, size_t bytes);
+  void set_seed(uint64_t seed);
+  void run();
+  void run_job();
+  std::span<const std::byte> output(const std::string& role) const;
+  void cancel() { cancelled_.store(true, std::memory_order_relaxed); }
+  void emit(Event event) const { emit_text(event.text()); }
+  void emit_text(const char* json) const {
+    if (events_) events_(json);
+  }
+
+ private:
+  struct Timing {
+    double engine = 0, load = 0;
+    std::vector<double> calls;
+  };
+
+  const Program& program() const { return size_->program; }
+  void open_artifacts(const std::function<void()>& go_on);
+  std::unique_ptr<SafeTensors> open_constants() const;
+  void read_job_inputs();
+  void prepare_inputs();
+  void iterate(const char* kind);
+  void pass(SafeTensorsWriter* dump);
+  void dump_calls();
+  void emit_memory(const char* phase) const;
+  void emit_outputs() const;
+  void check_cancelled();
+
+  Job job_;
+  EventSink events_;
+  Manifest manifest_;
+  const Size* size_ = nullptr;
+  std::unique_ptr<Executor> executor_;
+  std::unique_ptr<Engines> engines_;
+  std::unique_ptr<Residency> residency_;
+  std::map<std::string, bool> given_;  // by input: the caller gave it
+  uint64_t seed_ = 0;
+  bool draw_ = true;
+  bool ran_ = false;
+  int64_t index_ = 0;
+  Timing timing_;
+  std::atomic<bool> cancelled_{false};
+};
+
+}  // namespace hh
