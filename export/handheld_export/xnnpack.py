@@ -566,18 +566,21 @@ class _Emitter:
         self.layers.append(QuantizedLayer(name, weight, value.id))
         return value
 
-    def _dynamic(self, x: Value) -> Value:
-        """Quantize each token while running; shared by all layers that read it."""
-        key = ("dynamic", x.id)
+    def _dynamic(self, x: Value, axes: int = 1) -> Value:
+        """Quantize while running; shared by all layers that read it.
+
+        The last ``axes`` axes share a scale: one for each token, three for each picture.
+        """
+        key = ("dynamic", x.id, axes)
         if key not in self._written:
             result = self._value(
-                x.shape, x.order, xs.XNNDatatype.xnn_datatype_qdint8, xs.PerTokenDynamicQuant(1)
+                x.shape, x.order, xs.XNNDatatype.xnn_datatype_qdint8, xs.PerTokenDynamicQuant(axes)
             )
             self._node_add(xs.XNNConvert(x.id, result.id, 0))
             self._written[key] = result
         return self._written[key]  # type: ignore[no-any-return]
 
-    def conv2d(  # noqa: PLR0917 (aten.conv2d's own)
+    def conv2d(
         self,
         node: Node,
         x: Value,
@@ -602,19 +605,16 @@ class _Emitter:
         shape = (x.shape[0], *size, outputs)
         layer, name = self._layer(weight)
         limits = self._limits(node)
-        quantized = quantized_of(layer)
-        if quantized is None:
+        quantized, range_ = quantized_of(layer), range_of(layer)
+        if quantized is None or range_ is None:
             source, result = x, self._value(shape, _NHWC)
-            filter_ = self._write(weight, _NHWC, 4).id
+            if quantized is None:
+                filter_ = self._write(weight, _NHWC, 4).id
+            else:
+                source = self._dynamic(x, axes=3)
+                filter_ = self._conv_filter(name, quantized)
             bias_id, raw = self._bias(bias), result.id
         else:
-            range_ = range_of(layer)
-            if range_ is None:
-                raise _refuse_layer(
-                    name,
-                    "a quantized convolution needs a calibrated activation range on XNNPACK",
-                    "calibrate the student, or keep its convolutions in float",
-                )
             into = _qparams(range_.input_min, range_.input_max)
             source = self._static(x, into)
             out = self._output_qparams(node, range_, fused=limits is not None)
@@ -685,6 +685,24 @@ class _Emitter:
     def _conv_codes(
         self, name: str, weight: QuantizedWeight, bias: Constant | None, input_scale: float
     ) -> tuple[int, int]:
+        filter_ = self._conv_filter(name, weight)
+        if bias is None:
+            return filter_, _NONE
+        scales = np.ascontiguousarray(weight.scales, dtype=np.float32)
+        steps = (scales * np.float32(input_scale)).astype(np.float32)
+        whole = np.rint(bias.tensor.numpy().astype(np.float64) / steps)
+        whole = np.clip(whole, -(2**31), 2**31 - 1).astype(np.int32)
+        stored = steps.tobytes()
+        bias_value = self._value(
+            whole.shape,
+            None,
+            xs.XNNDatatype.xnn_datatype_qcint32,
+            xs.PerChannelQuant([], 0, self._store(stored), steps.size),
+            self._store(whole.tobytes(), stored),
+        )
+        return filter_, bias_value.id
+
+    def _conv_filter(self, name: str, weight: QuantizedWeight) -> int:
         if weight.grid not in ("int8", "int4", "int2") or weight.group_size is not None:
             raise _refuse_layer(name, f"grid '{weight.grid}' does not run in convolutions")
         scales = np.ascontiguousarray(weight.scales, dtype=np.float32)
@@ -698,20 +716,7 @@ class _Emitter:
             self._store(codes.tobytes(), stored),
         )
         self.layers.append(QuantizedLayer(name, weight, value.id))
-        if bias is None:
-            return value.id, _NONE
-        steps = (scales * np.float32(input_scale)).astype(np.float32)
-        whole = np.rint(bias.tensor.numpy().astype(np.float64) / steps)
-        whole = np.clip(whole, -(2**31), 2**31 - 1).astype(np.int32)
-        stored = steps.tobytes()
-        bias_value = self._value(
-            whole.shape,
-            None,
-            xs.XNNDatatype.xnn_datatype_qcint32,
-            xs.PerChannelQuant([], 0, self._store(stored), steps.size),
-            self._store(whole.tobytes(), stored),
-        )
-        return value.id, bias_value.id
+        return value.id
 
     def bmm(self, a: Value, b: Value) -> Value:
         a = self._plain(a)
