@@ -55,7 +55,9 @@ HH_API hh_status hh_run_job(hh_session* session);
 /* A result of the last run, by role ("picture"); valid until the next run or close. */
 HH_API hh_status hh_output(hh_session* session, const char* role, const void** data, size_t* bytes);
 
-/* Make hh_run or hh_run_job return HH_FAILED (code "cancelled") after the current call. */
+/* Make hh_run or hh_run_job return HH_FAILED (code "cancelled") after the current call. With
+ * NULL, make every hh_open under way do so after the current artifact. Only stores to atomics,
+ * so a signal handler may call it. */
 HH_API void hh_cancel(hh_session* session);
 
 HH_API void hh_close(hh_session* session);

@@ -1,0 +1,369 @@
+"""Find and build the native harness: the library and the program of ``android_harness``."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from handheld.errors import HarnessError, MissingDependencyError
+from handheld.files import cache_root, output_errors, replaced_folder
+
+OVERRIDE = "HANDHELD_HARNESS"
+"""Environment variable: a folder with a harness that was built elsewhere, or its program."""
+
+PROGRAM = "handheld-harness"
+LIBRARY = "libhandheld.dylib" if sys.platform == "darwin" else "libhandheld.so"
+_MARK = "build.json"
+_TIMEOUT_S = 1800
+_LAST_LINES = 25
+_CMAKE_LEAST = (3, 28)
+
+
+@dataclass(frozen=True)
+class HarnessPaths:
+    """A built harness."""
+
+    library: Path
+    program: Path
+    engines: dict[str, str]
+    """Engines built in, name to version."""
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """Something that building the harness needs, or an engine it can hold."""
+
+    name: str
+    found_version: str | None
+    remedy: str
+    ok: bool
+    optional: bool = False
+    """True for an engine: the harness builds without it."""
+
+
+@dataclass(frozen=True)
+class _Package:
+    """An installed Python package whose files the build uses."""
+
+    version: str
+    folder: Path
+
+
+_ENGINES = {
+    "executorch": ("executorch", "executorch", "share/cmake/executorch-config.cmake"),
+    "litert": ("ai-edge-litert", "ai_edge_litert", "libLiteRt.so"),
+}
+
+
+def sources() -> Path:
+    """Return the folder of the C++ sources, in the installed package or in a checkout.
+
+    Raises
+    ------
+    HarnessError
+        If neither is there.
+    """
+    here = Path(__file__).resolve().parent
+    for folder in (here / "native", here.parents[1] / "android_harness"):
+        if (folder / "CMakeLists.txt").is_file():
+            return folder
+    raise HarnessError(
+        "the harness's C++ sources are missing",
+        path=here / "native",
+        remedy=f"reinstall handheld, or point {OVERRIDE} at a harness that was built elsewhere",
+    )
+
+
+def requirements() -> list[Requirement]:
+    """Return what a build needs, and what of it is here. Nothing is imported."""
+    compiler = _compiler()
+    cmake, ninja = _tool("cmake"), _tool("ninja")
+    cmake_version = _version_of(cmake)
+    json_package = _package("nlohmann-json", "nlohmann_json", "include/nlohmann/json.hpp")
+    out = [
+        Requirement(
+            "C++20 compiler",
+            _version_of(compiler),
+            "apt install g++, or set CXX",
+            compiler is not None,
+        ),
+        Requirement(
+            "cmake",
+            cmake_version,
+            "pip install 'cmake>=3.28'",
+            cmake_version is not None and _numbers(cmake_version) >= _CMAKE_LEAST,
+        ),
+        Requirement("ninja", _version_of(ninja), "pip install ninja", ninja is not None),
+        Requirement(
+            "nlohmann-json",
+            json_package.version if json_package else None,
+            "pip install nlohmann-json==3.12.0",
+            json_package is not None,
+        ),
+    ]
+    for engine, (distribution, module, file) in _ENGINES.items():
+        package = _package(distribution, module, file)
+        out.append(
+            Requirement(
+                f"engine {engine}",
+                package.version if package else None,
+                f"pip install {distribution}",
+                package is not None,
+                optional=True,
+            )
+        )
+    return out
+
+
+def find() -> HarnessPaths | None:
+    """Return the harness that fits these sources and engines, or None if there is none yet.
+
+    Raises
+    ------
+    HarnessError
+        If ``HANDHELD_HARNESS`` names something that is no harness.
+    """
+    if override := os.environ.get(OVERRIDE):
+        return _overridden(Path(override))
+    try:
+        folder = _folder()
+    except HarnessError:
+        return None
+    return _built(folder)
+
+
+def build(force: bool = False) -> HarnessPaths:
+    """Build the harness for the engines that are installed, unless that has been done.
+
+    Parameters
+    ----------
+    force : bool
+        Build again even if there is one.
+
+    Raises
+    ------
+    MissingDependencyError
+        If a tool is missing, or every engine.
+    HarnessError
+        If it does not compile; the message ends with the compiler's last lines.
+    """
+    if not force and (found := find()):
+        return found
+    needed = requirements()
+    if lacking := [r for r in needed if not r.ok and not r.optional]:
+        raise MissingDependencyError(
+            f"building the harness needs {', '.join(r.name for r in lacking)}",
+            remedy="; ".join(r.remedy for r in lacking),
+        )
+    if not any(r.ok for r in needed if r.optional):
+        raise MissingDependencyError(
+            "no engine is installed, so the harness could run nothing",
+            remedy=" or ".join(r.remedy for r in needed if r.optional),
+        )
+    folder = _folder()
+    with output_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(folder.with_suffix(".lock")):
+        # Another process may have built it while this one waited.
+        if not force and (built := _built(folder)):
+            return built
+        _compile(folder)
+    built = _built(folder)
+    if built is None:
+        raise HarnessError("the build left no harness", path=folder)
+    return built
+
+
+def binary() -> Path:
+    """Return the program of the harness, building it if need be."""
+    return (find() or build()).program
+
+
+def library() -> Path:
+    """Return the library of the harness, building it if need be."""
+    return (find() or build()).library
+
+
+def engines() -> dict[str, str]:
+    """Return the engines of the harness, name to version, building it if need be."""
+    return (find() or build()).engines
+
+
+def _overridden(path: Path) -> HarnessPaths:
+    folder = path if path.is_dir() else path.parent
+    program, library = folder / PROGRAM, folder / LIBRARY
+    for file in (program, library):
+        if not file.is_file():
+            raise HarnessError(
+                f"there is no {file.name}", path=folder, remedy=f"correct or unset {OVERRIDE}"
+            )
+    try:
+        result = subprocess.run(
+            [program, "--engines"], capture_output=True, text=True, timeout=60, check=True
+        )
+        found: dict[str, str] = json.loads(result.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        raise HarnessError(
+            f"does not start: {error}", path=program, remedy=f"correct or unset {OVERRIDE}"
+        ) from error
+    return HarnessPaths(library.resolve(), program.resolve(), found)
+
+
+def _built(folder: Path) -> HarnessPaths | None:
+    try:
+        mark = json.loads((folder / _MARK).read_text())
+        found: dict[str, str] = dict(mark["engines"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    program, library = folder / PROGRAM, folder / LIBRARY
+    if not (program.is_file() and library.is_file()):
+        return None
+    return HarnessPaths(library, program, found)
+
+
+def _folder() -> Path:
+    """Return where the harness for these sources and engines belongs."""
+    digest = hashlib.sha256()
+    root = sources()
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        if path.suffix in (".cpp", ".hpp", ".h", ".txt", ".cmake"):
+            digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    digest.update(f"{_compiler()}\0{os.environ.get('CXXFLAGS', '')}\0".encode())
+    for engine, (distribution, module, file) in _ENGINES.items():
+        if package := _package(distribution, module, file):
+            digest.update(f"{engine} {package.version} {package.folder}\0".encode())
+    return cache_root() / "harness" / digest.hexdigest()[:16]
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with output_errors(path), path.open("a") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(folder: Path) -> None:
+    cmake, ninja = _tool("cmake"), _tool("ninja")
+    if cmake is None or ninja is None:
+        raise MissingDependencyError("cmake or ninja is missing", remedy="pip install cmake ninja")
+    json_package = _package("nlohmann-json", "nlohmann_json", "include/nlohmann/json.hpp")
+    if json_package is None:
+        raise MissingDependencyError(
+            "nlohmann-json is missing", remedy="pip install nlohmann-json==3.12.0"
+        )
+    found = {
+        engine: package
+        for engine, (distribution, module, file) in _ENGINES.items()
+        if (package := _package(distribution, module, file))
+    }
+    log = folder.with_suffix(".log")
+    with output_errors(log):
+        log.unlink(missing_ok=True)
+    with replaced_folder(folder) as temporary:
+        work = temporary / "work"
+        configure = [
+            cmake,
+            "-G",
+            "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            f"-DCMAKE_INSTALL_PREFIX={temporary}",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DHANDHELD_JSON_INCLUDE={json_package.folder / 'include'}",
+            f"-DHANDHELD_EXECUTORCH={'ON' if 'executorch' in found else 'OFF'}",
+            f"-DHANDHELD_LITERT={'ON' if 'litert' in found else 'OFF'}",
+            "-S",
+            str(sources()),
+            "-B",
+            str(work),
+        ]
+        if package := found.get("executorch"):
+            configure.append(f"-DHANDHELD_EXECUTORCH_ROOT={package.folder}")
+        if package := found.get("litert"):
+            configure.append(f"-DHANDHELD_LITERT_LIBRARY={package.folder / 'libLiteRt.so'}")
+            configure.append(f"-DHANDHELD_LITERT_VERSION={package.version}")
+        _step(configure, log, "cannot be configured")
+        _step([cmake, "--build", str(work), "--target", "install"], log, "does not compile")
+        shutil.rmtree(work)
+        mark = {"engines": {name: p.version for name, p in found.items()}}
+        (temporary / _MARK).write_text(json.dumps(mark))
+
+
+def _step(command: list[str], log: Path, what: str) -> None:
+    with output_errors(log), log.open("a") as f:
+        f.write(f"$ {' '.join(command)}\n")
+        f.flush()
+        try:
+            result = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=f,
+                stderr=subprocess.STDOUT,
+                timeout=_TIMEOUT_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise HarnessError(f"the harness {what}: it took too long", path=log) from None
+    if result.returncode:
+        lines = log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
+        tail = "\n".join(lines)
+        raise HarnessError(
+            f"the harness {what}:\n{tail}\n",
+            path=log,
+            remedy="the log has everything; `handheld doctor` says what is missing",
+        )
+
+
+def _package(distribution: str, module: str, file: str) -> _Package | None:
+    """Find an installed package by a file that the build needs, without importing it."""
+    try:
+        spec = importlib.util.find_spec(module)
+        version = importlib.metadata.version(distribution)
+    except (ImportError, ValueError, importlib.metadata.PackageNotFoundError):
+        return None
+    for location in (spec.submodule_search_locations or ()) if spec else ():
+        folder = Path(location).resolve()
+        if (folder / file).is_file():
+            return _Package(version, folder)
+    return None
+
+
+def _tool(name: str) -> str | None:
+    # A wheel's program lies beside this interpreter, which may not be on PATH.
+    beside = Path(sys.executable).parent / name
+    return str(beside) if os.access(beside, os.X_OK) else shutil.which(name)
+
+
+def _compiler() -> str | None:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and (path := shutil.which(name)):
+            return path
+    return None
+
+
+def _version_of(tool: str | None) -> str | None:
+    if tool is None:
+        return None
+    try:
+        result = subprocess.run(
+            [tool, "--version"], capture_output=True, text=True, timeout=60, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    words = result.stdout.split("\n", 1)[0].split()
+    return next((w for w in reversed(words) if w[:1].isdigit()), None)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
