@@ -10,20 +10,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
+from handheld.bundle import describe_validation
 from handheld.errors import CheckpointError
 from handheld.files import sha256_file
+from handheld.program import Model
 from handheld_export.quantization import ActivationRange, QuantizedWeight
+
+_T = TypeVar("_T", bound=BaseModel)
 
 DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
@@ -33,6 +39,7 @@ MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
 _UNET_OPTIONS: dict[str, tuple[Any, ...]] = {
     "class_embed_type": (None,),
     "num_class_embeds": (None,),
+    "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,),
     "addition_embed_type": (None, "text_time"),
     "attention_type": (None, "default"),
@@ -79,8 +86,54 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _finite(value: ActivationRange) -> ActivationRange:
+    if not all(map(math.isfinite, vars(value).values())):
+        raise ValueError("has bounds that are not finite")
+    return value
+
+
+class _Layer(Model):
+    grid: str
+    group_size: Annotated[int, Field(ge=1)] | None = None
+
+
+class _Quantization(Model):
+    """A student's ``quantization.json``."""
+
+    schema_version: Literal[1] = 1
+    layers: dict[str, _Layer] = {}
+    activations: dict[str, Annotated[ActivationRange, AfterValidator(_finite)]] = {}
+
+
+class _Settings(Model):
+    """``handheld.json``, as far as exports read it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str | None = None
+    size: Annotated[int, Field(ge=8, le=8192)] | None = None
+    sampler: str | None = None
+    steps: Annotated[int, Field(ge=1)] | None = None
+    timesteps: list[int] | None = None
+    timestep_spacing: str | None = None
+    guidance: float | None = None
+    prompts: list[str] | None = None
+    licence: str | None = None
+    history: list[dict[str, Any]] = []
+
+
+def _validated(model: type[_T], value: object, path: Path, remedy: str) -> _T:
+    try:
+        return model.model_validate(value)
+    except ValidationError as e:
+        message, field = describe_validation(e)
+        raise CheckpointError(message, path=path, field=field, remedy=remedy) from None
+
+
 @dataclass(frozen=True)
-class _Place:
+class Place:
+    """Where a tensor is; ``shape`` may drop extents of one that the file has."""
+
     file: Path
     name: str
     shape: tuple[int, ...]
@@ -96,7 +149,7 @@ class TensorStore:
         Component name for errors.
     """
 
-    def __init__(self, places: Mapping[str, _Place], label: str) -> None:
+    def __init__(self, places: Mapping[str, Place], label: str) -> None:
         self._places = dict(places)
         self.label = label
 
@@ -109,14 +162,14 @@ class TensorStore:
         CheckpointError
             If a file is truncated or malformed, or a name appears in two files.
         """
-        places: dict[str, _Place] = {}
+        places: dict[str, Place] = {}
         for file in files:
             for name, shape in _header(file).items():
                 if name in places:
                     raise CheckpointError(
                         f"tensor '{name}' is also in {places[name].file.name}", path=file
                     )
-                places[name] = _Place(file, name, shape)
+                places[name] = Place(file, name, shape)
         return cls(places, label)
 
     def __contains__(self, name: str) -> bool:
@@ -132,6 +185,11 @@ class TensorStore:
     def file(self, name: str) -> Path:
         """File that holds a tensor."""
         return self._places[name].file
+
+    @property
+    def places(self) -> Mapping[str, Place]:
+        """Where each tensor is."""
+        return self._places
 
     @property
     def files(self) -> list[Path]:
@@ -158,7 +216,8 @@ class TensorStore:
             try:
                 with safe_open(file, framework="pt") as f:
                     for name in wanted:
-                        result[name] = f.get_tensor(self._places[name].name)
+                        place = self._places[name]
+                        result[name] = f.get_tensor(place.name).reshape(place.shape)
             except (SafetensorError, OSError) as e:
                 raise CheckpointError(f"cannot be read: {e}", path=file) from None
         return result
@@ -219,10 +278,10 @@ class Component:
         self.origin = origin
 
     @cached_property
-    def _quantization(self) -> dict[str, Any]:
+    def _quantization(self) -> _Quantization:
         path = self.origin.parent / "quantization.json"
         if self.origin.name != "config.json" or not path.exists():
-            return {"schema_version": 1, "layers": {}, "activations": {}}
+            return _Quantization()
         value = read_json(path)
         if value.get("schema_version") != 1:
             raise CheckpointError(
@@ -231,17 +290,17 @@ class Component:
                 field="schema_version",
                 remedy="upgrade handheld or compress the checkpoint again",
             )
-        return value
+        return _validated(_Quantization, value, path, "compress the checkpoint again")
 
     @cached_property
     def quantized(self) -> frozenset[str]:
         """Layers (module paths) that carry codes."""
-        return frozenset(self._quantization["layers"])
+        return frozenset(self._quantization.layers)
 
     @cached_property
     def activation_ranges(self) -> dict[str, ActivationRange]:
         """Calibrated ranges by module path, where the student has them."""
-        return {k: ActivationRange(**v) for k, v in self._quantization["activations"].items()}
+        return self._quantization.activations
 
     def quantized_weight(self, layer: str) -> QuantizedWeight:
         """Read the codes of a layer.
@@ -251,17 +310,17 @@ class Component:
         CheckpointError
             If codes, scales and the declared grid do not fit together.
         """
-        entry = self._quantization["layers"][layer]
+        entry = self._quantization.layers[layer]
         names = [f"{layer}.weight.codes", f"{layer}.weight.scales"]
-        if entry["grid"] == "palette":
+        if entry.grid == "palette":
             names.append(f"{layer}.weight.codebook")
         tensors = self.store.read(names)
         try:
             return QuantizedWeight.checked(
-                entry["grid"],
+                entry.grid,
                 tensors[names[0]].numpy(),
                 tensors[names[1]].numpy(),
-                entry.get("group_size"),
+                entry.group_size,
                 tensors[names[2]].numpy() if len(names) > 2 else None,
             )
         except ValueError as e:
@@ -329,7 +388,11 @@ class Checkpoint:
     def settings(self) -> dict[str, Any]:
         """The optional ``handheld.json``: sampler, steps, guidance, size, prompts."""
         path = self.path / "handheld.json"
-        return read_json(path) if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        settings = read_json(path)
+        _validated(_Settings, settings, path, "correct it or remove it")
+        return settings
 
     @cached_property
     def scheduler(self) -> dict[str, Any]:
@@ -368,10 +431,11 @@ class Checkpoint:
 
             return open_component(self.path, kind)
         folder = self.path / kind
-        config = folder / "config.json"
-        return Component(
-            kind, read_json(config), TensorStore.open(_component_files(folder), str(folder)), config
-        )
+        config = read_json(folder / "config.json")
+        store = TensorStore.open(_component_files(folder), str(folder))
+        if kind == "vae":
+            store = TensorStore(dict(map(_modern, store.places.items())), str(folder))
+        return Component(kind, config, store, folder / "config.json")
 
     @cached_property
     def files(self) -> list[Path]:
@@ -390,6 +454,19 @@ class Checkpoint:
         for file in self.files:
             h.update(f"{file.relative_to(root).as_posix()}\n{sha256_file(file)}\n".encode())
         return h.hexdigest()
+
+
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _modern(item: tuple[str, Place]) -> tuple[str, Place]:
+    """Rename attention as diffusers before 0.17 called it, when it also was a convolution."""
+    name, place = item
+    head, _, leaf = name.rpartition(".")
+    path, _, layer = head.rpartition(".")
+    if ".attentions." not in name or layer not in _OLD_ATTENTION:
+        return item
+    return f"{path}.{_OLD_ATTENTION[layer]}.{leaf}", replace(place, shape=place.shape[:2])
 
 
 def check_unet(config: Mapping[str, Any], origin: Path) -> None:
@@ -411,7 +488,7 @@ def check_unet(config: Mapping[str, Any], origin: Path) -> None:
     for field, allowed in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
         blocks = config.get(field)
         if not isinstance(blocks, list) or not blocks:
-            raise CheckpointError("is not a list of block types", path=origin, field=field)
+            raise refuse(field, blocks, "a list of block types")
         for i, block in enumerate(blocks):
             if block not in allowed:
                 raise refuse(f"{field}[{i}]", block, ", ".join(allowed))

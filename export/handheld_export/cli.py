@@ -70,6 +70,9 @@ def export(
     references: Annotated[
         bool, typer.Option(help="Let reference results of every call travel in the bundle.")
     ] = False,
+    calibrate: Annotated[
+        bool, typer.Option(help="Fix the activation grids of convolutions by calibration.")
+    ] = False,
     jobs: Annotated[int | None, typer.Option("--jobs", "-j", help="Worker processes.")] = None,
     cache: Annotated[bool, typer.Option(help="Use artifacts lowered earlier.")] = True,
     dry_run: Annotated[bool, typer.Option(help="Show the segments and stop.")] = False,
@@ -81,7 +84,7 @@ def export(
     handheld export critter --target litert-cpu --precision int8 -o build/critter
     handheld export ./sdxl -t litert-cpu -t executorch-xnnpack -p int4 -o build/sdxl
     handheld export critter --dry-run
-    """
+    """  # noqa: D301
     _quiet()
     targets_ = target or ["litert-cpu"]
     precisions = precision or ["int8"]
@@ -111,6 +114,7 @@ def export(
             prompts=tuple(prompt) if prompt else None,
             seed=seed,
             references=references,
+            calibrate=calibrate,
         )
         if dry_run:
             results.append({"target": name, "precision": level} | plan_segments(source, options))
@@ -166,7 +170,7 @@ def verify(
     \b
     handheld verify build/critter
     handheld verify build/critter --checkpoint critter --json
-    """
+    """  # noqa: D301
     _quiet()
     from handheld.bundle import Bundle
     from handheld_export.verify import verify as run

@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 from handheld import bundle, noise
 from handheld.errors import CheckpointError, TargetError, UsageError
 from handheld.execute import execute
-from handheld.files import cache_root, replaced_folder, sha256_file
+from handheld.files import cache_root, output_errors, replaced_folder, sha256_file
 from handheld.manifest import (
     Artifact,
     FileRef,
@@ -91,6 +91,7 @@ class Options:
     prompts: tuple[str, ...] | None = None
     seed: int = 0
     references: bool = False
+    calibrate: bool = False
 
 
 @dataclass
@@ -169,7 +170,11 @@ def export(
         return manifest
 
     plan = _plan(checkpoint, options)
-    with tempfile.TemporaryDirectory(prefix="handheld-") as folder:
+    scratch = root / "work"
+    with output_errors(scratch):
+        scratch.mkdir(parents=True, exist_ok=True)
+    lowering.sweep(scratch)
+    with tempfile.TemporaryDirectory(prefix=f"tmp-{os.getpid()}-", dir=scratch) as folder:
         work = Path(folder)
         manifest, keys = _export(plan, work, root, jobs, progress, use_cache)
         _remember(manifest, keys, work, record)
@@ -351,7 +356,7 @@ def _texts(plan: _Plan, work: Path) -> _Texts:
         if plan.options.prompts:
             raise
         generator = np.random.default_rng(0)
-        shapes = {"prompt_embeds": (1, tokens, width)}
+        shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (1, tokens, width)}
         if pooled_width:
             shapes["pooled"] = (1, pooled_width)
         values = {n: generator.standard_normal(s, dtype=np.float32) for n, s in shapes.items()}
@@ -421,7 +426,8 @@ def _reference(
     pairs = [(s, c) for _, s, c in plan.segments]
     student_ranges = plan.checkpoint.unet.activation_ranges | plan.checkpoint.vae.activation_ranges
     precision = find_precision(plan.options.precision)
-    observe = plan.target.needs_ranges and precision.other is not None and not student_ranges
+    wanted = plan.options.calibrate or plan.target.needs_ranges
+    observe = wanted and precision.other is not None and not student_ranges
     artifacts = TorchArtifacts(pairs, observe=observe)
     middle = {s.id: 0 for s, _ in pairs}
     calls = len(plan.steps) * (1 if plan.guidance == 1.0 else 2)
@@ -506,7 +512,7 @@ def _lower_all(
     threads = max(1, (os.cpu_count() or 1) // workers)
     progress.planned(len(plan.segments), sum(s.weights for _, s, _ in plan.segments))
     for line, segment, component in plan.segments:
-        own = lowering.segment_ranges(segment, ranges) if plan.target.needs_ranges else {}
+        own = lowering.segment_ranges(segment, ranges)
         key = lowering.segment_key(
             segment, component, plan.target.name, {"precision": plan.options.precision}, own
         )
@@ -516,7 +522,8 @@ def _lower_all(
             metas[segment.id] = meta
             progress.done(segment.id, segment.weights, None)
             continue
-        shutil.rmtree(store / key, ignore_errors=True)
+        if not use_cache:
+            shutil.rmtree(store / key, ignore_errors=True)
         tasks.append(
             (
                 segment.weights,
@@ -676,7 +683,7 @@ def _manifest(
             Artifact(
                 id=segment.id,
                 target=plan.target.name,
-                engine=plan.target.engine,  # type: ignore[arg-type]
+                engine=plan.target.engine,
                 engine_version=meta["engine_version"],
                 file=FileRef(
                     path=f"artifacts/{segment.id}{plan.target.suffix}",
@@ -685,7 +692,7 @@ def _manifest(
                 ),
                 ports=segment.ports,
                 units=tuple(u.name for u in segment.units),
-                component=segment.graph.component,  # type: ignore[arg-type]
+                component=segment.graph.component,
                 weights=meta["weights"],
                 partitions=meta["partitions"],
                 tools=meta["tools"],
@@ -745,10 +752,8 @@ def _recorded(record: Path, root: Path) -> Manifest | None:
         stored = json.loads((record / "export.json").read_text())
         manifest = Manifest.model_validate(stored["manifest"])
         keys = stored["keys"]
-        refs = [manifest.constants, manifest.reference and manifest.reference.file]
-        refs.append(manifest.text.prefetched and manifest.text.prefetched.file)
-        for ref in refs:
-            if ref is not None and sha256_file(record / ref.path) != ref.sha256:
+        for ref in _own_files(manifest):
+            if sha256_file(record / ref.path) != ref.sha256:
                 return None
         for artifact in manifest.artifacts:
             meta = lowering.cached(root / "artifacts", keys[artifact.id])
@@ -759,17 +764,22 @@ def _recorded(record: Path, root: Path) -> Manifest | None:
     return manifest
 
 
+def _own_files(manifest: Manifest) -> list[FileRef]:
+    """List the files of a bundle that are not artifacts."""
+    refs = (
+        manifest.constants,
+        manifest.reference.file if manifest.reference else None,
+        manifest.text.prefetched.file if manifest.text.prefetched else None,
+    )
+    return [ref for ref in refs if ref is not None]
+
+
 def _pack(manifest: Manifest, record: Path, root: Path, output: Path) -> None:
     keys = json.loads((record / "export.json").read_text())["keys"]
     files: dict[str, Path] = {}
     for artifact in manifest.artifacts:
         suffix = Path(artifact.file.path).suffix
         files[artifact.file.path] = root / "artifacts" / keys[artifact.id] / f"artifact{suffix}"
-    for ref in (
-        manifest.constants,
-        manifest.reference.file if manifest.reference else None,
-        manifest.text.prefetched.file if manifest.text.prefetched else None,
-    ):
-        if ref is not None:
-            files[ref.path] = record / ref.path
+    for ref in _own_files(manifest):
+        files[ref.path] = record / ref.path
     bundle.write(manifest, files, output)

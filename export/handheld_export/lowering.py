@@ -172,7 +172,7 @@ def _stored_names(segment: Segment, component: Component) -> set[str]:
 def segment_ranges(
     segment: Segment, ranges: dict[str, ActivationRange]
 ) -> dict[str, ActivationRange]:
-    """The part of ``ranges`` that belongs to a segment's layers."""
+    """Return the part of ``ranges`` that belongs to a segment's layers."""
     return {name: ranges[name] for name, _ in layers(segment) if name in ranges}
 
 
@@ -268,6 +268,8 @@ def lower(task: Task) -> dict[str, Any]:
 
 def cached(root: Path, key: str) -> dict[str, Any] | None:
     """Return the ``meta.json`` of a cache entry, or None where it is absent or damaged."""
+    if not (root / key).exists():
+        return None
     try:
         meta: dict[str, Any] = json.loads((root / key / "meta.json").read_text())
         artifact = root / key / meta["file"]

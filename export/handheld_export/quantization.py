@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,7 +66,7 @@ class QuantizedWeight:
             raise ValueError(f"grid '{grid}' is unknown; known: {', '.join(LIMITS)}, palette")
         if codes.dtype != np.int8 or codes.ndim not in (2, 4):
             raise ValueError("codes are not int8 of 2 or 4 dimensions")
-        if scales.dtype != np.float32 or not np.isfinite(scales).all() or (scales <= 0).any():
+        if scales.dtype != np.float32 or not bool(np.all((scales > 0) & (scales < np.inf))):  # type: ignore[operator]
             raise ValueError("scales are not finite, positive float32")
         if group_size is None:
             wanted: tuple[int, ...] = (codes.shape[0],)
@@ -79,6 +79,8 @@ class QuantizedWeight:
         if grid == "palette":
             if codebook is None or codebook.dtype != np.float32 or codebook.ndim != 1:
                 raise ValueError("the palette has no float32 codebook of one dimension")
+            if not np.isfinite(codebook).all():
+                raise ValueError("the codebook has values that are not finite")
             low, high = 0, len(codebook) - 1
         else:
             low, high = LIMITS[grid]
@@ -152,17 +154,14 @@ def round_to_nearest(
     if not np.isfinite(weight).all():
         raise ValueError("the weight has values that are not finite")
     out = weight.shape[0]
-    flat = weight.reshape(out, -1)
+    flat: NDArray[np.float32] = weight.reshape(out, -1)
     if group_size is not None:
         if weight.ndim != 2 or flat.shape[1] % group_size:
             raise ValueError(f"group size {group_size} does not divide {flat.shape[1]} inputs")
         flat = flat.reshape(out, -1, group_size)
     low, high = LIMITS[grid]
     peak = np.abs(flat).max(axis=-1, keepdims=True)
-    if grid == "int2":
-        scale = _least_squares_scale(flat, peak, low, high)
-    else:
-        scale = peak / high
+    scale = _least_squares_scale(flat, peak, low, high) if grid == "int2" else peak / high
     scale = np.where(scale == 0, 1.0, scale).astype(np.float32)
     codes = np.clip(np.rint(flat / scale), low, high).astype(np.int8)
     return QuantizedWeight(
@@ -172,8 +171,8 @@ def round_to_nearest(
 
 def _least_squares_scale(
     flat: NDArray[np.float32], peak: NDArray[np.float32], low: int, high: int
-) -> NDArray[np.float32]:
-    best = peak / 2
+) -> NDArray[np.floating[Any]]:
+    best: NDArray[np.floating[Any]] = peak / 2
     least = np.full_like(peak, np.inf)
     for fraction in np.linspace(0.15, 1.0, 32, dtype=np.float32):
         scale = np.where(peak == 0, 1, peak) * fraction

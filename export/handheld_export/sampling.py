@@ -50,8 +50,27 @@ def alphas_cumprod(config: Mapping[str, Any]) -> NDArray[np.float64]:
     CheckpointError
         For a schedule or prediction type that is not supported.
     """
-    count = int(config.get("num_train_timesteps", 1000))
-    start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
+    try:
+        count = int(config.get("num_train_timesteps", 1000))
+        start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
+    except (TypeError, ValueError) as e:
+        raise CheckpointError(
+            f"is not a noise schedule: {e}", path="scheduler/scheduler_config.json"
+        ) from None
+    if not (1 <= count <= 100_000 and 0 < start < 1 and 0 < end < 1):
+        raise CheckpointError(
+            f"{count} timesteps with betas from {start} to {end} are no noise schedule",
+            path="scheduler/scheduler_config.json",
+            field="beta_start",
+        )
+    for option in ("trained_betas", "rescale_betas_zero_snr"):
+        if config.get(option):
+            raise CheckpointError(
+                "is not supported",
+                path="scheduler/scheduler_config.json",
+                field=option,
+                remedy="use a checkpoint with a linear or scaled_linear schedule as it is",
+            )
     schedule = config.get("beta_schedule", "linear")
     if config.get("prediction_type", "epsilon") != "epsilon":
         raise CheckpointError(
@@ -71,7 +90,7 @@ def alphas_cumprod(config: Mapping[str, Any]) -> NDArray[np.float64]:
             field="beta_schedule",
             remedy="use linear or scaled_linear",
         )
-    return np.cumprod(1.0 - betas)
+    return np.cumprod(1.0 - betas, dtype=np.float64)
 
 
 def timesteps(count: int, steps: int, spacing: str, offset: int = 0) -> list[int]:
@@ -129,7 +148,11 @@ def plan(config: Mapping[str, Any], sampler: str, chosen: list[int]) -> list[Ste
             f"sampler '{sampler}' is unknown", remedy=f"choose one of {', '.join(SAMPLERS)}"
         )
     a_all = alphas_cumprod(config)
-    if any(not 0 <= t < len(a_all) for t in chosen) or sorted(set(chosen), reverse=True) != chosen:
+    if (
+        not chosen
+        or any(not 0 <= t < len(a_all) for t in chosen)
+        or sorted(set(chosen), reverse=True) != chosen
+    ):
         raise UsageError(f"timesteps {chosen} do not fall within {len(a_all) - 1}..0")
     result: list[Step] = []
     for i, t in enumerate(chosen):

@@ -76,7 +76,7 @@ class Graph:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def weights(self, unit: Unit) -> int:
-        """Number of parameters of a unit."""
+        """Return the number of parameters of a unit."""
         return sum(p.numel() for path in unit.prefixes for p in _parameters(self.model, path))
 
 
@@ -166,7 +166,7 @@ class _UpResnet(nn.Module):
 
 
 class _TransformerIn(nn.Module):
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: Any) -> None:
         super().__init__()
         self.norm = transformer.norm
         self.proj_in = transformer.proj_in
@@ -191,7 +191,7 @@ class _TransformerBlock(nn.Module):
 
 
 class _TransformerOut(nn.Module):
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: Any) -> None:
         super().__init__()
         self.proj_out = transformer.proj_out
         self.linear = transformer.use_linear_projection
@@ -352,7 +352,7 @@ def unet_graph(
         mid = model.mid_block
         x = line.add(f"{path}.resnets.0", _Resnet(mid.resnets[0]), x, "emb")
         for j, resnet in enumerate(mid.resnets[1:]):
-            attentions = [a for a in (getattr(mid, "attentions", None) or ())]
+            attentions = list(getattr(mid, "attentions", None) or ())
             if j < len(attentions) and attentions[j] is not None:
                 x = line.transformer(f"{path}.attentions.{j}", attentions[j], x)
             x = line.add(f"{path}.resnets.{j + 1}", _Resnet(resnet), x, "emb")
@@ -503,6 +503,13 @@ def check_weights(component: Component, model: nn.Module, wanted: set[str]) -> N
     """
     state = model.state_dict()
     codes = {f"{layer}.weight" for layer in component.quantized}
+    if unknown := sorted(codes - set(state)):
+        raise CheckpointError(
+            "there is no such layer",
+            path=component.origin.parent / "quantization.json",
+            field=f"layers.{unknown[0].removesuffix('.weight')}",
+            remedy="compress the checkpoint again",
+        )
     for name in sorted(wanted):
         stored = f"{name}.codes" if name in codes else name
         if stored not in component.store:

@@ -59,7 +59,10 @@ class LocalTextEncoder:
             raise CheckpointError(
                 "has no text encoder",
                 path=self.path,
-                remedy="prefetch prompts or use a text server",
+                remedy="text encoders are read from folders in diffusers layout only: convert "
+                "the file, or leave out prompts"
+                if self.path.is_file()
+                else "prefetch prompts or use a text server",
             )
 
     @cached_property

@@ -1,0 +1,24 @@
+"""Checkpoints that several tests share; nobody writes to them."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+if importlib.util.find_spec("torch") is not None:
+    import tiny
+
+
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory):
+    """SDXL's structure, with text encoders."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "sdxl"
+    return tiny.write_checkpoint(folder, tiny.SDXL, tiny.KL, steps=1, prompts=["a small red robot"])
+
+
+@pytest.fixture(scope="session")
+def smallest(tmp_path_factory):
+    """The fewest segments; no text encoders."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "smallest"
+    return tiny.write_checkpoint(folder, tiny.SMALLEST, tiny.SMALLEST_KL, text=False, steps=1)
