@@ -8,6 +8,7 @@ import shutil
 import stat
 import tempfile
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -191,8 +192,8 @@ class Bundle:
             first_field, first = seen.setdefault(folded, (field, ref))
             if first != ref:
                 self._fail(f"contradicts {first_field} about '{ref.path}'", field)
-            if first_field == field:
-                self._check_file(field, ref, verify_hashes)
+        for field, ref in seen.values():
+            self._check_file(field, ref, verify_hashes)
         known = {ref.path for _, ref in references(self.manifest)}
         folder = self.path / "artifacts"
         for path in _walk(folder) if folder.is_dir() else ():
@@ -366,13 +367,22 @@ def parse_manifest(data: bytes, path: str | Path = MANIFEST) -> Manifest:
 def describe_validation(error: ValidationError, limit: int = 10) -> tuple[str, str | None]:
     """Return a readable message for a pydantic error, and the field if there is just one."""
     faults = error.errors(include_url=False, include_context=False, include_input=False)
-    lines = [(field_path(f["loc"]), f["msg"].removeprefix("Value error, ")) for f in faults]
+    # A list with a faulty item is said to be too short as well.
+    lines = [
+        (field_path(f["loc"]), f["msg"].removeprefix("Value error, "))
+        for f in faults
+        if f["type"] != "too_short" or not any(_below(g["loc"], f["loc"]) for g in faults)
+    ]
     if len(lines) == 1:
         field, message = lines[0]
         return message, field or None
     shown = "".join(f"\n  {field}: {message}" for field, message in lines[:limit])
     rest = f"\n  and {len(lines) - limit} more" if len(lines) > limit else ""
     return f"{len(lines)} faults:{shown}{rest}\n ", None
+
+
+def _below(location: tuple[int | str, ...], parent: tuple[int | str, ...]) -> bool:
+    return len(location) > len(parent) and location[: len(parent)] == parent
 
 
 def field_path(location: Iterable[int | str]) -> str:
@@ -668,6 +678,7 @@ def _unpack(path: Path, folder: Path) -> None:
     except (
         zipfile.BadZipFile,
         zipfile.LargeZipFile,
+        zlib.error,
         EOFError,
         NotImplementedError,
         RuntimeError,

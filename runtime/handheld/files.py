@@ -20,6 +20,7 @@ _REMEDIES = {
     errno.EACCES: ("permission denied", "choose another place or change its permissions"),
     errno.EPERM: ("permission denied", "choose another place or change its permissions"),
     errno.ENOTDIR: ("part of the path is a file, not a folder", "choose another place"),
+    errno.EEXIST: ("a file is in the way of a folder", "choose another place"),
     errno.EISDIR: ("it is a folder, not a file", "name a file"),
     errno.ENOENT: ("no such file or folder", "check the path"),
     errno.ENAMETOOLONG: ("the name is too long", "choose a shorter one"),

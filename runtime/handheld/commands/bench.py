@@ -15,13 +15,13 @@ from rich.table import Table
 from handheld import bench as bench_
 from handheld import devices, records
 from handheld.bundle import Bundle
-from handheld.commands.output import megabytes, milliseconds, print_json
+from handheld.commands.output import announce_build, megabytes, milliseconds, print_json
 from handheld.errors import GateError, UsageError
 from handheld.protocol import Event, Iteration, Residency
 from handheld.records import RunRecord
 
 
-def bench(  # noqa: PLR0917
+def bench(
     bundles: Annotated[list[Path], typer.Argument(help="Bundles: folders or zip files.")],
     device: Annotated[
         str, typer.Option("--device", "-d", help="A kind of device, a device's id, or all.")
@@ -70,6 +70,7 @@ def bench(  # noqa: PLR0917
     opened = [Bundle.open(path) for path in bundles]
     done: list[RunRecord] = []
     console = Console(stderr=True)
+    announce_build(console)
 
     def keep(record: RunRecord) -> None:
         records.append(records_file, record)

@@ -15,7 +15,7 @@ from rich.console import Console
 from handheld import generate as generate_
 from handheld import models
 from handheld.bundle import MANIFEST, Bundle
-from handheld.commands.output import print_json
+from handheld.commands.output import announce_build, print_json
 from handheld.errors import BundleError, HandheldError, MissingDependencyError, UsageError
 from handheld.protocol import AnyEvent, Residency
 from handheld.text import PromptEmbedding, TextEncoder, embed, local_encoder
@@ -23,7 +23,7 @@ from handheld.text import PromptEmbedding, TextEncoder, embed, local_encoder
 TARGET, PRECISION = "litert-cpu", "int8"
 
 
-def generate(  # noqa: PLR0917
+def generate(
     model: Annotated[
         str,
         typer.Argument(
@@ -75,6 +75,7 @@ def generate(  # noqa: PLR0917
             path=bundle.path,
             remedy="leave out --negative",
         )
+    announce_build(console)
     encode = _Encoder(bundle, checkpoint)
     with console.status("encoding the prompt"):
         embedding = encode(prompt)

@@ -6,6 +6,10 @@ import json
 import sys
 from typing import Any
 
+from rich.console import Console
+
+from handheld import harness
+
 
 def print_json(value: Any) -> None:
     """Print a value as indented JSON to standard output."""
@@ -25,3 +29,11 @@ def gigabytes(value: int | None) -> str:
 def milliseconds(value: float | None) -> str:
     """Return a time in ms."""
     return "-" if value is None else f"{value:.1f}"
+
+
+def announce_build(console: Console) -> None:
+    """Build the harness if there is none yet, and say so, since it takes a while."""
+    if harness.find() is None:
+        with console.status("building the harness, once"):
+            paths = harness.build()
+        console.print(f"built the harness: {paths.program}", markup=False, highlight=False)

@@ -17,7 +17,6 @@ from handheld import harness
 from handheld.bundle import Bundle
 from handheld.devices import process
 from handheld.devices.base import Device, Devices, Place, Received
-from handheld.errors import HandheldError
 from handheld.files import cache_root, output_errors
 from handheld.protocol import Job
 from handheld.records import DeviceFacts, Heat
@@ -54,10 +53,7 @@ class HostDevice(Device):
 
     def facts(self) -> DeviceFacts:
         """Return what this machine is."""
-        try:
-            engines = harness.engines()
-        except HandheldError:
-            engines = {}
+        found = harness.find()
         return DeviceFacts(
             id=self.id,
             kind="host",
@@ -68,7 +64,7 @@ class HostDevice(Device):
             ram_bytes=_ram(),
             free_bytes=_free(cache_root()),
             os=_os(),
-            engines=engines,
+            engines=found.engines if found else {},
         )
 
     def heat(self) -> Heat:
@@ -79,7 +75,7 @@ class HostDevice(Device):
 
     @contextmanager
     def prepare(self, bundle: Bundle) -> Iterator[Place]:
-        """Find the harness and make a folder for its files."""
+        """Find or build the harness and make a folder for its files."""
         binary = harness.binary()
         with tempfile.TemporaryDirectory(prefix="handheld-") as work:
             yield HostPlace(binary, Path(work))
@@ -94,10 +90,8 @@ class HostDevices(Devices):
 
     def problems(self) -> list[str]:
         """Return what the harness lacks."""
-        try:
-            harness.binary()
-        except HandheldError as error:
-            return [str(error)]
+        if harness.find() is None:
+            return ["the harness is not built: run `handheld harness build`"]
         return []
 
 
