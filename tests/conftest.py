@@ -8,6 +8,9 @@ import pytest
 
 if importlib.util.find_spec("torch") is not None:
     import tiny
+    import torch
+
+    torch.set_num_threads(1)  # models this small only wait for each other
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ def per_channel(scales, weight):
     return scales.reshape(-1, *([1] * (weight.ndim - 1)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(weight=weights, grid=st.sampled_from(["int8", "int4"]))
 def test_error_is_at_most_half_a_step(weight, grid):
     q = round_to_nearest(weight, grid)
@@ -38,7 +38,7 @@ def test_error_is_at_most_half_a_step(weight, grid):
     QuantizedWeight.checked(q.grid, q.codes, q.scales)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(weight=hnp.arrays(np.float32, (4, 96), elements=floats))
 def test_groups_of_32(weight):
     q = round_to_nearest(weight, "int4", 32)
@@ -53,7 +53,7 @@ def test_groups_of_32(weight):
     QuantizedWeight.checked(q.grid, q.codes, q.scales, 32)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(weight=weights)
 def test_two_bits(weight):
     q = round_to_nearest(weight, "int2")

@@ -189,7 +189,7 @@ def verify(
                 str(row.calls),
                 f"{row.snr_db:.1f}",
                 f"{row.gate_db:.0f}",
-                f"{row.max_abs_error:.2g}",
+                "" if row.max_abs_error is None else f"{row.max_abs_error:.2g}",
                 "" if row.partitions is None else str(row.partitions),
                 "ok" if row.passed else "[red]FAILED[/red]",
             )
@@ -201,7 +201,7 @@ def verify(
             "",
             f"{whole.snr_db:.1f}",
             f"{report.gate_db:.0f}",
-            f"{whole.max_abs_error:.2g}",
+            "" if whole.max_abs_error is None else f"{whole.max_abs_error:.2g}",
             "",
             "ok" if ok else "[red]FAILED[/red]",
         )

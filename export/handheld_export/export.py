@@ -8,14 +8,16 @@ its record in the cache and only packs.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,10 +25,12 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from handheld import bundle, noise
-from handheld.errors import CheckpointError, TargetError, UsageError
+from handheld.counting import count_decoder, count_unet
+from handheld.errors import CheckpointError, OutputError, TargetError, UsageError
 from handheld.execute import execute
 from handheld.files import cache_root, output_errors, replaced_folder, sha256_file
 from handheld.manifest import (
@@ -174,13 +178,32 @@ def export(
     with output_errors(scratch):
         scratch.mkdir(parents=True, exist_ok=True)
     lowering.sweep(scratch)
-    with tempfile.TemporaryDirectory(prefix=f"tmp-{os.getpid()}-", dir=scratch) as folder:
+    with (
+        _full_disks(root),
+        tempfile.TemporaryDirectory(prefix=f"tmp-{os.getpid()}-", dir=scratch) as folder,
+    ):
         work = Path(folder)
         manifest, keys = _export(plan, work, root, jobs, progress, use_cache)
         _remember(manifest, keys, work, record)
     progress.stage("packing")
     _pack(manifest, record, root, output)
     return manifest
+
+
+@contextmanager
+def _full_disks(root: Path) -> Iterator[None]:
+    """Say so where the cache cannot be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        full = isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        if full or "o space left" in str(e):
+            raise OutputError(
+                "cannot write: the disk is full",
+                path=root,
+                remedy="free some space or set XDG_CACHE_HOME",
+            ) from e
+        raise
 
 
 def plan_segments(checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
@@ -658,12 +681,25 @@ class Runners:
         self._ready: dict[str, Any] = {}
 
     def __call__(self, artifact: str, args: Mapping[str, Array]) -> dict[str, Array]:
-        """Run an artifact."""
+        """Run an artifact.
+
+        Raises
+        ------
+        TargetError
+            If it does not run or gives something else than its ports say.
+        """
         ports = self._segments[artifact].ports
-        runner = self._ready.get(artifact) or self._target.load(self._paths[artifact], ports)
-        if self._keep:
-            self._ready[artifact] = runner
-        outputs = runner(*(np.ascontiguousarray(args[n]) for n in ports.inputs))
+        path = self._paths[artifact]
+        try:
+            runner = self._ready.get(artifact) or self._target.load(path, ports)
+            if self._keep:
+                self._ready[artifact] = runner
+            outputs = runner(*(np.ascontiguousarray(args[n]) for n in ports.inputs))
+        except Exception as e:  # engines raise whatever they like
+            raise TargetError(f"does not run: {e}", path=path, field=artifact) from e
+        shapes = [tuple(x.shape) for x in outputs]
+        if shapes != (wanted := [spec.shape for spec in ports.outputs.values()]):
+            raise TargetError(f"gives {shapes} instead of {wanted}", path=path, field=artifact)
         return dict(zip(ports.outputs, outputs, strict=True))
 
 
@@ -677,6 +713,7 @@ def _manifest(
     save_file(plan.constants, work / "constants.safetensors")
     height, width = plan.size
     artifacts = []
+    macs = _macs(plan)
     for _, segment, _ in plan.segments:
         meta = metas[segment.id]
         artifacts.append(
@@ -694,6 +731,7 @@ def _manifest(
                 units=tuple(u.name for u in segment.units),
                 component=segment.graph.component,
                 weights=meta["weights"],
+                macs=macs.get(segment.id),
                 partitions=meta["partitions"],
                 tools=meta["tools"],
                 verification=Verification(**meta["verification"]),
@@ -732,6 +770,27 @@ def _manifest(
             history=tuple(card.get("history", ())),
         ),
     )
+
+
+def _macs(plan: _Plan) -> dict[str, int]:
+    """Count the multiply-accumulates of one call of each artifact."""
+    tokens = _tokens(plan.checkpoint)
+    try:
+        counted = {
+            "unet": count_unet(plan.checkpoint.unet.config, plan.latent, tokens=tokens),
+            "decoder": count_decoder(plan.checkpoint.vae.config, plan.latent),
+        }
+    except CheckpointError:  # segments take a little more than the counting knows
+        return {}
+    result = {}
+    for _, segment, _ in plan.segments:
+        prefixes = tuple(f"{p}." for p in segment.prefixes)
+        result[segment.id] = sum(
+            layer.macs
+            for layer in counted[segment.graph.component]
+            if f"{layer.name}.".startswith(prefixes)
+        )
+    return result
 
 
 def _ref(path: Path, name: str) -> FileRef:

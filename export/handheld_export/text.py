@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from handheld.errors import CheckpointError
 from handheld.files import sha256_file
@@ -92,7 +93,7 @@ class LocalTextEncoder:
                     self.path / encoder, use_safetensors=True, dtype=torch.float32
                 )
                 words = transformers.CLIPTokenizer.from_pretrained(self.path / tokenizer)
-            except (OSError, ValueError) as e:
+            except (OSError, ValueError, RuntimeError, SafetensorError) as e:
                 raise CheckpointError(f"cannot be loaded: {e}", path=self.path / encoder) from None
             loaded.append((words, model.eval()))
         return loaded

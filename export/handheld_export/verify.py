@@ -19,7 +19,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from handheld.bundle import Bundle
-from handheld.errors import UsageError
+from handheld.errors import TargetError, UsageError
 from handheld.execute import execute
 from handheld.manifest import Verification
 from handheld.models import checkpoint as find_model
@@ -39,7 +39,8 @@ class Row:
     artifact: str
     calls: int
     snr_db: float
-    max_abs_error: float
+    max_abs_error: float | None
+    """None if the artifact does not run."""
     gate_db: float
     partitions: int | None
 
@@ -147,12 +148,17 @@ def verify(bundle: Bundle, checkpoint: Path | None = None, gate: Path | None = N
 
     artifacts = {a.id: a for a in manifest.artifacts}
     runners = Runners(target, artifacts, {k: bundle.file(a.file) for k, a in artifacts.items()})
-    found: dict[str, list[tuple[float, float]]] = {a: [] for a in artifacts}
+    found: dict[str, list[tuple[float, float | None]]] = {a: [] for a in artifacts}
     index = 0
+    failures: dict[str, str] = {}
 
     def forced(artifact: str, args: Mapping[str, Array]) -> Mapping[str, Array]:
         nonlocal index
-        results = runners(artifact, args)
+        try:
+            results = runners(artifact, args)
+        except TargetError as e:
+            failures.setdefault(artifact, e.message)
+            results = {}
         if torch_call is not None:
             wanted: Mapping[str, Array] = torch_call(artifact, args)
         else:
@@ -163,6 +169,8 @@ def verify(bundle: Bundle, checkpoint: Path | None = None, gate: Path | None = N
                 min(measure.snr_db(wanted[p], results[p]) for p in wanted),
                 max(measure.max_abs_error(wanted[p], results[p]) for p in wanted),
             )
+            if results
+            else (-measure.CAP_DB, None)
         )
         return wanted
 
@@ -176,21 +184,28 @@ def verify(bundle: Bundle, checkpoint: Path | None = None, gate: Path | None = N
         final["results"] = runners(artifact, args)
         return final["results"]
 
-    outputs = execute(program, constants, inputs, free, seed=seed)
     last = len(calls) - 1
     decoded = {p: stored[f"call.{last}.{p}"] for p in calls[last].results}
-    whole = Verification(
-        snr_db=min(measure.snr_db(decoded[p], final["results"][p]) for p in decoded),
-        max_abs_error=max(measure.max_abs_error(decoded[p], final["results"][p]) for p in decoded),
-        psnr_db=measure.psnr_db(stored["picture"], outputs["picture"]),
-        student_snr_db=manifest.verification.student_snr_db,
-    )
+    if failures:
+        whole = Verification(snr_db=-measure.CAP_DB)
+    else:
+        outputs = execute(program, constants, inputs, free, seed=seed)
+        whole = Verification(
+            snr_db=min(measure.snr_db(decoded[p], final["results"][p]) for p in decoded),
+            max_abs_error=max(
+                measure.max_abs_error(decoded[p], final["results"][p]) for p in decoded
+            ),
+            psnr_db=measure.psnr_db(stored["picture"], outputs["picture"]),
+            student_snr_db=manifest.verification.student_snr_db,
+        )
     rows = tuple(
         Row(
             artifact=a,
             calls=len(values),
             snr_db=min(v[0] for v in values),
-            max_abs_error=max(v[1] for v in values),
+            max_abs_error=None
+            if any(v[1] is None for v in values)
+            else max(v[1] or 0.0 for v in values),
             gate_db=least,
             partitions=artifacts[a].partitions,
         )
@@ -205,7 +220,10 @@ def verify(bundle: Bundle, checkpoint: Path | None = None, gate: Path | None = N
         rows=rows,
         end_to_end=whole,
         gate_db=least_whole,
-        problems=tuple(_problems(bundle, target.versions())),
+        problems=(
+            *(f"{a}: {message}" for a, message in failures.items()),
+            *_problems(bundle, target.versions()),
+        ),
     )
 
 
