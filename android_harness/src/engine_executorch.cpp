@@ -138,7 +138,6 @@ class ExecuTorchModel final : public Model {
       const void* data = method_->get_output(i).toTensor().const_data_ptr();
       if (data != outputs[i]) std::memcpy(outputs[i], data, info_.outputs[i].bytes);
     }
-    check(info_.id, "failed", method_->reset_execution());
   }
 
  private:

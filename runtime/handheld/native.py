@@ -132,6 +132,7 @@ class Session:
         # Kept alive as long as the library may call it.
         self._callback = _CALLBACK(self._receive)
         self._handle: ctypes.c_void_p | None = None
+        self._thread: threading.Thread | None = None
         handle = ctypes.c_void_p()
         text = job.model_dump_json().encode()
         try:
@@ -208,6 +209,11 @@ class Session:
         """Free everything; the session cannot be used afterwards."""
         handle, self._handle = getattr(self, "_handle", None), None
         if handle:
+            thread = self._thread
+            if thread and thread.is_alive() and thread is not threading.current_thread():
+                # An interrupt came at an unlucky moment: never free what is still running.
+                self._lib.hh_cancel(handle)
+                thread.join()
             self._lib.hh_close(handle)
 
     @property
@@ -238,14 +244,19 @@ class Session:
             result.append((status, self._lib.hh_last_error()))
 
         thread = threading.Thread(target=work, name="handheld", daemon=True)
-        thread.start()
         interrupt: KeyboardInterrupt | None = None
-        while thread.is_alive():
+        self._thread = thread
+        while True:
             try:
-                thread.join(_POLL_S)
+                if interrupt is not None:
+                    cancel()
+                elif thread.ident is None:
+                    thread.start()
+                while thread.is_alive():
+                    thread.join(_POLL_S)
+                break
             except KeyboardInterrupt as error:
                 interrupt = error
-                cancel()
         if interrupt is not None:
             raise interrupt
         if self._raised is not None:

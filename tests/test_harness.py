@@ -1,0 +1,635 @@
+"""The native harness: its program and its library, on bundles made here."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import TypeAdapter
+from safetensors.numpy import load_file, save, save_file
+
+from handheld import harness, noise
+from handheld.errors import HarnessError, MissingDependencyError
+from handheld.execute import execute
+from handheld.protocol import AnyEvent, Job
+from samples import ref
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("executorch") is None, reason="executorch is not installed"
+)
+if importlib.util.find_spec("executorch") is not None:
+    import harness_bundles as hb
+
+SIZE = "24x16"
+EVENT = TypeAdapter(AnyEvent)
+
+
+@pytest.fixture(scope="session")
+def built():
+    return harness.build()
+
+
+@pytest.fixture(scope="session")
+def made(request):
+    """Lowering takes half a minute, so its result is kept between runs."""
+    key = hashlib.sha256(Path(hb.__file__).read_bytes()).hexdigest()[:16]
+    kept = request.config.cache.mkdir("harness") / f"{key}.pickle"
+    if not kept.exists():
+        temporary = kept.with_suffix(f".{os.getpid()}")
+        temporary.write_bytes(pickle.dumps(hb.artifacts()))
+        temporary.replace(kept)
+    return pickle.loads(kept.read_bytes())
+
+
+@pytest.fixture(scope="session")
+def bundle(made, tmp_path_factory):
+    return hb.write(tmp_path_factory.mktemp("bundles") / "tiny", made, hb.program()).path
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inputs") / "inputs.safetensors"
+    save_file(hb.inputs(), path)
+    return path
+
+
+@pytest.fixture
+def copy(bundle, tmp_path):
+    """A copy of the bundle to spoil: returns its folder and a function that edits its manifest."""
+    folder = tmp_path / "copy"
+    subprocess.run(["cp", "-r", bundle, folder], check=True)
+
+    def edit(change):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        change(manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        return folder
+
+    return folder, edit
+
+
+def job(bundle, inputs, **changes):
+    given = {k: {"path": str(inputs), "tensor": k} for k in hb.inputs()}
+    return {"bundle": str(bundle), "size": SIZE, "seed": 11, "inputs": given, **changes}
+
+
+def run(built, tmp_path, job, **options):
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(job))
+    result = subprocess.run(
+        [built.program, path], capture_output=True, text=True, timeout=60, check=False, **options
+    )
+    return result.returncode, [EVENT.validate_json(line) for line in result.stdout.splitlines()]
+
+
+def refused(built, tmp_path, job):
+    """Run a job that must fail; return the error's code and message."""
+    status, events = run(built, tmp_path, job)
+    errors = [e for e in events if e.event == "error"]
+    assert len(errors) == 1
+    assert errors[0] == events[-1]
+    assert status == (1 if errors[0].code in ("engine", "memory", "io", "cancelled") else 2)
+    return errors[0].code, errors[0].message
+
+
+def picture(events):
+    return next(e.sha256 for e in events if e.event == "output" and e.role == "picture")
+
+
+def test_requirements_name_what_is_missing(monkeypatch, tmp_path):
+    found = {r.name: r for r in harness.requirements()}
+    assert found["cmake"].ok
+    assert found["engine executorch"].found_version
+    assert found["engine executorch"].optional
+    monkeypatch.delenv("HANDHELD_HARNESS", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(harness, "_package", lambda *_: None)
+    assert harness.find() is None
+    with pytest.raises(MissingDependencyError, match="nlohmann-json"):
+        harness.build()
+
+
+def test_a_compiler_error_shows_the_last_lines(monkeypatch, tmp_path):
+    monkeypatch.delenv("HANDHELD_HARNESS", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXXFLAGS", "-DHANDHELD_BROKEN=1 --no-such-option")
+    with pytest.raises(HarnessError, match="no-such-option"):
+        harness.build()
+    assert not [p for p in (tmp_path / "handheld" / "harness").iterdir() if p.is_dir()]
+
+
+def test_override(monkeypatch, built, tmp_path):
+    monkeypatch.setenv("HANDHELD_HARNESS", str(built.program.parent))
+    found = harness.find()
+    assert found is not None
+    assert found.engines == built.engines
+    monkeypatch.setenv("HANDHELD_HARNESS", str(tmp_path))
+    with pytest.raises(HarnessError, match="no handheld-harness"):
+        harness.find()
+
+
+def test_program_options(built):
+    def out(*arguments):
+        return subprocess.run(
+            [built.program, *arguments], capture_output=True, text=True, check=False
+        )
+
+    assert out("--version").stdout.strip() == "0.1.0"
+    assert json.loads(out("--engines").stdout) == built.engines
+    assert out().returncode == 2
+    assert out("/nonexistent").returncode == 2
+
+
+def test_job_from_first_to_last_event(built, bundle, inputs, tmp_path):
+    raw = tmp_path / "picture.raw"
+    status, events = run(
+        built, tmp_path, job(bundle, inputs, warmup=2, iterations=3, output=str(raw))
+    )
+    assert status == 0
+    assert events[0].event == "hello"
+    assert events[-1].event == "done"
+    assert events[-1].iterations == 3
+    iterations = [e for e in events if e.event == "iteration"]
+    assert [i.kind for i in iterations] == ["first", "warmup", "warmup", "timed", "timed", "timed"]
+    assert [i.index for i in iterations] == list(range(6))
+    for i in iterations:
+        assert len(i.calls_ms) == 3 * 2 + 4
+        assert sum(i.calls_ms) == pytest.approx(i.engine_ms, abs=0.01)
+        assert i.total_ms >= i.engine_ms + i.load_ms - 0.01
+    assert [e.phase for e in events if e.event == "memory"] == ["start", "loaded", "first", "end"]
+    assert {e.artifact for e in events if e.event == "load"} == {"unet.0", "unet.1", "decoder.0"}
+    found = next(e for e in events if e.event == "output" and e.role == "picture")
+    assert found.shape == (1, 16, 24, 3)
+    assert found.file == str(raw)
+    assert hashlib.sha256(raw.read_bytes()).hexdigest() == found.sha256
+    assert len(raw.read_bytes()) == 16 * 24 * 3
+
+
+def test_min_seconds(built, bundle, inputs, tmp_path):
+    status, events = run(built, tmp_path, job(bundle, inputs, min_seconds=0.3))
+    assert status == 0
+    timed = [e for e in events if e.event == "iteration" and e.kind == "timed"]
+    assert timed[-1].t_ms - timed[0].t_ms + timed[0].total_ms > 290
+
+
+def test_base_memory(built, bundle, inputs, tmp_path):
+    _, events = run(built, tmp_path, job(bundle, inputs))
+    assert events[0].base_rss_bytes - events[0].engine_library_bytes < 8 * 2**20
+
+
+def test_every_operation_gives_the_specified_bits(built, made, bundle, inputs, tmp_path):
+    """Every tensor of the program equals what numpy computes from the same call results."""
+    from handheld.native import Session
+
+    shown = hb.showing_all(hb.program())
+    everything = hb.write(tmp_path / "all", made, shown).path
+    calls = tmp_path / "calls.safetensors"
+    with Session(Job(bundle=str(everything), size=SIZE, seed=11, dump_calls=str(calls))) as session:
+        for name, value in hb.inputs().items():
+            session.set_input(name, value)
+        session.run_job()
+        have = {
+            name: session.output(f"t.{name}", spec.shape, np.dtype(spec.dtype))
+            for name, spec in shown.tensors.items()
+        }
+    results = load_file(calls)
+    order = iter([op for op in shown.ops if op.op == "call"])
+    made_calls: list[dict] = []
+
+    def call(artifact, args):
+        op = next(order)
+        assert op.artifact == artifact
+        made_calls.append(args)
+        return {port: results[f"call.{len(made_calls) - 1}.{port}"] for port in op.results}
+
+    want = execute(shown, hb.constants(), hb.inputs(), call, seed=11)
+    for name in shown.tensors:
+        assert have[name].tobytes() == want[f"t.{name}"].tobytes(), name
+    # Sharing memory between tensors changes nothing.
+    _, events = run(built, tmp_path, job(bundle, inputs))
+    assert picture(events) == hashlib.sha256(want["picture"].tobytes()).hexdigest()
+
+
+def test_calls_compute_what_torch_computes(made, bundle, tmp_path):
+    from executorch.runtime import Runtime
+
+    from handheld.native import Session
+
+    calls = tmp_path / "calls.safetensors"
+    with Session(Job(bundle=str(bundle), size=SIZE, seed=11, dump_calls=str(calls))) as session:
+        session.set_inputs(hb.inputs())
+        session.run_job()
+    import torch
+
+    path = tmp_path / "unet.0.pte"
+    path.write_bytes(made["unet.0"][0])
+    method = Runtime.get().load_program(path).load_method("forward")
+    x = noise.normal(11, (1, 16, 24, 16), 3)
+    arguments = (x, hb.inputs()["text"], hb.constants()["time.0"])
+    want = method.execute([torch.from_numpy(a) for a in arguments])[0].numpy()
+    np.testing.assert_allclose(load_file(calls)["call.0.y"], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**64 - 1])
+@pytest.mark.parametrize("stream", [0, 7, 2**32 - 1])
+def test_noise_is_equal_to_the_bit(seed, stream):
+    from handheld import native
+
+    shape = (1_000_003,) if stream == 7 else (50_001,)
+    have = native.normal(seed, shape, stream)
+    assert have.tobytes() == noise.normal(seed, shape, stream).tobytes()
+
+
+def test_streaming_changes_nothing_but_time(built, bundle, inputs, tmp_path):
+    cache = tmp_path / "cache"
+    hashes = set()
+    for changes in (
+        {"residency": "resident"},
+        {"residency": "stream"},
+        {"residency": "stream", "prefetch": False},
+        {"residency": "stream", "cache": str(cache)},
+        {"residency": "stream", "cache": str(cache)},
+        {"residency": "resident", "cache": str(cache)},
+        {"residency_by_artifact": {"unet.1": "stream"}},
+        {"residency": "resident", "threads": 1},
+    ):
+        status, events = run(built, tmp_path, job(bundle, inputs, iterations=3, **changes))
+        assert status == 0
+        hashes.add(picture(events))
+        assert len([e for e in events if e.event == "load"]) == 3
+    assert len(hashes) == 1
+
+
+def test_cache_is_built_once_and_again_if_damaged(built, bundle, inputs, tmp_path):
+    cache = tmp_path / "cache" / "deep"
+
+    def states():
+        status, events = run(built, tmp_path, job(bundle, inputs, cache=str(cache)))
+        assert status == 0
+        hashes.add(picture(events))
+        return [e.cache for e in events if e.event == "load"]
+
+    hashes: set[str] = set()
+    assert states() == ["built"] * 3
+    assert states() == ["hit"] * 3
+    packed = sorted(cache.glob("*.packed"))
+    assert len(packed) == 3
+    os.truncate(packed[0], packed[0].stat().st_size // 2)
+    packed[1].write_bytes(os.urandom(packed[1].stat().st_size))
+    packed[2].with_name(packed[2].name + ".stamp").unlink()
+    assert states() == ["built"] * 3
+    assert states() == ["hit"] * 3
+    # What a killed process left is removed.
+    (cache / ".tmp-999999999-0-left").write_bytes(b"x")
+    states()
+    assert not list(cache.glob(".tmp*"))
+    assert len(hashes) == 1
+
+
+def test_cache_is_shared_by_processes(built, bundle, inputs, tmp_path):
+    cache = tmp_path / "cache"
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(job(bundle, inputs, cache=str(cache), residency="stream")))
+    running = [
+        subprocess.Popen([built.program, path], stdout=subprocess.PIPE, text=True) for _ in range(4)
+    ]
+    hashes = set()
+    for process in running:
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0
+        hashes.add(picture([EVENT.validate_json(line) for line in out.splitlines()]))
+    assert len(hashes) == 1
+    assert not list(cache.glob(".tmp*"))
+
+
+def test_long_or_unwritable_cache_folder(built, bundle, inputs, tmp_path):
+    long = tmp_path / ("a" * 120) / ("b" * 120)
+    for _ in range(2):
+        status, events = run(built, tmp_path, job(bundle, inputs, cache=str(long)))
+        assert status == 0
+    assert [e.cache for e in events if e.event == "load"] == ["hit"] * 3
+    status, events = run(built, tmp_path, job(bundle, inputs, cache="/proc/none"))
+    assert status == 0
+    assert [e.cache for e in events if e.event == "load"] == ["none"] * 3
+
+
+def start(built, tmp_path, job):
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(job))
+    process = subprocess.Popen([built.program, path], stdout=subprocess.PIPE, text=True)
+    lines = []
+    while not lines or '"timed"' not in lines[-1]:
+        lines.append(process.stdout.readline())
+        assert lines[-1]
+    return process, lines
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_cancel(built, bundle, inputs, tmp_path, number):
+    process, _ = start(built, tmp_path, job(bundle, inputs, min_seconds=60, residency="stream"))
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == 1
+    last = EVENT.validate_json(out.splitlines()[-1])
+    assert last.event == "error"
+    assert last.code == "cancelled"
+
+
+def test_killed_harness_leaves_whole_lines(built, bundle, inputs, tmp_path):
+    process, lines = start(built, tmp_path, job(bundle, inputs, min_seconds=60))
+    process.kill()
+    out, _ = process.communicate(timeout=20)
+    for line in [*lines, *out.splitlines()]:
+        EVENT.validate_json(line)
+
+
+def test_closed_pipe_ends_the_run(built, bundle, inputs, tmp_path):
+    process, _ = start(built, tmp_path, job(bundle, inputs, min_seconds=60))
+    process.stdout.close()
+    assert process.wait(timeout=20) == 1
+
+
+def test_session(bundle):
+    from handheld.native import NativeError, Session
+
+    seen = []
+    with Session(Job(bundle=str(bundle), size=SIZE, seed=11), seen.append) as session:
+        with pytest.raises(NativeError, match="input 'text' is missing") as caught:
+            session.run()
+        assert caught.value.failure == "input"
+        with pytest.raises(NativeError, match="no output before"):
+            session.output()
+        with pytest.raises(NativeError, match="no input 'nothing'"):
+            session.set_input("nothing", np.zeros(1))
+        with pytest.raises(NativeError, match="has 4 bytes"):
+            session.set_input("text", np.zeros(1, np.float32))
+        session.set_inputs(hb.inputs())
+        session.run()
+        first = session.output()
+        session.run()
+        assert (session.output() == first).all()
+        session.set_seed(12)
+        session.run()
+        other = session.output()
+        assert (other != first).any()
+        session.set_input("noise", noise.normal(11, (1, 16, 24, 16), 3))
+        session.set_input("more", noise.normal(11, (1, 16, 24, 16), 4))
+        session.run()
+        assert (session.output() == first).all()
+    with pytest.raises(HarnessError, match="closed"):
+        session.run()
+    kinds = [e.kind for e in seen if e.event == "iteration"]
+    assert kinds == ["first", "timed", "timed", "timed"]
+    assert [e.code for e in seen if e.event == "error"] == ["input"]
+
+
+def test_session_is_interrupted(bundle):
+    from handheld.native import NativeError, Session
+
+    work = Job(bundle=str(bundle), size=SIZE, min_seconds=60)
+    with Session(work) as session:
+        session.set_inputs(hb.inputs())
+        threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            session.run_job()
+        assert time.monotonic() - start < 10
+        threading.Timer(0.2, session.cancel).start()
+        with pytest.raises(NativeError, match="cancelled"):
+            session.run_job()
+        session.run()  # and goes on
+
+    def raises(event):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        Session(work, raises)
+
+
+def test_bad_jobs(built, bundle, inputs, tmp_path):
+    good = job(bundle, inputs)
+    for changes, code, words in (
+        ({"protocol": 2}, "job", "unknown version 2"),
+        ({"size": "8x8"}, "job", "no size '8x8' (it has 24x16)"),
+        ({"threads": 0}, "job", "threads"),
+        ({"surprise": 1}, "job", "unknown field 'surprise'"),
+        ({"seed": -1}, "job", "seed"),
+        ({"residency": "sometimes"}, "job", "residency"),
+        ({"residency_by_artifact": {"no": "stream"}}, "job", "no artifact 'no'"),
+        ({"bundle": str(tmp_path / "none")}, "bundle", "no such bundle"),
+        ({"inputs": {}}, "input", "input 'text' is missing"),
+        ({"inputs": {"text": {"path": "/none", "tensor": "x"}}}, "input", "/none"),
+        ({"inputs": {"text": {"path": str(inputs), "tensor": "x"}}}, "input", "'x' is missing"),
+        ({"inputs": {"text": {"path": str(inputs), "tensor": "half"}}}, "input", "float16"),
+        ({"output": "/nonexistent/picture"}, "io", "/nonexistent/picture"),
+    ):
+        assert (found := refused(built, tmp_path, {**good, **changes}))[0] == code, found
+        assert words in found[1]
+    path = tmp_path / "broken.json"
+    path.write_text("{")
+    result = subprocess.run([built.program, path], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert EVENT.validate_json(result.stdout.splitlines()[-1]).code == "job"
+
+
+def test_bad_manifests(built, copy, inputs, tmp_path):
+    folder, edit = copy
+    good = (folder / "manifest.json").read_text()
+
+    def ops(m):
+        return m["sizes"][SIZE]["program"]["ops"]
+
+    def tensors(m):
+        return m["sizes"][SIZE]["program"]["tensors"]
+
+    for change, words in (
+        (lambda m: m.update(schema_version=2), "schema_version: unknown version 2"),
+        (lambda m: m.pop("schema_version"), "schema_version"),
+        (lambda m: m.update(extra=1), "unknown field 'extra'"),
+        (lambda m: m.update(artifacts=[]), "artifacts: is empty"),
+        (lambda m: m["artifacts"].append(m["artifacts"][0]), "artifacts[3].id: a second artifact"),
+        (lambda m: m["artifacts"][0].update(engine="abacus"), "unknown engine 'abacus'"),
+        (lambda m: m["artifacts"][0]["file"].update(path="../x"), "leaves the bundle"),
+        (lambda m: m["artifacts"][0]["file"].update(path="/etc/passwd"), "not a relative path"),
+        (lambda m: m["artifacts"][0]["file"].update(path="a//b"), "leaves the bundle"),
+        (lambda m: m["artifacts"][0]["file"].update(path="artifacts/no"), "is missing"),
+        (lambda m: m["artifacts"][0]["file"].update(path="artifacts"), "not a plain file"),
+        (lambda m: m["artifacts"][0]["file"].update(bytes=1), "the manifest says 1"),
+        (lambda m: m["artifacts"][0]["file"].update(sha256="0" * 63), "is not a sha256"),
+        (lambda m: m["artifacts"][0]["ports"]["inputs"].pop("time"), "unknown argument 'time'"),
+        (lambda m: ops(m)[0].update(op="loop"), "ops[0].op: unknown operation 'loop'"),
+        (lambda m: ops(m)[0].update(artifact="unet.9"), "ops[0]: calls artifact 'unet.9'"),
+        (lambda m: ops(m)[0]["args"].update(x="h.1"), "ops[0]: reads tensor 'h.1'"),
+        (lambda m: ops(m)[0]["args"].pop("x"), "lacks argument 'x'"),
+        (lambda m: ops(m)[2].update(out="h.0"), "writes tensor 'h.0' a second time"),
+        (lambda m: ops(m)[2]["terms"][0].update(scale=1e39), "scale: is out of range"),
+        (lambda m: tensors(m).pop("skip.1"), "tensor 'skip.1' is not declared"),
+        (lambda m: tensors(m).update(nobody={"shape": [1]}), "declared but never written"),
+        (lambda m: tensors(m)["noise"].update(shape=[1, 16, 24, 17]), "wants float32[1, 16, 24,"),
+        (lambda m: tensors(m)["part.0"].update(shape=[1, 5, 24, 16]), "but computed as"),
+        (lambda m: tensors(m)["noise"].update(shape=[2**31] * 6), "over the limit"),
+        (lambda m: tensors(m)["noise"].update(shape=[0, 1]), "not in 1 .."),
+        (lambda m: tensors(m)["noise"].update(dtype="float64"), "unknown dtype"),
+        (lambda m: m["constant_specs"].pop("time.0"), "reads tensor 'time.0'"),
+        (lambda m: m.update(constants=None), "there is no file of them"),
+        (lambda m: m["sizes"][SIZE].update(width=32), "the size is 32x16"),
+    ):
+        (folder / "manifest.json").write_text(good)
+        code, message = refused(built, tmp_path, job(edit(change), inputs))
+        assert code == "bundle", message
+        assert words in message
+        assert "manifest.json: " in message
+    for text in (
+        "",
+        "{",
+        "[" * 100_000,
+        "[]",
+        "null",
+        '{"a":1,"a":2}',
+        "\0",
+        '{"schema_version":1}',
+    ):
+        (folder / "manifest.json").write_text(text)
+        assert refused(built, tmp_path, job(folder, inputs))[0] == "bundle"
+    (folder / "manifest.json").unlink()
+    os.mkfifo(folder / "manifest.json")
+    assert refused(built, tmp_path, job(folder, inputs))[0] == "bundle"
+
+
+def test_bad_files(built, copy, inputs, tmp_path):
+    folder, edit = copy
+    artifact = folder / "artifacts" / "unet.0.pte"
+    good = artifact.read_bytes()
+    artifact.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    code, message = refused(built, tmp_path, job(folder, inputs))
+    assert code == "hash"
+    assert "artifacts[0].file.sha256" in message
+    artifact.rename(tmp_path / "outside")
+    artifact.symlink_to(tmp_path / "outside")
+    assert "symbolic links" in refused(built, tmp_path, job(folder, inputs))[1]
+    artifact.unlink()
+    (folder / "artifacts").rename(tmp_path / "artifacts")
+    (folder / "artifacts").symlink_to(tmp_path / "artifacts")
+    assert "symbolic links" in refused(built, tmp_path, job(folder, inputs))[1]
+    (folder / "artifacts").unlink()
+    (tmp_path / "artifacts").rename(folder / "artifacts")
+
+    for data in (b"", b"not a program" * 10, good[: len(good) // 2], os.urandom(20_000)):
+        artifact.write_bytes(data)
+        fresh = ref("artifacts/unet.0.pte", data).model_dump()
+        edit(lambda m, fresh=fresh: m["artifacts"][0].update(file=fresh))
+        code, message = refused(built, tmp_path, job(folder, inputs))
+        assert code in ("engine", "bundle")
+        assert "unet.0" in message
+    # A program that is fine but not the one the manifest describes.
+    other = (folder / "artifacts" / "unet.1.pte").read_bytes()
+    artifact.write_bytes(other)
+    fresh = ref("artifacts/unet.0.pte", other).model_dump()
+    edit(lambda m: m["artifacts"][0].update(file=fresh))
+    code, message = refused(built, tmp_path, job(folder, inputs))
+    assert code == "bundle"
+    assert "the manifest says otherwise" in message
+
+
+def test_missing_engine(built, copy, inputs, tmp_path):
+    _, edit = copy
+    folder = edit(lambda m: m["artifacts"][0].update(engine="coreml"))
+    code, message = refused(built, tmp_path, job(folder, inputs))
+    assert code == "engine-missing"
+    assert "'coreml'" in message
+    assert "Apple" in message
+
+
+def test_bad_constants(built, copy, inputs, tmp_path):
+    folder, edit = copy
+    path = folder / "constants.safetensors"
+    good = path.read_bytes()
+    header = int.from_bytes(good[:8], "little")
+    cases = {
+        "too short": b"abc",
+        "cut off": good[:20],
+        "leave the file": good[:-4],
+        "cut off or too large": (2**62).to_bytes(8, "little") + good[8:],
+        "broken JSON": good[:8] + b"}" * header + good[8 + header :],
+        "is missing": save({"other": np.zeros(3, np.float32)}),
+        "the manifest says": save({k: v[..., :3] for k, v in hb.constants().items()}),
+        "does not name": save({**hb.constants(), "extra": np.zeros(1, np.float32)}),
+    }
+    for words, data in cases.items():
+        path.write_bytes(data)
+        fresh = ref("constants.safetensors", data).model_dump()
+        edit(lambda m, fresh=fresh: m.update(constants=fresh))
+        code, message = refused(built, tmp_path, job(folder, inputs))
+        assert code == "bundle"
+        assert words in message
+        assert "constants.safetensors" in message
+
+
+FUZZ = """
+import ctypes, json, random, sys
+from pathlib import Path
+lib = ctypes.CDLL(sys.argv[1])
+lib.hh_open.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+lib.hh_close.argtypes = [ctypes.c_void_p]
+lib.hh_last_error.restype = ctypes.c_char_p
+folder, size, count = Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+job = json.dumps({"bundle": str(folder), "size": size}).encode()
+good = (folder / "manifest.json").read_bytes()
+random.seed(1)
+seen = {0: 0, 1: 0, 2: 0}
+for _ in range(count):
+    text = bytearray(good)
+    for _ in range(random.choice((1, 1, 1, 2, 5))):
+        i = random.randrange(len(text))
+        kind = random.randrange(5)
+        if kind == 0:
+            text[i] = random.randrange(256)
+        elif kind == 1:
+            del text[i : i + random.choice((1, 3, 30))]
+        elif kind == 2:
+            text[i:i] = random.choice((b"9", b"-", b'"', b"{", b"[", b"null", b"1e999", b"\\xff"))
+        elif kind == 3:
+            digits = [k for k, c in enumerate(text) if 48 <= c < 58]
+            text[random.choice(digits)] = random.randrange(48, 58)
+        else:
+            j = random.randrange(len(text))
+            text[i:i] = text[j : j + random.randrange(40)]
+    (folder / "manifest.json").write_bytes(text)
+    session = ctypes.c_void_p()
+    status = lib.hh_open(job, None, None, ctypes.byref(session))
+    seen[status] += 1
+    if status:
+        error = json.loads(lib.hh_last_error())
+        assert error["code"] and error["message"]
+    if status == 1:
+        print(error)
+    lib.hh_close(session)
+print(json.dumps(seen))
+"""
+
+
+def test_mutated_manifests_never_crash(built, copy):
+    folder, _ = copy
+    result = subprocess.run(
+        [sys.executable, "-c", FUZZ, built.library, folder, SIZE, "2000"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    seen = json.loads(result.stdout.splitlines()[-1])
+    assert seen["1"] == 0, result.stdout
+    assert seen["0"] > 50
+    assert seen["2"] > 500
