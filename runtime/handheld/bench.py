@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from handheld import __version__
 from handheld.bundle import Bundle
 from handheld.devices.base import Device, Place
-from handheld.errors import BundleError, HandheldError, UsageError
+from handheld.errors import BundleError, GateError, HandheldError, UsageError
 from handheld.files import output_errors, weights_cache
 from handheld.manifest import Size
 from handheld.protocol import (
@@ -133,7 +133,7 @@ def run(
             status, error = "partial", "interrupted"
         except HandheldError as e:
             status, error = "failed", str(e)
-            if any(p.iterations for p in attempt.passes):
+            if any(p.iterations for p in attempt.passes) and not isinstance(e, GateError):
                 status = "partial"
         heat_end = device.heat()
         check = attempt.check
@@ -323,7 +323,7 @@ class _Attempt:
         self._pass("memory", self._job(cache))
         digests = {o.sha256 for p in self.passes for o in p.outputs if o.role == "picture"}
         if len(digests) > 1:
-            raise BundleError(
+            raise GateError(
                 "one seed gave different pictures in different runs",
                 path=self.bundle.path,
                 remedy="report it: an engine is not deterministic",

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import fake_harness
+import samples
+from handheld import bench, devices
+from handheld.bench import Options
+from handheld.bundle import Bundle
+from handheld.devices import process
+from handheld.errors import BundleError, DeviceError, HarnessError, UsageError
+from handheld.records import read
+
+FAST = Options(iterations=3, timeout_s=60, first_ever=False)
+FULL = Options(iterations=3, timeout_s=60)
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory):
+    return fake_harness.install(tmp_path_factory.mktemp("harness") / "fake")
+
+
+@pytest.fixture(autouse=True)
+def environment(tmp_path, monkeypatch, fake):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HANDHELD_HARNESS", str(fake))
+    monkeypatch.delenv("HANDHELD_FAKE", raising=False)
+
+
+@pytest.fixture
+def sample(tmp_path):
+    return samples.write_bundle(tmp_path / "sample")
+
+
+@pytest.fixture
+def host():
+    return devices.find("host")[0]
+
+
+def test_a_complete_record(sample, host):
+    seen = []
+    record = bench.run(sample, host, FULL, command=("handheld", "bench"),
+                       progress=lambda p, e: seen.append((p, e)))  # fmt: skip
+    assert record.status == "ok"
+    assert [p.purpose for p in record.passes] == ["first-ever", "latency", "memory"]
+    ever, latency, memory = record.passes
+    assert ever.loads[0].cache == "built"
+    assert latency.loads[0].cache == "hit"
+    assert len(latency.milliseconds("timed")) == 3
+    assert len(latency.milliseconds("warmup")) == 1
+    assert latency.spawn_to_hello_ms < latency.spawn_to_first_ms
+    assert memory.outputs[0].sha256 == latency.outputs[0].sha256
+    assert record.memory.separate_pass
+    assert record.memory.peak_rss == 80_000_000
+    assert record.memory.anon == 30_000_000
+    assert record.memory.dma_buf is None
+    assert record.memory.not_counted
+    assert record.check.psnr_db == 999.0
+    assert record.check.sha256 == record.check.reference_sha256
+    assert record.device.engines == {"litert": "2.3.0"}
+    assert record.bundle.sha256 == sample.sha256
+    assert record.settings.seed == 5
+    assert {p for p, e in seen if e is None} == {"first-ever", "latency", "memory"}
+    figures = record.summary()
+    assert figures["first_ever_ms"] > 0
+    assert figures["matches"] is True
+
+
+def test_without_cache(sample, host):
+    record = bench.run(sample, host, Options(cache=False))
+    assert [p.purpose for p in record.passes] == ["latency", "memory"]
+    assert record.passes[0].loads[0].cache == "none"
+
+
+def test_another_seed_is_not_compared(sample, host):
+    record = bench.run(sample, host, Options(seed=6, first_ever=False))
+    assert record.check is None
+    assert record.status == "ok"
+
+
+def test_prefetched_prompts_stand_in_for_a_reference(tmp_path, host):
+    manifest, files = samples.content(reference=None)
+    del files["reference.safetensors"]
+    sample = samples.bundles.write(manifest, files, tmp_path / "b")
+    record = bench.run(sample, host, FAST)
+    assert record.settings.inputs == "prefetched"
+    assert record.check is None
+    text = manifest.text.model_copy(update={"prefetched": None})
+    manifest, files = samples.content(reference=None, text=text)
+    bare = samples.bundles.write(manifest, files, tmp_path / "c")
+    with pytest.raises(UsageError, match="neither a reference"):
+        bench.run(bare, host, FAST)
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "message"),
+    [
+        ("wrong", "failed", "the picture is wrong"),
+        ("random", "failed", "different pictures"),
+        ("bundle", "failed", "bundle: artifacts[0].file: is not a flatbuffer"),
+        ("silent", "failed", "ended with 3 and no error event\n  something broke inside"),
+        ("early", "failed", "ended before its job was done"),
+        ("die", "partial", "SIGKILL, probably because memory ran out"),
+        ("protocol", "failed", "speaks protocol 9"),
+    ],
+)
+def test_what_goes_wrong_is_recorded(sample, host, monkeypatch, fault, status, message):
+    monkeypatch.setenv("HANDHELD_FAKE", fault)
+    kept = []
+    record = bench.run(sample, host, FAST, keep=kept.append)
+    assert kept == [record]
+    assert record.status == status
+    assert message in record.error
+    assert record.passes
+
+
+def test_rounding_differences_pass(sample, host, monkeypatch):
+    monkeypatch.setenv("HANDHELD_FAKE", "off-by-one")
+    record = bench.run(sample, host, FAST)
+    assert record.status == "ok"
+    assert record.check.sha256 != record.check.reference_sha256
+    assert record.check.max_abs_error == 1
+    assert 60 < record.check.psnr_db < 99
+
+
+def test_noise_is_flagged(sample, host, monkeypatch):
+    monkeypatch.setenv("HANDHELD_FAKE", "noisy")
+    assert any("spans" in r for r in bench.run(sample, host, FAST).noisy)
+
+
+@pytest.mark.parametrize("fault", ["hang", "hang,deaf"])
+def test_time_out(sample, host, monkeypatch, fault):
+    monkeypatch.setattr(process, "GRACE_S", 0.5)
+    monkeypatch.setenv("HANDHELD_FAKE", fault)
+    record = bench.run(sample, host, Options(timeout_s=3, first_ever=False))
+    assert record.status == "partial"
+    assert "longer than 3 s" in record.error
+    pid = record.passes[0].hello.pid
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_interrupt_keeps_a_partial_record(sample, tmp_path):
+    environment = {**os.environ, "HANDHELD_FAKE": "hang"}
+    command = [sys.executable, "-m", "handheld", "bench", str(sample.path), "--no-first-ever"]
+    running = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    # The driver has no pid to wait for, so wait for what the harness leaves behind.
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and not list(tmp_path.rglob("unet.0.packed")):
+        time.sleep(0.05)
+    time.sleep(1.0)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=30)
+    assert running.returncode == 130
+    assert b"Traceback" not in errors
+    (record,) = read(tmp_path / "records.jsonl")
+    assert (record.status, record.error) == ("partial", "interrupted")
+    assert record.passes[0].error == "interrupted"
+    assert len(record.passes[0].iterations) == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(record.passes[0].hello.pid, 0)
+
+
+def test_compare():
+    a = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    same = bench.compare(a, a)
+    assert (same.psnr_db, same.snr_db, same.max_abs_error) == (999.0, 999.0, 0)
+    other = bench.compare(a + np.uint8(2), a)
+    assert other.psnr_db == pytest.approx(20 * np.log10(255 / 2))
+    black = bench.compare(a, np.zeros_like(a))
+    assert black.snr_db == -999.0
+    with pytest.raises(BundleError):
+        bench.compare(a, a[:1])
+
+
+def test_devices(host):
+    facts = host.facts()
+    assert facts.id == host.id == devices.find(host.id)[0].id
+    assert facts.cores >= 1
+    assert facts.ram_bytes > 2**30
+    assert facts.engines == {"litert": "2.3.0"}
+    assert os.uname().nodename not in facts.model_dump_json()
+    assert host.heat().load_average is not None
+    assert [d.id for d in devices.find("all")] == [host.id]
+    with pytest.raises(DeviceError, match="no device 'phone'"):
+        devices.find("phone")
+
+
+def test_a_harness_that_does_not_start(tmp_path):
+    with pytest.raises(HarnessError, match="cannot be started"):
+        next(process.run([str(tmp_path / "missing")]))
+
+
+def test_bundle_of_the_record_opens(sample):
+    assert Bundle.open(sample.path) == sample
