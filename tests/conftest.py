@@ -7,8 +7,9 @@ import importlib.util
 import pytest
 
 if importlib.util.find_spec("torch") is not None:
-    import tiny
     import torch
+
+    import tiny
 
     torch.set_num_threads(1)  # models this small only wait for each other
 

@@ -32,7 +32,7 @@ from handheld import bundle, noise
 from handheld.counting import count_decoder, count_unet
 from handheld.errors import CheckpointError, OutputError, TargetError, UsageError
 from handheld.execute import execute
-from handheld.files import cache_root, output_errors, replaced_folder, sha256_file
+from handheld.files import cache_root, output_errors, sha256_file
 from handheld.manifest import (
     Artifact,
     FileRef,
@@ -798,12 +798,20 @@ def _ref(path: Path, name: str) -> FileRef:
 
 
 def _remember(manifest: Manifest, keys: dict[str, str], work: Path, record: Path) -> None:
-    with replaced_folder(record) as fresh:
-        for name in ("constants", "reference", "prompts"):
-            if (work / f"{name}.safetensors").is_file():
-                shutil.copyfile(work / f"{name}.safetensors", fresh / f"{name}.safetensors")
-        stored = {"manifest": manifest.model_dump(mode="json"), "keys": keys}
-        (fresh / "export.json").write_text(json.dumps(stored))
+    fresh = work / "record"
+    fresh.mkdir()
+    for ref in _own_files(manifest):
+        shutil.copyfile(work / ref.path, fresh / ref.path)
+    stored = {"manifest": manifest.model_dump(mode="json"), "keys": keys}
+    (fresh / "export.json").write_text(json.dumps(stored))
+    record.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(record, ignore_errors=True)
+    try:
+        fresh.rename(record)
+    except OSError:
+        # Another export of the same thing was faster.
+        if not (record / "export.json").is_file():
+            raise
 
 
 def _recorded(record: Path, root: Path) -> Manifest | None:
