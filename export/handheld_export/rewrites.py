@@ -12,7 +12,7 @@ and ``activation_range``; where a rewrite splits a layer, its codes are split wi
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,13 +32,18 @@ from torch import Tensor, nn
 from handheld_export.quantization import ActivationRange, QuantizedWeight
 
 
-def rewrite(module: nn.Module) -> nn.Module:
+def rewrite(
+    module: nn.Module,
+    replacements: Mapping[type[nn.Module], Callable[[Any], nn.Module]] | None = None,
+) -> nn.Module:
     """Return a rewritten copy of a module; parameters are shared with the original.
 
     Parameters
     ----------
     module : torch.nn.Module
         In eval mode. It is not changed.
+    replacements : mapping of module type to function, optional
+        What replaces modules of which type, children first; by default this module's.
 
     Returns
     -------
@@ -50,7 +55,7 @@ def rewrite(module: nn.Module) -> nn.Module:
     for name, layer in copied.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             layer.source_name = name
-    return _rewrite(copied, {})
+    return _rewrite(copied, _REPLACEMENTS if replacements is None else replacements, {})
 
 
 def _copy(module: nn.Module) -> nn.Module:
@@ -62,12 +67,16 @@ def _copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, shared)
 
 
-def _rewrite(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
+def _rewrite(
+    module: nn.Module,
+    replacements: Mapping[type[nn.Module], Callable[[Any], nn.Module]],
+    done: dict[nn.Module, nn.Module],
+) -> nn.Module:
     if module not in done:
         for name, child in list(module._modules.items()):
             if child is not None:
-                setattr(module, name, _rewrite(child, done))
-        replace = _REPLACEMENTS.get(type(module))
+                setattr(module, name, _rewrite(child, replacements, done))
+        replace = replacements.get(type(module))
         done[module] = module if replace is None else replace(module)
     return done[module]
 

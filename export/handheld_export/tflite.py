@@ -158,6 +158,7 @@ def graft(flatbuffer: bytes, layers: Sequence[Layer], ports: Ports, path: Path) 
     graph.inputs = own
     graph.outputs = outputs
     _sign(model, own, outputs, ports)
+    surgery.products()
     surgery.compact()
     _write(model, [s for group in stored for s in group], path)
 
@@ -196,6 +197,8 @@ class _Surgery:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.graph = model.subgraphs[0]
+        self.own: set[int] = set()
+        """Buffers whose data lies behind the flatbuffer."""
 
     def code(self, op: Any) -> int:
         entry = self.model.operatorCodes[op.opcodeIndex]
@@ -215,6 +218,7 @@ class _Surgery:
             new.shape = list(shape)
             new.shapeSignature = None
             new.buffer = len(self.model.buffers) - 1
+            self.own.add(new.buffer)
             if layer.quantized is not None:
                 self._quantize(new, layer)
                 for op in operators:
@@ -289,6 +293,38 @@ class _Surgery:
             q.detailsType = schema.QuantizationDetails.BlockwiseQuantization
             q.details = details
         tensor.quantization = q
+
+    def products(self) -> None:
+        """Make products of two computed matrices what they are.
+
+        The converter writes them as FULLY_CONNECTED where the batch is one, and XNNPACK
+        takes that with a constant weight only.
+        """
+        for op in self.graph.operators:
+            if self.code(op) != _OPS.FULLY_CONNECTED:
+                continue
+            right = self.graph.tensors[int(op.inputs[1])]
+            constant = self.model.buffers[right.buffer].data is not None or right.buffer in self.own
+            biased = len(op.inputs) > 2 and int(op.inputs[2]) >= 0
+            if constant or biased or op.builtinOptions.fusedActivationFunction:
+                continue
+            options = schema.BatchMatMulOptionsT()
+            options.adjY = True
+            op.inputs = [int(i) for i in op.inputs[:2]]
+            op.builtinOptions = options
+            op.builtinOptionsType = schema.BuiltinOptions.BatchMatMulOptions
+            op.opcodeIndex = self._operator_code(_OPS.BATCH_MATMUL)
+
+    def _operator_code(self, builtin: int) -> int:
+        codes = self.model.operatorCodes
+        for index, entry in enumerate(codes):
+            if max(entry.builtinCode, entry.deprecatedBuiltinCode) == builtin:
+                return index
+        entry = schema.OperatorCodeT()
+        entry.builtinCode = entry.deprecatedBuiltinCode = builtin
+        entry.version = 1
+        codes.append(entry)
+        return len(codes) - 1
 
     def compact(self) -> None:
         """Drop tensors, buffers and operator codes that nothing uses any more."""

@@ -50,8 +50,11 @@ class LiteRTCPU(Target):
             layer's weight as it should.
         """
         from handheld_export import tflite
+        from handheld_export.litert_rewrites import REPLACEMENTS
+        from handheld_export.rewrites import rewrite
 
-        opened = tflite.Open(segment.module, len(segment.ports.inputs)).eval()
+        module = rewrite(segment.module, REPLACEMENTS)
+        opened = tflite.Open(module, len(segment.ports.inputs)).eval()
         checked = [_check(x.name, x.quantized) for x in opened.layers if x.quantized is not None]
         notes = [note for note in checked if note]
         flatbuffer = _convert(opened, segment, [layer.weight for layer in opened.layers])

@@ -1,0 +1,96 @@
+"""Rewrites for LiteRT, fewer than :mod:`handheld_export.rewrites`.
+
+LiteRT's converter and XNNPACK take plain diffusers code as one partition. What they do not
+do well are steps written for ``[N, C, H, W]``, which come out between transpositions of the
+whole picture, and the halves of GEGLU, which are copied out of one wide tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from handheld_export.rewrites import ExplicitAttention, GatedGELU, Resnet
+
+
+class ChannelGroupNorm(nn.Module):
+    """GroupNorm of ``[N, C, H, W]`` that never regroups the picture itself.
+
+    Mean and squared deviation are taken per channel and combined per group (Chan, Golub and
+    LeVeque), so large offsets cost no precision, and what is left is one multiplication and
+    one addition per value.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.groups, self.eps = norm.num_groups, norm.eps
+        shape = (1, norm.num_groups, norm.num_channels // norm.num_groups)
+        weight = torch.ones(shape) if norm.weight is None else norm.weight.detach().reshape(shape)
+        bias = torch.zeros(shape) if norm.bias is None else norm.bias.detach().reshape(shape)
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4:
+            n, c, length = x.shape
+            return self.forward(x.reshape(n, c, 1, length)).reshape(n, c, length)
+        n, c = x.shape[:2]
+        x = x.permute(0, 2, 3, 1)
+        mean = x.mean((1, 2), keepdim=True)
+        deviation = torch.square(x - mean).mean((1, 2), keepdim=True)
+        means = mean.reshape(n, self.groups, -1)
+        group_mean = means.mean(2, keepdim=True)
+        spread = deviation.reshape(n, self.groups, -1) + torch.square(means - group_mean)
+        variance = spread.mean(2, keepdim=True)
+        scale = torch.rsqrt(variance + self.eps) * self.weight
+        offset = self.bias - group_mean * scale
+        y = x * scale.reshape(n, 1, 1, c) + offset.reshape(n, 1, 1, c)
+        return y.permute(0, 3, 1, 2)
+
+
+class LastAxisResnet(Resnet):
+    """ResnetBlock2D that adds the time embedding along the last axis."""
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *_: Any) -> Tensor:
+        x: Tensor = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
+        if self.time_emb_proj is not None and temb is not None:
+            t = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+            x = x.permute(0, 2, 3, 1) + t.reshape(t.shape[0], 1, 1, -1)
+            x = x.permute(0, 3, 1, 2)
+        x = self.conv2(self.nonlinearity(self.norm2(x)))
+        if self.conv_shortcut is not None:
+            input_tensor = self.conv_shortcut(input_tensor)
+        x = input_tensor + x
+        return x if self.rescale == 1 else x * (1 / self.rescale)
+
+
+def _replace_resnet(block: Any) -> nn.Module:
+    if block.time_embedding_norm != "default" or block.up or block.down:
+        return block  # type: ignore[no-any-return]
+    return LastAxisResnet(block)
+
+
+def _replace_attention(attention: Any) -> nn.Module:
+    # Only where a picture comes in and is normalized; others are fine as they are.
+    special = ("norm_q", "norm_k", "norm_cross", "spatial_norm", "added_kv_proj_dim")
+    plain = all(getattr(attention, name, None) is None for name in special)
+    if attention.group_norm is None or not plain:
+        return attention  # type: ignore[no-any-return]
+    return ExplicitAttention(attention)
+
+
+REPLACEMENTS: Mapping[type[nn.Module], Callable[[Any], nn.Module]] = {
+    nn.GroupNorm: ChannelGroupNorm,
+    GEGLU: GatedGELU,
+    ResnetBlock2D: _replace_resnet,
+    Attention: _replace_attention,
+}

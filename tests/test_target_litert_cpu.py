@@ -1,0 +1,360 @@
+"""The LiteRT target on real diffusers modules: numerics, codes in the file, refusals."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import ai_edge_litert.schema_py_generated as schema
+import numpy as np
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+from handheld.errors import TargetError
+from handheld.program import Ports, TensorSpec
+from handheld_export import tflite
+from handheld_export.quantization import QuantizedWeight, round_to_nearest
+from handheld_export.targets.base import Lowered, SegmentInput
+from handheld_export.targets.litert_cpu import LiteRTCPU
+
+TARGET = LiteRTCPU()
+INT8, INT4, INT2 = ("int8", None), ("int4", None), ("int2", None)
+INT4_G32 = ("int4", 32)
+
+
+class Picture(nn.Module):
+    """``[N, H, W, C]`` outside, ``[N, C, H, W]`` inside."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        y = self.module(x.permute(0, 3, 1, 2), *others)
+        y = y[0] if isinstance(y, tuple) else y
+        return (y.permute(0, 2, 3, 1),)
+
+
+class Tokens(nn.Module):
+    def __init__(self, *modules: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*modules)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self.layers(x),)
+
+
+class Spatial(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.model(x, encoder_hidden_states=context, return_dict=False)[0]
+
+
+def _resnet() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    block = ResnetBlock2D(in_channels=64, out_channels=96, temb_channels=48, groups=32)
+    return Picture(block), (torch.randn(1, 8, 8, 64) + 3, torch.randn(1, 48))
+
+
+def _transformer() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    model = Transformer2DModel(
+        2, 32, 64, cross_attention_dim=96, use_linear_projection=True, norm_num_groups=32
+    )
+    return Picture(Spatial(model)), (torch.randn(1, 8, 8, 64), torch.randn(1, 7, 96))
+
+
+def _attention() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    attention = Attention(
+        64,
+        heads=1,
+        dim_head=64,
+        eps=1e-6,
+        norm_num_groups=32,
+        residual_connection=True,
+        bias=True,
+        upcast_softmax=True,
+        _from_deprecated_attn_block=True,
+    )
+    return Picture(attention), (torch.randn(1, 8, 8, 64),)
+
+
+def _downsample() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    return Picture(Downsample2D(64, use_conv=True, padding=1)), (torch.randn(1, 8, 8, 64),)
+
+
+def _upsample() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    return Picture(Upsample2D(64, use_conv=True)), (torch.randn(1, 8, 8, 64),)
+
+
+MODULES = {
+    "resnet": _resnet,
+    "transformer": _transformer,
+    "attention": _attention,
+    "downsample": _downsample,
+    "upsample": _upsample,
+}
+
+
+def _make(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    torch.manual_seed(0)
+    module, examples = MODULES[name]()
+    for path, parameter in module.named_parameters():
+        if "norm" in path:
+            parameter.data = torch.randn_like(parameter) * 0.3 + 1
+    return module.eval(), examples
+
+
+def _quantize(layer: nn.Module, grid: str, group_size: int | None = None) -> None:
+    q = round_to_nearest(layer.weight.detach().numpy(), grid, group_size)  # type: ignore[arg-type]
+    layer.quantized = q
+    layer.weight = nn.Parameter(torch.from_numpy(q.dequantize()), requires_grad=False)
+
+
+def _quantized(module: nn.Module, linear: tuple, convolution: tuple = INT8) -> nn.Module:
+    module = copy.deepcopy(module)
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            _quantize(layer, *linear)
+        elif isinstance(layer, nn.Conv2d):
+            _quantize(layer, *convolution)
+    return module
+
+
+def _segment(module: nn.Module, examples: tuple[Tensor, ...]) -> SegmentInput:
+    with torch.no_grad():
+        results = module(*examples)
+    # Names whose alphabetical order is not the order of the ports.
+    ports = Ports(
+        inputs={f"in{9 - i}": TensorSpec(shape=tuple(x.shape)) for i, x in enumerate(examples)},
+        outputs={f"out{9 - i}": TensorSpec(shape=tuple(x.shape)) for i, x in enumerate(results)},
+    )
+    return SegmentInput("s", module, ports, examples)
+
+
+def _lower(module: nn.Module, examples: tuple[Tensor, ...], path: Path) -> tuple[Lowered, float]:
+    segment = _segment(module, examples)
+    lowered = TARGET.lower(segment, path)
+    with torch.no_grad():
+        wanted = module(*examples)[0].double().numpy()
+    got = TARGET.load(path, segment.ports)(*(x.numpy() for x in examples))[0]
+    noise = np.square(wanted - got).sum()
+    return lowered, 10 * np.log10(np.square(wanted).sum() / noise)
+
+
+def _stored(path: Path) -> dict[str, tuple[int, np.ndarray, np.ndarray | None]]:
+    """Read type, codes and scales of all weights, independently of the writer."""
+    data = path.read_bytes()
+    model = schema.ModelT.InitFromPackedBuf(data, 0)
+    graph = model.subgraphs[0]
+    found = {}
+    for tensor in graph.tensors:
+        if not tensor.name.endswith(b".weight"):
+            continue
+        buffer = model.buffers[tensor.buffer]
+        raw = np.frombuffer(data, np.uint8, buffer.size, buffer.offset)
+        shape = [int(d) for d in tensor.shape]
+        bits = {9: 8, 17: 4, 19: 2, 0: 32}[int(tensor.type)]
+        if bits == 32:
+            found[tensor.name.decode()] = (32, raw.view(np.float32).reshape(shape), None)
+            continue
+        fields = (raw[:, None] >> np.arange(0, 8, bits)) & ((1 << bits) - 1)
+        codes = fields.astype(np.int16).reshape(-1)
+        codes = np.where(codes >= 1 << (bits - 1), codes - (1 << bits), codes)
+        q = tensor.quantization
+        scales = q.scale
+        if isinstance(q.details, schema.BlockwiseQuantizationT):
+            scales = model.buffers[graph.tensors[q.details.scales].buffer].data.view(np.float16)
+        found[tensor.name.decode()] = (bits, codes[: np.prod(shape)].reshape(shape), scales)
+    return found
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_float_matches_torch_in_one_partition(name: str, tmp_path: Path) -> None:
+    lowered, snr = _lower(*_make(name), tmp_path / "a.tflite")
+    assert snr > 100
+    assert lowered.partitions == 1
+    assert lowered.tools["ai-edge-litert"]
+
+
+@pytest.mark.parametrize(
+    ("name", "linear"),
+    [("resnet", INT8), ("transformer", INT4), ("transformer", INT4_G32), ("transformer", INT2)],
+    ids=str,
+)
+def test_quantized_matches_the_student(name: str, linear: tuple, tmp_path: Path) -> None:
+    module, examples = _make(name)
+    lowered, snr = _lower(_quantized(module, linear), examples, tmp_path / "a.tflite")
+    assert snr > 38
+    assert lowered.partitions == 1
+
+
+def test_codes_and_scales_are_the_students_bit_for_bit(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Tokens(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 48, bias=False), nn.Linear(48, 40))
+    layers = module.layers
+    for i, (grid, group) in {0: INT4, 2: INT4_G32, 3: INT2}.items():
+        _quantize(layers[i], grid, group)
+    path = tmp_path / "a.tflite"
+    lowered, snr = _lower(module.eval(), (torch.randn(1, 16, 64),), path)
+    assert snr > 38
+    stored = _stored(path)
+    assert [stored[f"layers.{i}.weight"][0] for i in (0, 2, 3)] == [4, 4, 2]
+    for i in (0, 2, 3):
+        _, codes, scales = stored[f"layers.{i}.weight"]
+        weight: QuantizedWeight = layers[i].quantized
+        np.testing.assert_array_equal(codes, weight.codes)
+        if weight.group_size is None:
+            assert scales.tobytes() == weight.scales.tobytes()
+        else:
+            kept = scales.astype(np.float32).reshape(weight.scales.shape)
+            assert (np.abs(kept / weight.scales - 1) <= 2**-8).all()
+    assert lowered.notes and "layers.2" in lowered.notes[0]
+
+
+def test_group_scales_that_are_bfloat16_are_kept(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Tokens(nn.Linear(64, 32))
+    q = round_to_nearest(module.layers[0].weight.detach().numpy(), "int4", 32)
+    scales = q.scales.view(np.uint32) & np.uint32(0xFFFF0000)
+    q = QuantizedWeight("int4", q.codes, scales.view(np.float32), 32)
+    module.layers[0].quantized = q
+    module.layers[0].weight = nn.Parameter(torch.from_numpy(q.dequantize()))
+    path = tmp_path / "a.tflite"
+    lowered, snr = _lower(module.eval(), (torch.randn(1, 16, 64),), path)
+    assert snr > 38
+    assert lowered.notes == ()
+    kept = _stored(path)["layers.0.weight"][2].astype(np.float32)
+    np.testing.assert_array_equal(kept, q.scales.reshape(-1))
+
+
+def test_convolution_codes_are_transposed_not_rounded(tmp_path: Path) -> None:
+    module, examples = _make("resnet")
+    module = _quantized(module, INT8)
+    path = tmp_path / "a.tflite"
+    _lower(module, examples, path)
+    stored = _stored(path)
+    for name in ("conv1", "conv2", "conv_shortcut"):
+        bits, codes, scales = stored[f"module.{name}.weight"]
+        weight = getattr(module.module, name).quantized
+        assert bits == 8
+        np.testing.assert_array_equal(codes.transpose(0, 3, 1, 2), weight.codes)
+        assert scales.tobytes() == weight.scales.tobytes()
+
+
+def test_a_norm_is_not_folded_into_the_codes(tmp_path: Path) -> None:
+    module = Tokens(nn.LayerNorm(64), nn.Linear(64, 32))
+    module.layers[0].weight.data = torch.rand(64) + 0.5
+    _quantize(module.layers[1], "int4")
+    path = tmp_path / "a.tflite"
+    _, snr = _lower(module.eval(), (torch.randn(1, 16, 64),), path)
+    assert snr > 38
+    stored = _stored(path)["layers.1.weight"][1]
+    np.testing.assert_array_equal(stored, module.layers[1].quantized.codes)
+
+
+def test_equal_layers_keep_their_own_weights(tmp_path: Path) -> None:
+    module = Tokens(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    for layer in (module.layers[0], module.layers[2]):
+        nn.init.zeros_(layer.weight)
+        _quantize(layer, "int8")
+    path = tmp_path / "a.tflite"
+    TARGET.lower(_segment(module.eval(), (torch.randn(1, 4, 32),)), path)
+    assert sorted(_stored(path)) == ["layers.0.weight", "layers.2.weight"]
+
+
+def test_a_layer_that_nothing_reads_is_named(tmp_path: Path) -> None:
+    class Unused(Tokens):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return (self.layers[0](x),)
+
+    module = Unused(nn.Linear(32, 32), nn.Linear(32, 32)).eval()
+    with pytest.raises(TargetError, match=r"layers\.1"):
+        TARGET.lower(_segment(module, (torch.randn(1, 4, 32),)), tmp_path / "a.tflite")
+
+
+def test_a_weight_used_otherwise_is_named(tmp_path: Path) -> None:
+    class Norm(Tokens):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return (self.layers(x) * self.layers[0].weight.mean(),)
+
+    module = Norm(nn.Linear(32, 32)).eval()
+    with pytest.raises(TargetError, match=r"layers\.0.*cannot be grafted"):
+        TARGET.lower(_segment(module, (torch.randn(1, 4, 32),)), tmp_path / "a.tflite")
+
+
+@pytest.mark.parametrize("what", ["codes", "scales"])
+def test_a_planted_mismatch_is_found(what: str, tmp_path: Path) -> None:
+    module = Tokens(nn.Linear(64, 32), nn.Linear(32, 64))
+    for layer in module.layers:
+        _quantize(layer, "int4")
+    path = tmp_path / "a.tflite"
+    TARGET.lower(_segment(module.eval(), (torch.randn(1, 4, 64),)), path)
+    layers = tflite.Open(module, 1).layers
+    tflite.check(path, layers)
+    q = layers[1].quantized
+    getattr(q, what).reshape(-1)[5] += 1
+    with pytest.raises(TargetError, match=r"layers\.1"):
+        tflite.check(path, layers)
+
+
+@pytest.mark.parametrize("grid", ["int4", "int2"])
+def test_narrow_convolutions_are_refused(grid: str, tmp_path: Path) -> None:
+    module, examples = _make("downsample")
+    module = _quantized(module, INT8, (grid, None))
+    with pytest.raises(TargetError, match=rf"{grid} convolutions"):
+        TARGET.lower(_segment(module, examples), tmp_path / "a.tflite")
+
+
+@pytest.mark.parametrize(("grid", "group"), [("int2", 32), ("int8", 32), ("int4", 16)])
+def test_groups_that_do_not_run_are_refused(grid: str, group: int, tmp_path: Path) -> None:
+    module = Tokens(nn.Linear(64, 32)).eval()
+    _quantize(module.layers[0], grid, group)
+    with pytest.raises(TargetError, match=r"layers\.0"):
+        TARGET.lower(_segment(module, (torch.randn(1, 4, 64),)), tmp_path / "a.tflite")
+
+
+def test_artifacts_are_reproducible_and_keep_no_paths(tmp_path: Path) -> None:
+    module, examples = _make("resnet")
+    module = _quantized(module, INT4)
+    files = []
+    for name in ("a.tflite", "b.tflite"):
+        TARGET.lower(_segment(module, examples), tmp_path / name)
+        files.append((tmp_path / name).read_bytes())
+    assert files[0] == files[1]
+    assert b"torch.nn" not in files[0]
+    assert b".py" not in files[0]
+
+
+def test_codes_survive_packing() -> None:
+    generator = np.random.default_rng(0)
+    for bits, low, high in ((2, -2, 1), (4, -7, 7), (8, -127, 127)):
+        codes = generator.integers(low, high, (7, 13), dtype=np.int8, endpoint=True)
+        packed = tflite.pack(codes, bits)
+        assert packed.size == -(-codes.size * bits // 8)
+        np.testing.assert_array_equal(
+            tflite.unpack(packed, bits, codes.size).reshape(codes.shape), codes
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inputs", [1280, 2560])
+def test_large_convolutions_need_no_transposition(inputs: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Picture(nn.Conv2d(inputs, 1280, 3, padding=1)).eval()
+    _quantize(module.module, "int8")
+    path = tmp_path / "a.tflite"
+    lowered, snr = _lower(module, (torch.randn(1, 4, 4, inputs),), path)
+    assert snr > 38
+    assert lowered.partitions == 1
+    codes = _stored(path)["module.weight"][1]
+    np.testing.assert_array_equal(codes.transpose(0, 3, 1, 2), module.module.quantized.codes)
+    model = schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0)
+    assert len(model.subgraphs[0].operators) == 1
