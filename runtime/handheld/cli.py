@@ -38,6 +38,8 @@ _COMMANDS = {
     "doctor": "Say what is missing here and how to get it.",
     "schema": "Print the JSON Schemas of manifests, jobs, events and records.",
 }
+LISTED = tuple(_COMMANDS)
+"""Names of this distribution's commands."""
 _HEAVY = ("export", "verify")
 _INSTALL = 'install with  pip install "handheld[export]"'
 
@@ -106,7 +108,9 @@ def _print_version(wanted: bool) -> None:
 def handheld(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     """SDXL on phones: export, verify, benchmark and run bundles.
@@ -121,6 +125,11 @@ def handheld(
     """  # noqa: D301
 
 
+def command() -> Any:
+    """Return the whole command line."""
+    return typer.main.get_command(app)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
     sys.exit(run(sys.argv[1:] if args is None else args))
@@ -130,9 +139,7 @@ def run(args: Sequence[str]) -> int:
     """Run the command line and return the exit code."""
     as_json = "--json" in args
     try:
-        code = typer.main.get_command(app).main(
-            list(args), prog_name="handheld", standalone_mode=False
-        )
+        code = command().main(list(args), prog_name="handheld", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:
         # The interpreter flushes stdout once more on its way out.

@@ -47,4 +47,4 @@ def build(
             }
         )
     else:
-        console.print(f"{paths.program}: {engines}", markup=False, highlight=False)
+        console.print(f"{paths.program}: {engines}", markup=False, highlight=False, soft_wrap=True)
