@@ -73,6 +73,15 @@ def load_ema(module: nn.Module, path: Path) -> int:
     return int(state["step"])
 
 
+@torch.no_grad()
+def _update_average(ema: dict[str, torch.Tensor], module: nn.Module, share: float) -> None:
+    for name, value in module.state_dict().items():
+        if value.is_floating_point():
+            ema[name].lerp_(value, share)
+        else:
+            ema[name].copy_(value)
+
+
 def train(
     module: nn.Module, loss: LossFunction, config: LoopConfig, checkpoint: Path, log: Path
 ) -> list[float]:
@@ -98,7 +107,11 @@ def train(
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay
+        parameters,
+        lr=config.lr,
+        betas=(0.9, 0.99),
+        weight_decay=config.weight_decay,
+        fused=True,
     )
     start = 0
     ema = {name: value.detach().clone() for name, value in module.state_dict().items()}
@@ -130,12 +143,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         rate = min(config.ema, (step + 1) / (step + 10))
-        with torch.no_grad():
-            for name, value in module.state_dict().items():
-                if value.is_floating_point():
-                    ema[name].lerp_(value, 1 - rate)
-                else:
-                    ema[name].copy_(value)
+        _update_average(ema, module, 1 - rate)
         history.append(float(losses["loss"].detach()))
         if (step + 1) % config.log_every == 0:
             entry: dict[str, float] = {k: float(v.detach()) for k, v in losses.items()}
