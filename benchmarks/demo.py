@@ -1,0 +1,206 @@
+"""The demonstration: export a model, draw with it, and measure it, on this machine.
+
+    python benchmarks/demo.py
+    python benchmarks/demo.py --model path/to/checkpoint --output build/other
+    python benchmarks/demo.py --update-readme
+
+The last one runs nothing; it writes the figures of the latest run into README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from handheld.bundle import Bundle
+from handheld.errors import HandheldError, UsageError
+from stages import (
+    COLUMNS,
+    RESIDENCIES,
+    ROOT,
+    Stages,
+    build_harness,
+    cells,
+    command,
+    export,
+    guarded,
+    inside,
+    measure,
+    print_table,
+    row,
+    say,
+    versions,
+    write_summary,
+)
+
+TARGETS = ("litert-cpu", "executorch-xnnpack")
+PRECISIONS = ("fp32", "int4")
+IF_TIME_ALLOWS = "int8"
+TIME_S = 600.0
+PROMPT = "a purple horned creature"
+BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+
+
+def main() -> int:
+    """Run the demonstration."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--model", default="critter", help="name of a model, or a checkpoint")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "demo")
+    parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--seed", type=int, default=3)
+    parser.add_argument("--iterations", type=int, default=10, help="timed, per record")
+    parser.add_argument("--update-readme", action="store_true", help="write figures, run nothing")
+    arguments = parser.parse_args()
+    summary = arguments.output / "summary.json"
+    if arguments.update_readme:
+        return update_readme(summary, ROOT / "README.md")
+    return run(arguments, summary)
+
+
+def run(arguments: argparse.Namespace, summary: Path) -> int:
+    """Export, draw, measure, and write the summary."""
+    from handheld import models
+    from handheld.devices.host import HostDevice
+
+    output: Path = arguments.output
+    summary.unlink(missing_ok=True)
+    checkpoint = models.checkpoint(arguments.model)
+    installed = _install_seconds()
+    if installed is not None:
+        say(f"packages were installed in {installed} s; that is not counted below")
+    stages = Stages()
+    build_harness(stages)
+    device = HostDevice()
+    records = output / "records.jsonl"
+    rows: list[dict[str, Any]] = []
+    facts: dict[str, Any] = {}
+    picture: dict[str, Any] | None = None
+
+    def all_of(precision: str) -> None:
+        nonlocal facts, picture
+        for target in TARGETS:
+            bundle = export(checkpoint, target, precision, output / "bundles", stages)
+            if picture is None:
+                picture = draw(bundle, checkpoint, arguments, output / "creature.png", stages)
+            for residency in RESIDENCIES:
+                record = measure(
+                    bundle, device, residency, records, stages, iterations=arguments.iterations
+                )
+                rows.append(row(record, bundle))
+                facts = record.device.model_dump(mode="json")
+
+    for precision in PRECISIONS:
+        before = stages.seconds
+        all_of(precision)
+    spent = stages.seconds - before
+    if stages.seconds + 1.5 * spent < 0.7 * TIME_S:
+        all_of(IF_TIME_ALLOWS)
+
+    write_summary(
+        summary,
+        {
+            "rows": rows,
+            "picture": picture,
+            "command": list(command()),
+            "versions": versions(),
+            "device": facts,
+            "model": arguments.model,
+            "records": inside(records),
+            "stages": stages.done,
+            "seconds": round(stages.seconds, 1),
+            "install_seconds": installed,
+        },
+    )
+    say("")
+    print_table(rows, f"{arguments.model} on this machine (one picture; MB = 10^6 bytes)")
+    say(f"picture: {inside(output / 'creature.png')}")
+    say(f"figures: {inside(summary)}   records: {inside(records)}")
+    say(f"{stages.seconds:.0f} s in all, without installing packages")
+    return 0 if all(r["status"] == "ok" for r in rows) else 1
+
+
+def draw(
+    bundle: Bundle, checkpoint: Path, arguments: argparse.Namespace, path: Path, stages: Stages
+) -> dict[str, Any]:
+    """Draw the creature through the artifacts, in the harness's library."""
+    from handheld import generate
+    from handheld.text import embed, local_encoder
+
+    with stages(f'drawing "{arguments.prompt}"') as end:
+        encoder = local_encoder(checkpoint)
+        _, size = bundle.size()
+        negative = None
+        if generate.needs_negative(size.program):
+            negative = embed(bundle, "", encoder)
+        made = generate.draw(
+            bundle,
+            arguments.prompt,
+            embed(bundle, arguments.prompt, encoder),
+            negative_embedding=negative,
+            seed=arguments.seed,
+        )
+        generate.save(made, path)
+        end(f"{made.milliseconds:.0f} ms")
+    return {
+        "file": inside(path),
+        "prompt": made.prompt,
+        "seed": made.seed,
+        "bundle_sha256": made.bundle_sha256,
+        "target": bundle.manifest.target,
+        "precision": bundle.manifest.precision,
+    }
+
+
+def _install_seconds() -> int | None:
+    """Return what `make` noted when it installed packages."""
+    try:
+        return int((ROOT / ".venv" / ".installed").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def update_readme(summary: Path, readme: Path) -> int:
+    """Write the figures of a summary between the marks in README.md."""
+    try:
+        found = json.loads(summary.read_text())
+    except OSError:
+        raise UsageError("there is no summary", path=summary, remedy="run `make demo`") from None
+    text = readme.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise HandheldError(f"lacks the marks {BEGIN} and {END}", path=readme)
+    readme.write_text(f"{before}{BEGIN}\n{_markdown(found)}{END}{after}", encoding="utf-8")
+    say(f"{inside(readme)}: {len(found['rows'])} rows")
+    return 0
+
+
+def _markdown(summary: dict[str, Any]) -> str:
+    device, tools = summary["device"], summary["versions"]
+    lines = [
+        " | ".join(["", *COLUMNS.values(), ""]).strip(),
+        " | ".join(["", *("---" if i < 3 else "---:" for i in range(len(COLUMNS))), ""]).strip(),
+        *(" | ".join(["", *cells(r), ""]).strip() for r in summary["rows"]),
+    ]
+    words = {"executorch": "ExecuTorch", "ai-edge-litert": "LiteRT", "torch": "torch"}
+    lines += [
+        "",
+        f"Measured by `make demo` with handheld {tools['handheld']}, "
+        + ", ".join(f"{word} {tools[name]}" for name, word in words.items() if name in tools)
+        + f", on {device.get('cpu') or 'an unknown processor'}, {device.get('cores')} cores, "
+        f"{device.get('os')}. The whole run took {summary['seconds']:.0f} s.",
+    ]
+    noisy = [r for r in summary["rows"] if r["noisy"]]
+    if noisy:
+        lines.append(
+            f"{len(noisy)} of {len(summary['rows'])} records are marked noisy: "
+            "the machine did other work, or times spread by more than a tenth."
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))
