@@ -1,0 +1,107 @@
+"""Every segment of the U-Net is one XNNPACK delegate partition, but for reviewed exceptions."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+from handheld import models
+from handheld.bundle import Bundle
+from handheld.errors import UsageError
+from handheld_export.checkpoint import Checkpoint
+from handheld_export.export import Options, export
+
+LIST = Path(__file__).with_name("xnnpack_partitions.toml")
+FIELDS = {"target", "precision", "segment", "partitions", "reason"}
+COMBINATIONS = [
+    ("executorch-xnnpack", "fp32"),
+    ("executorch-xnnpack", "int8"),
+    ("executorch-xnnpack", "int4"),
+    ("litert-cpu", "fp32"),
+    ("litert-cpu", "int8"),
+    ("litert-cpu", "int4"),
+]
+
+
+def exceptions():
+    entries = tomllib.loads(LIST.read_text(encoding="utf-8"))["exception"]
+    for entry in entries:
+        assert set(entry) == FIELDS, f"{LIST.name}: {entry}"
+        assert entry["partitions"] > 1, f"{LIST.name}: {entry['segment']} needs no entry"
+        assert entry["reason"].strip(), f"{LIST.name}: {entry['segment']} has no reason"
+    found = {(e["target"], e["precision"], e["segment"]): e["partitions"] for e in entries}
+    assert len(found) == len(entries), f"{LIST.name} names a segment twice"
+    return found
+
+
+def executorch_partitions(path):
+    """Count what the program runs: delegates, and operators outside of them."""
+    from executorch.exir._serialize._program import deserialize_pte_binary
+
+    (plan,) = deserialize_pte_binary(path.read_bytes()).program.execution_plan
+    calls = [type(i.instr_args).__name__ for c in plan.chains for i in c.instructions]
+    assert {d.id for d in plan.delegates} == {"XnnpackBackend"}
+    outside = [c for c in calls if c != "DelegateCall"]
+    return len(calls) if outside else calls.count("DelegateCall")
+
+
+def litert_partitions(path):
+    """Count the delegate's nodes in what the interpreter runs."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(path), num_threads=1)
+    interpreter.allocate_tensors()
+    return sum(op["op_name"] == "DELEGATE" for op in interpreter._get_ops_details())
+
+
+COUNT = {"executorch-xnnpack": executorch_partitions, "litert-cpu": litert_partitions}
+
+
+def compare(bundle: Bundle, target: str, precision: str):
+    allowed = {k[2]: n for k, n in exceptions().items() if k[:2] == (target, precision)}
+    segments = [a for a in bundle.manifest.artifacts if a.component == "unet"]
+    assert segments
+    problems = []
+    for artifact in segments:
+        count = COUNT[target](bundle.file(artifact.file))
+        if count != artifact.partitions:
+            problems.append(f"{artifact.id}: {count}, the manifest says {artifact.partitions}")
+        most = allowed.pop(artifact.id, 1)
+        if count > most:
+            problems.append(f"{artifact.id}: {count} partitions, {most} allowed")
+        if count < most:
+            problems.append(f"{artifact.id}: {count} partitions, {LIST.name} still allows {most}")
+    problems += [f"{LIST.name}: there is no segment {s} any more" for s in allowed]
+    assert not problems, f"{target} {precision}:\n" + "\n".join(problems)
+
+
+def test_the_list_is_well_formed():
+    known = set(COMBINATIONS)
+    for target, precision, segment in exceptions():
+        assert (target, precision) in known, f"{LIST.name}: {segment} is never tested"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "precision"), COMBINATIONS)
+def test_partitions_of_critter(target, precision, tmp_path):
+    """From the user's cache where the export has been made before."""
+    try:
+        checkpoint = Checkpoint(models.checkpoint("critter"))
+    except UsageError as error:
+        pytest.skip(str(error))
+    export(checkpoint, Options(target, precision), tmp_path / "bundle")
+    compare(Bundle.open(tmp_path / "bundle"), target, precision)
+
+
+@pytest.mark.slow
+def test_partitions_of_a_tiny_model(sdxl, tmp_path, monkeypatch):
+    """The same structure in seconds; no exceptions here."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    export(Checkpoint(sdxl), Options("executorch-xnnpack", "fp32"), tmp_path / "bundle", jobs=1)
+    bundle = Bundle.open(tmp_path / "bundle")
+    for artifact in bundle.manifest.artifacts:
+        assert executorch_partitions(bundle.file(artifact.file)) == 1, artifact.id
