@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import runpy
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import TypeAdapter, ValidationError
+from safetensors.numpy import load_file
+
+from handheld import harness, noise
+from handheld.bundle import Bundle
+from handheld.errors import BundleError
+from handheld.execute import execute
+from handheld.program import Program, check
+from handheld.protocol import AnyEvent, Job
+
+GOLDEN = Path(__file__).parent / "golden"
+NATIVE = harness.find()
+needs_harness = pytest.mark.skipif(NATIVE is None, reason="the harness is not built")
+INDEX = json.loads((GOLDEN / "index.json").read_text())
+
+
+def cases(kind):
+    return [pytest.param(case, id=Path(case["file"]).stem) for case in INDEX[kind]]
+
+
+def test_files_are_current():
+    wanted = runpy.run_path(str(GOLDEN / "make.py"))["files"]()
+    for path, data in wanted.items():
+        assert (GOLDEN / path).read_bytes() == data, f"{path}: run tests/golden/make.py"
+    have = {p.relative_to(GOLDEN).as_posix() for p in GOLDEN.rglob("*") if p.is_file()}
+    extra = {p for p in have - set(wanted) if "__pycache__" not in p}
+    assert extra == {"README.md", "make.py"}
+
+
+def test_the_bundle():
+    assert Bundle.open(GOLDEN / "bundle").sha256 == INDEX["bundle"]["sha256"]
+
+
+@pytest.mark.parametrize("case", cases("manifests"))
+def test_manifests(case, tmp_path):
+    folder = tmp_path / "bundle"
+    shutil.copytree(GOLDEN / "bundle", folder)
+    shutil.copy(GOLDEN / case["file"], folder / "manifest.json")
+    if case["valid"]:
+        Bundle.open(folder)
+        return
+    with pytest.raises(BundleError) as e:
+        Bundle.open(folder)
+    if case["field"]:
+        assert e.value.field == case["field"], str(e.value)
+
+
+@pytest.mark.parametrize(("kind", "model"), [("jobs", Job), ("events", AnyEvent)])
+def test_jobs_and_events(kind, model):
+    adapter = TypeAdapter(model)
+    for case in INDEX[kind]:
+        data = (GOLDEN / case["file"]).read_bytes()
+        if case["valid"]:
+            value = adapter.validate_json(data, strict=True)
+            again = json.loads(adapter.dump_json(value))
+            # Written in full, it says what the file says, but for what only newer ones know.
+            given = {k: v for k, v in json.loads(data).items() if k != "mood"}
+            assert given.items() <= again.items()
+        else:
+            with pytest.raises(ValidationError):
+                adapter.validate_json(data, strict=True)
+
+
+@pytest.mark.parametrize("case", cases("programs"))
+def test_programs(case):
+    program = Program.model_validate_json((GOLDEN / case["file"]).read_bytes(), strict=True)
+    tensors = load_file(GOLDEN / case["tensors"])
+
+    def part(kind):
+        return {k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)}
+
+    results = execute(program, part("constant."), part("input."), None, seed=case["seed"])
+    wanted = part("output.")
+    assert set(results) == set(wanted)
+    for role, value in wanted.items():
+        assert np.ascontiguousarray(results[role]).tobytes() == value.tobytes()
+    assert check(program, {}, {k: _spec(v) for k, v in part("constant.").items()}) is None
+
+
+def _spec(value):
+    from handheld.program import TensorSpec
+
+    return TensorSpec(shape=value.shape, dtype=str(value.dtype))
+
+
+def test_noise():
+    for case in json.loads((GOLDEN / INDEX["noise"]).read_text()):
+        values = noise.normal(case["seed"], (case["count"],), case["stream"]).astype("<f4")
+        assert [f"{v:08x}" for v in values[:8].view("<u4")] == case["first"]
+        assert hashlib.sha256(values.tobytes()).hexdigest() == case["sha256"]
+
+
+def native(job, tmp_path):
+    """Run the real harness on a job's text; return its exit code and its last event."""
+    (tmp_path / "job.json").write_bytes(job)
+    done = subprocess.run(
+        [NATIVE.program, tmp_path / "job.json"], capture_output=True, timeout=60, check=False
+    )
+    return done.returncode, json.loads(done.stdout.splitlines()[-1])
+
+
+@needs_harness
+@pytest.mark.parametrize("case", cases("manifests"))
+def test_manifests_in_the_harness(case, tmp_path):
+    folder = tmp_path / "bundle"
+    shutil.copytree(GOLDEN / "bundle", folder)
+    shutil.copy(GOLDEN / case["file"], folder / "manifest.json")
+    job = Job(bundle=str(folder), size="16x8")
+    code, last = native(job.model_dump_json().encode(), tmp_path)
+    assert last["event"] == "error"
+    if case["runs"]:
+        assert last["code"] in ("engine", "engine-missing", "input"), last
+    else:
+        assert (code, last["code"]) in ((2, "bundle"), (2, "hash"), (1, "hash")), last
+
+
+@needs_harness
+@pytest.mark.parametrize("case", cases("jobs"))
+def test_jobs_in_the_harness(case, tmp_path):
+    code, last = native((GOLDEN / case["file"]).read_bytes(), tmp_path)
+    assert code == 2
+    assert last["event"] == "error"
+    assert last["code"] == ("bundle" if case["valid"] else "job"), last
