@@ -1,0 +1,163 @@
+"""Verification passes what is good and names what is not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import tiny
+from handheld.bundle import Bundle
+from handheld.errors import GateError, UsageError
+from handheld_export import verify as verification
+from handheld_export.checkpoint import Checkpoint
+from handheld_export.export import Options, export
+from handheld_export.verify import gates, verify
+
+TARGET = "executorch-xnnpack"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A good bundle, its checkpoint and another one."""
+    folder = tmp_path_factory.mktemp("verify")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        good = tiny.write_checkpoint(
+            folder / "good", tiny.SMALLEST, tiny.SMALLEST_KL, text=False, steps=1
+        )
+        options = Options(target=TARGET, precision="fp32", references=True)
+        export(Checkpoint(good), options, folder / "bundle", jobs=1)
+    bad = tiny.copied(good, folder / "bad")
+    tiny.unet(seed=9, **tiny.SMALLEST).save_pretrained(bad / "unet")
+    return folder
+
+
+@pytest.fixture
+def bundle(made, tmp_path):
+    return tiny.copied(made / "bundle", tmp_path / "bundle")
+
+
+def change(bundle, edit):
+    """Edit a manifest, then make files' hashes fit again."""
+    path = bundle / "manifest.json"
+    manifest = json.loads(path.read_text())
+    edit({a["id"]: a for a in manifest["artifacts"]}, manifest)
+    for artifact in manifest["artifacts"]:
+        data = (bundle / artifact["file"]["path"]).read_bytes()
+        artifact["file"]["sha256"] = hashlib.sha256(data).hexdigest()
+        artifact["file"]["bytes"] = len(data)
+    path.write_text(json.dumps(manifest))
+    return Bundle.open(bundle)
+
+
+def failed(report):
+    return {r.artifact for r in report.rows if not r.passed}
+
+
+def test_good_bundle_passes(bundle):
+    report = verify(Bundle.open(bundle))
+    assert report.passed
+    assert report.reference == "bundle"
+    assert not report.problems
+    assert len(report.rows) == 6
+    assert min(r.snr_db for r in report.rows) >= 90
+    assert report.end_to_end.snr_db >= 70
+    stored = Bundle.open(bundle).manifest
+    assert report.end_to_end.snr_db == pytest.approx(stored.verification.snr_db, abs=3)
+    json.dumps(report.as_dict(), allow_nan=False)
+
+
+def test_against_the_checkpoint(bundle, made):
+    report = verify(Bundle.open(bundle), made / "good")
+    assert report.passed
+    assert report.reference == "checkpoint"
+    with pytest.raises(UsageError, match="not the checkpoint"):
+        verify(Bundle.open(bundle), made / "bad")
+
+
+def test_swapped_artifacts(bundle):
+    def swap(artifacts, _):
+        a, b = artifacts["unet.01.mid_block"], artifacts["decoder.00.mid_block"]
+        a["file"]["path"], b["file"]["path"] = b["file"]["path"], a["file"]["path"]
+
+    report = verify(change(bundle, swap))
+    assert not report.passed
+    assert failed(report) == {"unet.01.mid_block", "decoder.00.mid_block"}
+    json.dumps(report.as_dict(), allow_nan=False)
+
+
+def test_one_scale_doubled(bundle, made):
+    weights = load_file(made / "good" / "unet" / "diffusion_pytorch_model.safetensors")
+    row = weights["mid_block.attentions.0.proj_in.weight"][3].numpy()
+
+    def double(artifacts, _):
+        path = bundle / artifacts["unet.01.mid_block"]["file"]["path"]
+        data = path.read_bytes()
+        assert data.count(row.tobytes()) == 1
+        path.write_bytes(data.replace(row.tobytes(), (2 * row).tobytes()))
+
+    report = verify(change(bundle, double))
+    assert failed(report) == {"unet.01.mid_block"}
+    # Every artifact gets the reference's tensors, so others do not suffer.
+    assert min(r.snr_db for r in report.rows if r.passed) >= 90
+    assert not report.passed
+
+
+def test_garbled_artifact(bundle):
+    def garble(artifacts, _):
+        path = bundle / artifacts["unet.01.mid_block"]["file"]["path"]
+        path.write_bytes(b"\0" * 100)
+
+    report = verify(change(bundle, garble))
+    assert failed(report) == {"unet.01.mid_block"}
+    assert "does not run" in report.problems[0]
+
+
+def run(bundle, *more):
+    import typer
+
+    from handheld_export import cli
+
+    app = typer.Typer()
+    app.command()(cli.verify)
+    return CliRunner().invoke(app, [str(bundle), *more])
+
+
+def test_wrong_engine_version(bundle):
+    def age(artifacts, _):
+        artifacts["unet.01.mid_block"]["engine_version"] = "0.0.1"
+
+    report = verify(change(bundle, age))
+    assert not failed(report)
+    assert report.problems[0].startswith("unet.01.mid_block: made for engine version 0.0.1")
+    result = run(bundle, "--json")
+    assert isinstance(result.exception, GateError)
+    assert result.exception.exit_code == 1
+    assert "unet.01.mid_block" in str(result.exception)
+
+
+def test_command_prints(bundle):
+    result = run(bundle)
+    assert result.exit_code == 0, result.output
+    assert "end to end" in result.output
+    assert json.loads(run(bundle, "--json").stdout)["passed"]
+
+
+def test_gates(tmp_path, bundle):
+    assert gates("fp32") == (90, 70)
+    path = tmp_path / "gates.toml"
+    path.write_text("[fp32]\nartifact_db = 500\nend_to_end_db = 70\n")
+    report = verify(Bundle.open(bundle), gate=path)
+    assert failed(report) == {r.artifact for r in report.rows}
+    for text in ("", "[fp32]\nartifact_db = 1\n", "[fp32", "[fp32]\nartifact_db = 'x'\n"):
+        path.write_text(text)
+        with pytest.raises(UsageError) as e:
+            gates("fp32", path)
+        assert e.value.path == str(path)
+    with pytest.raises(UsageError, match="cannot be read"):
+        gates("fp32", tmp_path / "none.toml")
+    assert verification.gates("int8")[0] < 90
