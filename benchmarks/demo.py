@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from handheld.bundle import Bundle
-from handheld.errors import HandheldError, UsageError
+from handheld.errors import HandheldError, HarnessError, UsageError
 from stages import (
     COLUMNS,
     RESIDENCIES,
@@ -126,29 +127,25 @@ def draw(
     bundle: Bundle, checkpoint: Path, arguments: argparse.Namespace, path: Path, stages: Stages
 ) -> dict[str, Any]:
     """Draw the creature through the artifacts, in the harness's library."""
-    from handheld import generate
-    from handheld.text import embed, local_encoder
-
+    words = ["generate", str(bundle.path), arguments.prompt, "--output", str(path), "--json"]
+    words += ["--seed", str(arguments.seed), "--text-checkpoint", str(checkpoint)]
     with stages(f'drawing "{arguments.prompt}"') as end:
-        encoder = local_encoder(checkpoint)
-        _, size = bundle.size()
-        negative = None
-        if generate.needs_negative(size.program):
-            negative = embed(bundle, "", encoder)
-        made = generate.draw(
-            bundle,
-            arguments.prompt,
-            embed(bundle, arguments.prompt, encoder),
-            negative_embedding=negative,
-            seed=arguments.seed,
+        done = subprocess.run(
+            [sys.executable, "-m", "handheld", *words], capture_output=True, text=True, check=False
         )
-        generate.save(made, path)
-        end(f"{made.milliseconds:.0f} ms")
+        if done.returncode:
+            said = (done.stdout + done.stderr).strip().splitlines()
+            raise HarnessError(
+                f"`handheld generate` ended with {done.returncode}: {said[-1] if said else ''}"
+            )
+        facts: dict[str, Any] = json.loads(done.stdout)
+        end(f"{facts['ms']:.0f} ms")
     return {
         "file": inside(path),
-        "prompt": made.prompt,
-        "seed": made.seed,
-        "bundle_sha256": made.bundle_sha256,
+        "prompt": arguments.prompt,
+        "seed": arguments.seed,
+        "sha256": facts["sha256"],
+        "bundle_sha256": facts["bundle"],
         "target": bundle.manifest.target,
         "precision": bundle.manifest.precision,
     }

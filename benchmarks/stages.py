@@ -111,7 +111,7 @@ def export(checkpoint: Path, target: str, precision: str, folder: Path, stages: 
         nonlocal cached
         cached += meta is None
 
-    with stages(f"exporting for {target}, {precision}") as end, _stderr_to(folder / "export.log"):
+    with stages(f"exporting for {target}, {precision}") as end, stderr_to(folder / "export.log"):
         manifest = run(
             Checkpoint(checkpoint), Options(target, precision), path, progress=Progress(done=count)
         )
@@ -123,8 +123,8 @@ def export(checkpoint: Path, target: str, precision: str, folder: Path, stages: 
 
 
 @contextmanager
-def _stderr_to(path: Path) -> Iterator[None]:
-    """Send what converters in worker processes say to a file."""
+def stderr_to(path: Path) -> Iterator[None]:
+    """Send what engines and converters say, also in worker processes, to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sys.stderr.flush()
     kept = os.dup(2)
@@ -161,7 +161,7 @@ def measure(
         if figures["median_ms"] is not None and figures["peak_rss"] is not None:
             end(f"{figures['median_ms']:.0f} ms, peak {float(figures['peak_rss']) / 1e6:.0f} MB")
         if record.error:
-            end(f"{record.status}: {record.error}")
+            end(f"{record.status}: {record.error.splitlines()[0]}")
     return record
 
 
