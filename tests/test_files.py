@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+import pytest
+
+from handheld import files
+from handheld.errors import OutputError
+
+
+def test_write_file(tmp_path):
+    path = tmp_path / "deep/file"
+    files.write_file(path, b"one")
+    files.write_file(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~files.umask()
+
+
+def test_write_file_fails_clean(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match="the disk is full") as e:
+        files.write_file(tmp_path / "file", b"x")
+    assert e.value.remedy == "free some space"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_replaced_or_kept(tmp_path):
+    path = tmp_path / "folder"
+    for text in ("one", "two"):
+        with files.replaced_folder(path) as temporary:
+            (temporary / "file").write_text(text)
+    assert (path / "file").read_text() == "two"
+    with pytest.raises(KeyError), files.replaced_folder(path) as temporary:
+        (temporary / "file").write_text("three")
+        raise KeyError
+    assert (path / "file").read_text() == "two"
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_cache_root(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert files.cache_root() == tmp_path / "handheld"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert files.cache_root() == tmp_path / "home/.cache/handheld"
+    assert files.weights_cache("a" * 64, 3).name == "threads3"
