@@ -1,9 +1,9 @@
 // ExecuTorch with the XNNPACK delegate; packed weights in memory-mapped files.
 #include <dlfcn.h>
-#include <executorch/extension/data_loader/mmap_data_loader.h>
 #include <executorch/extension/memory_allocator/malloc_memory_allocator.h>
 #include <executorch/runtime/backend/interface.h>
 #include <executorch/runtime/backend/options.h>
+#include <executorch/runtime/core/data_loader.h>
 #include <executorch/runtime/core/hierarchical_allocator.h>
 #include <executorch/runtime/executor/method.h>
 #include <executorch/runtime/executor/program.h>
@@ -40,7 +40,6 @@ using executorch::aten::ScalarType;
 using executorch::aten::Tensor;
 using executorch::aten::TensorImpl;
 using executorch::extension::MallocMemoryAllocator;
-using executorch::extension::MmapDataLoader;
 
 constexpr const char* kBackend = "XnnpackBackend";
 constexpr const char* kMethod = "forward";
@@ -102,16 +101,48 @@ class SharedMemory {
   std::vector<void*> blocks_;
 };
 
+// An artifact's file, mapped as long as the model lives. ExecuTorch 1.5's own loader unmaps a
+// constant when the delegate frees it, which with a weight cache it does to constants that are
+// not packed (of elementwise operators) and are still read when the model runs.
+class MappedFile final : public et::DataLoader {
+ public:
+  explicit MappedFile(const std::string& path) : mapping_(path, "bundle") {}
+
+  et::Result<et::FreeableBuffer> load(size_t offset, size_t size,
+                                      const SegmentInfo&) const override {
+    if (!inside(offset, size)) return et::Error::InvalidArgument;
+    return et::FreeableBuffer(mapping_.bytes().data() + offset, size, nullptr);
+  }
+
+  et::Error load_into(size_t offset, size_t size, const SegmentInfo&, void* out) const override {
+    if (!inside(offset, size)) return et::Error::InvalidArgument;
+    std::memcpy(out, mapping_.bytes().data() + offset, size);
+    return et::Error::Ok;
+  }
+
+  et::Result<size_t> size() const override { return mapping_.bytes().size(); }
+
+  // What was read for packing need not stay; what is read again comes back by itself.
+  void drop_pages() const {
+    auto bytes = mapping_.bytes();
+    ::madvise(const_cast<std::byte*>(bytes.data()), bytes.size(), MADV_DONTNEED);
+  }
+
+ private:
+  bool inside(size_t offset, size_t size) const {
+    const size_t all = mapping_.bytes().size();
+    return offset <= all && size <= all - offset;
+  }
+
+  Mapping mapping_;
+};
+
 class ExecuTorchModel final : public Model {
  public:
   ExecuTorchModel(const ArtifactInfo& info, std::shared_ptr<SharedMemory> memory,
                   et::LoadBackendOptionsMap& options)
-      : info_(info), memory_(std::move(memory)) {
-    auto loader = MmapDataLoader::from(info_.path.c_str(), MmapDataLoader::MlockConfig::NoMlock);
-    if (!loader.ok()) fail(info_.id, "cannot be opened", loader.error());
-    loader_.emplace(std::move(loader.get()));
-    auto program =
-        et::Program::load(&*loader_, et::Program::Verification::InternalConsistency);
+      : info_(info), memory_(std::move(memory)), file_(info_.path) {
+    auto program = et::Program::load(&file_, et::Program::Verification::InternalConsistency);
     if (!program.ok()) fail(info_.id, "is not an ExecuTorch program", program.error());
     program_.emplace(std::move(program.get()));
     auto meta = program_->method_meta(kMethod);
@@ -122,6 +153,7 @@ class ExecuTorchModel final : public Model {
     if (!method.ok()) fail(info_.id, "cannot be loaded", method.error());
     method_.emplace(std::move(method.get()));
     bind_inputs();
+    file_.drop_pages();
   }
 
   void run(std::span<const void* const> inputs, std::span<void* const> outputs) override {
@@ -211,7 +243,7 @@ class ExecuTorchModel final : public Model {
   // Destroyed from the last to the first: the method before what it lies on.
   ArtifactInfo info_;
   std::shared_ptr<SharedMemory> memory_;
-  std::optional<MmapDataLoader> loader_;
+  MappedFile file_;
   std::optional<et::Program> program_;
   MallocMemoryAllocator method_memory_, scratch_;
   std::vector<et::Span<uint8_t>> spans_;
