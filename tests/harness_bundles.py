@@ -112,6 +112,55 @@ def artifacts() -> dict[str, tuple[bytes, Ports]]:
     }
 
 
+def normed() -> tuple[bytes, Ports]:
+    """Lower a segment whose delegate holds constants that are not packed, in int4."""
+    import tempfile
+
+    import torch
+    from torch import nn
+
+    from handheld_export.quantization import QuantizedWeight
+    from handheld_export.targets.base import SegmentInput
+    from handheld_export.targets.executorch_xnnpack import ExecuTorchXNNPACK
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(64), nn.Linear(64, 64)
+
+        def forward(self, x: Any) -> Any:
+            return (self.linear(self.norm(x)),)
+
+    torch.manual_seed(0)
+    module = Normed().eval()
+    codes = torch.randint(-7, 8, (64, 64), dtype=torch.int8)
+    scales = np.full(64, 0.02, np.float32)
+    with torch.no_grad():
+        nn.init.normal_(module.norm.weight)
+        module.linear.weight.copy_(codes * 0.02)
+    module.linear.quantized = QuantizedWeight("int4", codes.numpy(), scales)
+    ports = Ports(inputs={"x": spec(1, 24, 64)}, outputs={"y": spec(1, 24, 64)})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "normed.pte"
+        segment = SegmentInput("normed", module, ports, (torch.randn(1, 24, 64),))
+        ExecuTorchXNNPACK().lower(segment, path)
+        return path.read_bytes(), ports
+
+
+def normed_program() -> Program:
+    """Two steps through the same segment."""
+    x = spec(1, 24, 64)
+    return Program(
+        inputs=(Input(name="x", role="noise"),),
+        tensors={"x": x, "y": x, "z": x},
+        ops=(
+            Call(artifact="normed", args={"x": "x"}, results={"y": "y"}),
+            Call(artifact="normed", args={"x": "y"}, results={"y": "z"}),
+        ),
+        outputs={"latent": "z"},
+    )
+
+
 class _Writer:
     """Writes a program and works out the shapes."""
 

@@ -41,15 +41,20 @@ def built():
 
 
 @pytest.fixture(scope="session")
-def made(request):
+def lowered(request):
     """Lowering takes half a minute, so its result is kept between runs."""
     key = hashlib.sha256(Path(hb.__file__).read_bytes()).hexdigest()[:16]
     kept = request.config.cache.mkdir("harness") / f"{key}.pickle"
     if not kept.exists():
         temporary = kept.with_suffix(f".{os.getpid()}")
-        temporary.write_bytes(pickle.dumps(hb.artifacts()))
+        temporary.write_bytes(pickle.dumps((hb.artifacts(), hb.normed())))
         temporary.replace(kept)
     return pickle.loads(kept.read_bytes())
+
+
+@pytest.fixture(scope="session")
+def made(lowered):
+    return lowered[0]
 
 
 @pytest.fixture(scope="session")
@@ -294,6 +299,18 @@ def test_cache_is_built_once_and_again_if_damaged(built, bundle, inputs, tmp_pat
     (cache / ".tmp-999999999-0-left").write_bytes(b"x")
     states()
     assert not list(cache.glob(".tmp*"))
+    assert len(hashes) == 1
+
+
+def test_cached_weights_beside_constants_that_are_not_packed(built, lowered, tmp_path):
+    folder = hb.write(tmp_path / "normed", {"normed": lowered[1]}, hb.normed_program()).path
+    hashes = set()
+    for cache in (None, str(tmp_path / "cache"), str(tmp_path / "cache")):
+        wanted = {"bundle": str(folder), "size": SIZE, "cache": cache}
+        status, events = run(built, tmp_path, wanted)
+        assert status == 0
+        hashes.add(next(e.sha256 for e in events if e.event == "output"))
+    assert next(e.cache for e in events if e.event == "load") == "hit"
     assert len(hashes) == 1
 
 
