@@ -17,6 +17,7 @@
 #include <fstream>
 #include <mutex>
 #include <optional>
+#include <utility>
 
 #include "engine.hpp"
 #include "litert_api.hpp"
@@ -257,48 +258,44 @@ bool matches(const RankedTensorType& type, const Port& port) {
   return true;
 }
 
-// One place of the signature, with a buffer object for each address seen of late: making one
-// costs a microsecond, but the engine plans its memory anew when it meets an unknown one.
+// One place of the signature, with the buffer object for the address it had last. The memory
+// itself is the caller's.
 class Slot {
  public:
   Slot(size_t port, const RankedTensorType& type, size_t bytes)
       : port_(port), type_(type), bytes_(bytes) {}
   Slot(Slot&& other) noexcept
-      : port_(other.port_), type_(other.type_), bytes_(other.bytes_), known_(other.known_) {
-    other.known_ = {};
-  }
+      : port_(other.port_),
+        type_(other.type_),
+        bytes_(other.bytes_),
+        address_(other.address_),
+        buffer_(std::exchange(other.buffer_, nullptr)) {}
   Slot(const Slot&) = delete;
   Slot& operator=(const Slot&) = delete;
-  ~Slot() {
-    for (const Known& known : known_) {
-      if (known.buffer) api().LiteRtDestroyTensorBuffer(known.buffer);
-    }
-  }
+  ~Slot() { drop(); }
   size_t port() const { return port_; }
   TensorBuffer at(void* address, const ArtifactInfo& info) {
-    for (const Known& known : known_) {
-      if (known.address == address) return known.buffer;
+    if (!buffer_ || address_ != address) {
+      drop();
+      check(api().LiteRtCreateTensorBufferFromHostMemory(&type_, address, bytes_, nullptr,
+                                                         &buffer_),
+            info, "wrap a tensor");
+      address_ = address;
     }
-    TensorBuffer made = nullptr;
-    check(api().LiteRtCreateTensorBufferFromHostMemory(&type_, address, bytes_, nullptr, &made),
-          info, "wrap a tensor");
-    Known& place = known_[next_];
-    next_ = (next_ + 1) % known_.size();
-    if (place.buffer) api().LiteRtDestroyTensorBuffer(place.buffer);
-    place = {address, made};
-    return made;
+    return buffer_;
   }
 
  private:
-  struct Known {
-    void* address = nullptr;
-    TensorBuffer buffer = nullptr;
-  };
+  void drop() {
+    if (buffer_) api().LiteRtDestroyTensorBuffer(buffer_);
+    buffer_ = nullptr;
+  }
+
   size_t port_;
   RankedTensorType type_;
   size_t bytes_;
-  std::array<Known, 4> known_{};
-  size_t next_ = 0;
+  void* address_ = nullptr;
+  TensorBuffer buffer_ = nullptr;
 };
 
 // The workspace pages of an engine, and the models that use them one at a time.
@@ -323,6 +320,8 @@ class LiteRtModel final : public hh::Model {
       bind();
       compile(environment, options);
       workspace_.settle();
+      // Packed copies of the weights serve from now on.
+      file_.drop();
     } catch (...) {
       release();
       throw;
@@ -350,9 +349,6 @@ class LiteRtModel final : public hh::Model {
                                        out_.data()),
           info_, "run it");
   }
-
-  // The packed weights serve from now on.
-  void drop_file() const { file_.drop(); }
 
  private:
   void bind() {
@@ -464,15 +460,13 @@ class LiteRtEngine final : public Engine {
     Environment environment = this->environment();
     const std::string threads = "num_threads = " + std::to_string(options_.threads) + "\n";
     if (options_.cache_dir.empty()) {
-      return std::make_unique<LiteRtModel>(info, environment, threads, nullptr);
+      return std::make_unique<LiteRtModel>(info, environment, threads, shared());
     }
     const std::string prefix = info.sha256.substr(0, 40) + "." + hex(identity()) + ".";
     const auto make = [&](const std::string& cache, std::shared_ptr<Shared> shared) {
-      auto model = std::make_unique<LiteRtModel>(
+      return std::make_unique<LiteRtModel>(
           info, environment, threads + "weight_cache_file_path = \"" + cache + "\"\n",
           std::move(shared));
-      model->drop_file();
-      return model;
     };
     if (const auto hit = find_cache(options_.cache_dir, prefix)) {
       auto model = make(*hit, shared());
@@ -480,7 +474,7 @@ class LiteRtEngine final : public Engine {
       return model;
     }
     if (!has_room(options_.cache_dir, info.path)) {
-      return std::make_unique<LiteRtModel>(info, environment, threads, nullptr);
+      return std::make_unique<LiteRtModel>(info, environment, threads, shared());
     }
     const std::string temporary = options_.cache_dir + "/" + prefix + "tmp." +
                                   std::to_string(getpid()) + "." + std::to_string(++counter_);

@@ -13,6 +13,7 @@
 
 #include <dlfcn.h>
 #include <elf.h>
+#include <fcntl.h>
 #include <link.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -145,11 +146,19 @@ class Workspace {
     regions_.erase(found);
   }
 
+  // Neither in memory nor swapped out.
   static bool untouched(const Region& region) {
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    std::vector<unsigned char> present(region.bytes / page);
-    if (mincore(region.base, region.bytes, present.data()) != 0) return false;
-    return std::none_of(present.begin(), present.end(), [](unsigned char p) { return p & 1; });
+    const size_t pages = region.bytes / page;
+    std::vector<uint64_t> entries(pages);
+    const int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    const auto bytes = static_cast<ssize_t>(pages * sizeof(uint64_t));
+    const auto at = static_cast<off_t>(reinterpret_cast<uintptr_t>(region.base) / page * 8);
+    const bool read = fd >= 0 && pread(fd, entries.data(), static_cast<size_t>(bytes), at) == bytes;
+    if (fd >= 0) close(fd);
+    constexpr uint64_t kPresentOrSwapped = uint64_t{3} << 62;
+    return read && std::none_of(entries.begin(), entries.end(),
+                                [](uint64_t e) { return (e & kPresentOrSwapped) != 0; });
   }
 
   struct Search {
