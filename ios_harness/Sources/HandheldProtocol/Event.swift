@@ -1,0 +1,133 @@
+import Foundation
+
+/// What a harness prints, one JSON object a line. Unknown fields are passed over, so that an
+/// older reader understands a newer harness.
+public struct Event: Codable, Equatable, Sendable {
+    /// Milliseconds since the process was started.
+    public var milliseconds: Double
+    public var body: Body
+
+    public enum Body: Equatable, Sendable {
+        case hello(Hello)
+        case load(Load)
+        case iteration(Iteration)
+        case memory(Memory)
+        case thermal(Thermal)
+        case output(Output)
+        case error(Failure)
+        case done(Done)
+    }
+
+    public init(milliseconds: Double, body: Body) {
+        self.milliseconds = milliseconds
+        self.body = body
+    }
+
+    private enum CodingKeys: String, CodingKey {
+        case event
+        case milliseconds = "t_ms"
+    }
+
+    private enum Kind: String, Codable {
+        case hello, load, iteration, memory, thermal, output, error, done
+    }
+
+    public init(from decoder: Decoder) throws {
+        let values = try decoder.container(keyedBy: CodingKeys.self)
+        milliseconds = try values.decode(Double.self, forKey: .milliseconds)
+        body =
+            switch try values.decode(Kind.self, forKey: .event) {
+            case .hello: .hello(try Hello(from: decoder))
+            case .load: .load(try Load(from: decoder))
+            case .iteration: .iteration(try Iteration(from: decoder))
+            case .memory: .memory(try Memory(from: decoder))
+            case .thermal: .thermal(try Thermal(from: decoder))
+            case .output: .output(try Output(from: decoder))
+            case .error: .error(try Failure(from: decoder))
+            case .done: .done(try Done(from: decoder))
+            }
+    }
+
+    public func encode(to encoder: Encoder) throws {
+        var values = encoder.container(keyedBy: CodingKeys.self)
+        try values.encode(milliseconds, forKey: .milliseconds)
+        let (kind, part): (Kind, any Encodable) =
+            switch body {
+            case let .hello(x): (.hello, x)
+            case let .load(x): (.load, x)
+            case let .iteration(x): (.iteration, x)
+            case let .memory(x): (.memory, x)
+            case let .thermal(x): (.thermal, x)
+            case let .output(x): (.output, x)
+            case let .error(x): (.error, x)
+            case let .done(x): (.done, x)
+            }
+        try values.encode(kind, forKey: .event)
+        try part.encode(to: encoder)
+    }
+}
+
+public struct Hello: Codable, Equatable, Sendable {
+    public var `protocol`: Int
+    public var harness: String
+    public var pid: Int
+    public var engines: [String: String]
+    public var platform: String
+    public var base_rss_bytes: Int?
+    public var engine_library_bytes: Int?
+}
+
+public struct Load: Codable, Equatable, Sendable {
+    public enum Cache: String, Codable, Sendable { case none, built, hit }
+    public var artifact: String
+    public var ms: Double
+    public var cache: Cache?
+}
+
+public struct Iteration: Codable, Equatable, Sendable {
+    public enum Kind: String, Codable, Sendable { case first, warmup, timed }
+    public var index: Int
+    public var kind: Kind
+    public var total_ms: Double
+    public var engine_ms: Double
+    public var load_ms: Double?
+    public var calls_ms: [Double]?
+}
+
+public struct Memory: Codable, Equatable, Sendable {
+    public enum Phase: String, Codable, Sendable { case start, loaded, first, end }
+    public var phase: Phase
+    public var rss: Int?
+    public var peak_rss: Int?
+    public var anon: Int?
+    public var file: Int?
+    public var swap: Int?
+    public var phys_footprint: Int?
+    public var phys_footprint_peak: Int?
+    public var dma_buf: Int?
+    public var activations: Int?
+}
+
+public struct Thermal: Codable, Equatable, Sendable {
+    public var status: Int?
+}
+
+public struct Output: Codable, Equatable, Sendable {
+    public var role: String
+    public var sha256: String
+    public var shape: [Int]
+    public var dtype: String
+    public var file: String?
+}
+
+public struct Failure: Codable, Equatable, Sendable {
+    public enum Code: String, Codable, Sendable {
+        case job, bundle, hash, engineMissing = "engine-missing", engine, input, memory, cancelled, io
+    }
+    public var code: Code
+    public var message: String
+}
+
+public struct Done: Codable, Equatable, Sendable {
+    public var iterations: Int
+}

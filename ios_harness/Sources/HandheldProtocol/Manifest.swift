@@ -1,0 +1,73 @@
+import Foundation
+
+/// The part of a bundle's manifest.json that a runtime needs. Fields that only tools read
+/// (text, reference, verification, provenance, ...) are passed over.
+public struct Manifest: Decodable, Equatable, Sendable {
+    public static let schemaVersion = 1
+
+    public struct FileRef: Decodable, Equatable, Sendable {
+        public var path: String
+        public var sha256: String
+        public var bytes: Int
+
+        enum CodingKeys: String, CodingKey, CaseIterable { case path, sha256, bytes }
+
+        public init(from decoder: Decoder) throws {
+            try decoder.refuseUnknownFields(CodingKeys.self)
+            let values = try decoder.container(keyedBy: CodingKeys.self)
+            path = try values.decode(String.self, forKey: .path)
+            sha256 = try values.decode(String.self, forKey: .sha256)
+            bytes = try values.decode(Int.self, forKey: .bytes)
+            try decoder.require(isInside(path), "path '\(path)' leaves the bundle")
+            try decoder.require(isSHA256(sha256), "'sha256' is malformed")
+            try decoder.require(bytes >= 0, "'bytes' is negative")
+        }
+    }
+
+    public struct Ports: Decodable, Equatable, Sendable {
+        public var inputs: [String: TensorSpec]
+        public var outputs: [String: TensorSpec]
+    }
+
+    public struct Artifact: Decodable, Equatable, Sendable {
+        public enum Engine: String, Decodable, Sendable { case litert, executorch, coreml, qnn, onnx }
+        public var id: String
+        public var engine: Engine
+        public var file: FileRef
+        public var ports: Ports
+    }
+
+    public struct Size: Decodable, Equatable, Sendable {
+        public var width: Int
+        public var height: Int
+        public var program: Program
+    }
+
+    public var sizes: [String: Size]
+    public var artifacts: [Artifact]
+    public var constants: FileRef?
+    public var constantSpecs: [String: TensorSpec]
+
+    enum CodingKeys: String, CodingKey {
+        case schemaVersion = "schema_version"
+        case sizes, artifacts, constants
+        case constantSpecs = "constant_specs"
+    }
+
+    public init(from decoder: Decoder) throws {
+        let values = try decoder.container(keyedBy: CodingKeys.self)
+        let version = try values.decode(Int.self, forKey: .schemaVersion)
+        try decoder.require(
+            version == Self.schemaVersion,
+            "version \(version) was made by another handheld, this one reads \(Self.schemaVersion)")
+        sizes = try values.decode([String: Size].self, forKey: .sizes)
+        artifacts = try values.decode([Artifact].self, forKey: .artifacts)
+        constants = try values.decodeIfPresent(FileRef.self, forKey: .constants)
+        constantSpecs =
+            try values.decodeIfPresent([String: TensorSpec].self, forKey: .constantSpecs) ?? [:]
+        try decoder.require(!sizes.isEmpty, "there are no sizes")
+        try decoder.require(!artifacts.isEmpty, "there are no artifacts")
+        try decoder.require(
+            Set(artifacts.map(\.id)).count == artifacts.count, "two artifacts have one id")
+    }
+}

@@ -1,0 +1,112 @@
+import Foundation
+import XCTest
+
+@testable import HandheldProtocol
+
+/// Reads tests/golden of the repository, as the Python and C++ tests do.
+final class GoldenTests: XCTestCase {
+    static let folder = URL(fileURLWithPath: #filePath)
+        .deletingLastPathComponent()  // HandheldProtocolTests
+        .deletingLastPathComponent()  // Tests
+        .deletingLastPathComponent()  // ios_harness
+        .deletingLastPathComponent()
+        .appendingPathComponent("tests/golden")
+
+    struct Index: Decodable {
+        struct Case: Decodable {
+            var file: String
+            var valid: Bool
+        }
+        struct Program: Decodable { var file: String }
+        var manifests: [Case]
+        var jobs: [Case]
+        var events: [Case]
+        var programs: [Program]
+        var noise: String
+    }
+
+    /// Faults that lie in one field that a runtime reads; the others need the executor's checks.
+    static let malformed: Set = [
+        "newer", "version-zero", "version-text", "version-missing", "text-for-number", "path-up",
+        "path-absolute", "path-backslash", "path-drive", "path-dot", "path-empty", "sha256-upper",
+        "engine-unknown", "artifact-id-twice", "no-artifacts", "no-sizes", "name-with-slash",
+        "unknown-field-deep", "shape-empty", "shape-zero", "shape-seven", "dtype-unknown",
+        "op-unknown", "slice-negative", "scale-over-binary32", "eps-zero", "no-outputs", "broken",
+        "not-an-object", "empty",
+    ]
+
+    func data(_ path: String) throws -> Data {
+        try Data(contentsOf: Self.folder.appendingPathComponent(path))
+    }
+
+    func index() throws -> Index {
+        try JSONDecoder().decode(Index.self, from: data("index.json"))
+    }
+
+    func name(_ path: String) -> String {
+        URL(fileURLWithPath: path).deletingPathExtension().lastPathComponent
+    }
+
+    func testManifests() throws {
+        for item in try index().manifests {
+            let text = try data(item.file)
+            if item.valid {
+                XCTAssertNoThrow(try JSONDecoder().decode(Manifest.self, from: text), item.file)
+            } else if Self.malformed.contains(name(item.file)) {
+                XCTAssertThrowsError(try JSONDecoder().decode(Manifest.self, from: text), item.file)
+            }
+        }
+    }
+
+    func testJobs() throws {
+        for item in try index().jobs {
+            let text = try data(item.file)
+            if item.valid {
+                let job = try JSONDecoder().decode(Job.self, from: text)
+                let again = try JSONDecoder().decode(Job.self, from: JSONEncoder().encode(job))
+                XCTAssertEqual(job, again, item.file)
+            } else {
+                XCTAssertThrowsError(try JSONDecoder().decode(Job.self, from: text), item.file)
+            }
+        }
+    }
+
+    func testEvents() throws {
+        for item in try index().events {
+            let text = try data(item.file)
+            if item.valid {
+                let event = try JSONDecoder().decode(Event.self, from: text)
+                let again = try JSONDecoder().decode(Event.self, from: JSONEncoder().encode(event))
+                XCTAssertEqual(event, again, item.file)
+            } else {
+                XCTAssertThrowsError(try JSONDecoder().decode(Event.self, from: text), item.file)
+            }
+        }
+    }
+
+    func testPrograms() throws {
+        for item in try index().programs {
+            let program = try JSONDecoder().decode(Program.self, from: data(item.file))
+            let again = try JSONDecoder().decode(Program.self, from: JSONEncoder().encode(program))
+            XCTAssertEqual(program, again, item.file)
+        }
+    }
+
+    func testNoise() throws {
+        struct Vector: Decodable {
+            var seed: UInt64
+            var stream: UInt32
+            var first: [String]
+            var count: Int
+        }
+        for vector in try JSONDecoder().decode([Vector].self, from: data(try index().noise)) {
+            let values = Noise.normal(seed: vector.seed, count: vector.count, stream: vector.stream)
+            XCTAssertEqual(values.count, vector.count)
+            let bits = values.prefix(8).map { value -> String in
+                let text = String(value.bitPattern, radix: 16)
+                return String(repeating: "0", count: 8 - text.count) + text
+            }
+            XCTAssertEqual(bits, vector.first)
+        }
+    }
+}
