@@ -54,7 +54,7 @@ public struct Job: Codable, Equatable, Sendable {
         try decoder.refuseUnknownFields(CodingKeys.self)
         let values = try decoder.container(keyedBy: CodingKeys.self)
         func value<T: Decodable>(_ key: CodingKeys, _ fallback: T) throws -> T {
-            values.contains(key) ? try values.decode(T.self, forKey: key) : fallback
+            try values.contains(key) ? values.decode(T.self, forKey: key) : fallback
         }
         protocolVersion = try value(.protocolVersion, Self.protocolVersion)
         bundle = try values.decode(String.self, forKey: .bundle)
