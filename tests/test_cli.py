@@ -52,20 +52,14 @@ def outcome(capsys, *args):
     return code, captured.out, captured.err
 
 
-def test_help_is_fast_and_light():
+def test_help_imports_nothing_heavy():
     code = (
-        "import sys, time; t = time.perf_counter(); from handheld.cli import run;"
-        "run(['--help']); print(time.perf_counter() - t, *sys.modules, file=sys.stderr)"
+        "import sys; from handheld.cli import run; run(['--help']);"
+        "print(*sys.modules, file=sys.stderr)"
     )
-    best = None
-    for _ in range(3):
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        )
-        seconds, *modules = done.stderr.split()
-        best = min(best or 9.0, float(seconds))
-        assert not {"torch", "numpy", "pydantic", "rich", "handheld_export"} & set(modules)
-    assert best < 0.4
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules = set(done.stderr.split())
+    assert not {"torch", "numpy", "pydantic", "rich", "handheld_export"} & modules
     for name in ("generate", "export", "verify", "bench", "devices", "bundle", "harness"):
         assert f"\n  {name} " in done.stdout
 
