@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +232,12 @@ def start(source, output, folder, *more):
     )  # fmt: skip
 
 
+def kill(process):
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
 def members(session):
     """Processes of a session that are alive."""
     found = []
@@ -273,18 +280,27 @@ def kill_at_random(exports, smallest, tmp_path, moments):
     expected, _, seconds = exports.of(smallest, TARGETS[0])
     folder, output = tmp_path / "cache", tmp_path / "out" / "bundle"
     chance = random.Random(moments)
+    killed = 0
     for i in range(moments):
         process = start(smallest, output, folder)
-        # Stratified, and early enough that most runs do not get to their end.
-        moment = seconds * (i + chance.random()) / moments
-        time.sleep(moment)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        try:
+            process.wait(seconds * (i + chance.random()) / moments)
+        except subprocess.TimeoutExpired:
+            killed += 1
+        finally:
+            kill(process)
         assert nobody_left(process.pid)
         if output.exists():
+            # It was faster; the next one starts from nothing.
             assert Bundle.open(output).sha256 == expected.sha256
+            shutil.rmtree(output)
+            shutil.rmtree(folder)
+    assert killed
     process = start(smallest, output, folder)
-    stdout, stderr = process.communicate(timeout=500)
+    try:
+        stdout, stderr = process.communicate(timeout=500)
+    finally:
+        kill(process)
     assert process.returncode == 0, stderr
     assert Bundle.open(output).sha256 == expected.sha256
     assert json.loads(stdout)[0]["sha256"] == expected.sha256
@@ -296,6 +312,7 @@ def test_killed_exports_leave_nothing_wrong(exports, smallest, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_killed_exports_leave_nothing_wrong_ten_times(exports, smallest, tmp_path):
     kill_at_random(exports, smallest, tmp_path, 10)
 
