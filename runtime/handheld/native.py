@@ -132,7 +132,7 @@ class Session:
         # Kept alive as long as the library may call it.
         self._callback = _CALLBACK(self._receive)
         self._handle: ctypes.c_void_p | None = None
-        self._thread: threading.Thread | None = None
+        self._done: threading.Event | None = None
         handle = ctypes.c_void_p()
         text = job.model_dump_json().encode()
         try:
@@ -209,11 +209,10 @@ class Session:
         """Free everything; the session cannot be used afterwards."""
         handle, self._handle = getattr(self, "_handle", None), None
         if handle:
-            thread = self._thread
-            if thread and thread.is_alive() and thread is not threading.current_thread():
+            if self._done is not None and not self._done.is_set():
                 # An interrupt came at an unlucky moment: never free what is still running.
                 self._lib.hh_cancel(handle)
-                thread.join()
+                self._done.wait()
             self._lib.hh_close(handle)
 
     @property
@@ -238,22 +237,28 @@ class Session:
     def _call(self, function: Callable[[], int], cancel: Callable[[], None]) -> None:
         """Run a blocking call on a thread, so that Ctrl-C arrives while it runs."""
         result: list[tuple[int, bytes]] = []
+        # Not Thread.join: interrupted, it takes a running thread for one that has ended.
+        done = threading.Event()
 
         def work() -> None:
-            status = function()
-            result.append((status, self._lib.hh_last_error()))
+            try:
+                status = function()
+                result.append((status, self._lib.hh_last_error()))
+            finally:
+                done.set()
 
         thread = threading.Thread(target=work, name="handheld", daemon=True)
         interrupt: KeyboardInterrupt | None = None
-        self._thread = thread
+        self._done = done
         while True:
             try:
                 if interrupt is not None:
                     cancel()
                 elif thread.ident is None:
                     thread.start()
-                while thread.is_alive():
-                    thread.join(_POLL_S)
+                while not done.wait(_POLL_S):
+                    if interrupt is not None and thread.ident is None:
+                        done.set()  # the interrupt came before it started
                 break
             except KeyboardInterrupt as error:
                 interrupt = error

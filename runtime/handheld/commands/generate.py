@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
+import logging
 import sys
+import warnings
+from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,7 +67,8 @@ def generate(
         )
     if output.suffix.lower() != ".png":
         raise UsageError("pictures are PNG files", path=output, remedy="name it .png")
-    console = Console(stderr=True)
+    # Bound to the stream itself, so that progress is seen while libraries are kept quiet.
+    console = Console(file=sys.stderr)
     bundle, checkpoint = _resolve(model, console)
     if text_checkpoint is not None:
         checkpoint = models.checkpoint(text_checkpoint)
@@ -113,7 +118,11 @@ def generate(
             }
         )
     else:
-        console.print(f"{output}: {chosen.width}x{chosen.height} in {picture.milliseconds:.0f} ms")
+        console.print(
+            f"{output}: {chosen.width}x{chosen.height} in {picture.milliseconds:.0f} ms",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 class _Encoder:
@@ -127,10 +136,23 @@ class _Encoder:
     def __call__(self, prompt: str) -> PromptEmbedding:
         if (found := self._bundle.prefetched(prompt)) is not None:
             return PromptEmbedding(*found)
-        if self._encoder is None:
-            path = self._checkpoint or _checkpoint_of(self._bundle)
-            self._encoder = None if path is None else local_encoder(path)
-        return embed(self._bundle, prompt, self._encoder)
+        with _quiet():
+            if self._encoder is None:
+                path = self._checkpoint or _checkpoint_of(self._bundle)
+                self._encoder = None if path is None else local_encoder(path)
+            return embed(self._bundle, prompt, self._encoder)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what torch and its friends say on import and while loading off the terminal."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _checkpoint_of(bundle: Bundle) -> Path | None:
@@ -159,6 +181,7 @@ def _resolve(name: str, console: Console) -> tuple[Bundle, Path | None]:
         f"exporting {checkpoint} for this machine ({TARGET}, {PRECISION}), once: {path}",
         markup=False,
         highlight=False,
+        soft_wrap=True,
     )
     _export(checkpoint, path)
     return Bundle.open(path), checkpoint

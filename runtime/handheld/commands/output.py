@@ -28,7 +28,9 @@ def gigabytes(value: int | None) -> str:
 
 def milliseconds(value: float | None) -> str:
     """Return a time in ms."""
-    return "-" if value is None else f"{value:.1f}"
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def announce_build(console: Console) -> None:
@@ -36,4 +38,6 @@ def announce_build(console: Console) -> None:
     if harness.find() is None:
         with console.status("building the harness, once"):
             paths = harness.build()
-        console.print(f"built the harness: {paths.program}", markup=False, highlight=False)
+        console.print(
+            f"built the harness: {paths.program}", markup=False, highlight=False, soft_wrap=True
+        )
