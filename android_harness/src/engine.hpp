@@ -52,6 +52,7 @@ class Model {
   // they may differ from call to call. Inputs and outputs never overlap. Throws Error.
   virtual void run(std::span<const void* const> inputs, std::span<void* const> outputs) = 0;
   CacheState cache = CacheState::none;
+  double blocked_ms = 0;  // part of its loading in which it waited for another model's run
 };
 
 class Engine {

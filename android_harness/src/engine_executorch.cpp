@@ -13,8 +13,8 @@
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
-#include <list>
 #include <mutex>
 #include <optional>
 
@@ -79,6 +79,10 @@ ScalarType scalar_type(DType dtype) {
 class SharedMemory {
  public:
   static constexpr size_t kReserve = size_t{4} << 30;
+
+  // Held while a model runs or the delegate makes one: both use XNNPACK's one workspace, which
+  // has a lock of its own. Ours lets us tell loading from waiting.
+  std::mutex busy;
 
   ~SharedMemory() {
     for (void* p : blocks_) ::munmap(p, kReserve);
@@ -149,6 +153,10 @@ class ExecuTorchModel final : public Model {
     if (!meta.ok()) fail(info_.id, "has no method 'forward'", meta.error());
     check_ports(meta.get());
     plan_memory(meta.get());
+    auto before = std::chrono::steady_clock::now();
+    std::lock_guard lock(memory_->busy);
+    std::chrono::duration<double, std::milli> waited = std::chrono::steady_clock::now() - before;
+    blocked_ms = waited.count();
     auto method = program_->load_method(kMethod, &*manager_, nullptr, nullptr, &options);
     if (!method.ok()) fail(info_.id, "cannot be loaded", method.error());
     method_.emplace(std::move(method.get()));
@@ -157,6 +165,7 @@ class ExecuTorchModel final : public Model {
   }
 
   void run(std::span<const void* const> inputs, std::span<void* const> outputs) override {
+    std::lock_guard lock(memory_->busy);
     for (size_t i = 0; i < inputs.size(); ++i) {
       inputs_[i].impl->set_data(const_cast<void*>(inputs[i]));
       check(info_.id, "input refused", method_->set_input(Tensor(&*inputs_[i].impl), i));

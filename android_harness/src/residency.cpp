@@ -35,6 +35,7 @@ Residency::Ready Residency::load(size_t slot) {
     ready.error = std::current_exception();
   }
   ready.ms = now_ms() - start;
+  if (ready.model) ready.ms -= ready.model->blocked_ms;
   return ready;
 }
 

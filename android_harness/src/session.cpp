@@ -92,13 +92,19 @@ std::unique_ptr<SafeTensors> Session::open_constants() const {
   if (!manifest_.constants) return nullptr;
   std::string path = check_file(manifest_, *manifest_.constants, "constants", job_.verify_hashes);
   auto file = std::make_unique<SafeTensors>(path, "bundle");
-  for (const auto& [name, spec] : manifest_.constant_specs)
-    if (const TensorSpec& have = file->at(name).spec; have != spec)
-      throw Error("bundle", path + ": constant_specs." + name + ": is " + have.text() +
-                                ", the manifest says " + spec.text());
+  auto fail = [&](const std::string& message) {
+    return Error("bundle", manifest_.folder + "/manifest.json: constant_specs: " + path +
+                               ": tensor " + message + " (export the bundle again)");
+  };
+  for (const auto& [name, spec] : manifest_.constant_specs) {
+    auto found = file->tensors().find(name);
+    if (found == file->tensors().end()) throw fail("'" + name + "' is missing");
+    if (const TensorSpec& have = found->second.spec; have != spec)
+      throw fail("'" + name + "' is " + have.text() + ", the manifest says " + spec.text());
+  }
   for (const auto& [name, tensor] : file->tensors())
     if (!manifest_.constant_specs.contains(name))
-      throw Error("bundle", path + ": the manifest does not name tensor '" + name + "'");
+      throw fail("'" + name + "' is not one that the manifest names");
   return file;
 }
 
