@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def test_both_palettes_name_the_same_colors() -> None:
             value = data.ATTRIBUTES[i].index(color)
             opaque = layer.clear[value, 0] == 0
             shades.append(layer.color[value][:, opaque].mean(dim=1))
-        assert torch.allclose(*shades, atol=0.02), color
+        assert torch.allclose(shades[0], shades[1], atol=0.02), color
 
 
 def test_captions_name_only_true_attributes() -> None:
@@ -104,7 +105,7 @@ def test_tokenizer_round_trip(tmp_path: Path) -> None:
 
 
 def test_merges_are_learnt_in_order_of_frequency() -> None:
-    merges = tokenizer.learn_merges(tokenizer.Counter({"aab": 5, "ab": 2}), 2)
+    merges = tokenizer.learn_merges(Counter({"aab": 5, "ab": 2}), 2)
     assert merges == [("a", "b</w>"), ("a", "ab</w>")]
 
 

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -50,3 +53,43 @@ def test_cache_root(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert files.cache_root() == tmp_path / "home/.cache/handheld"
     assert files.weights_cache("a" * 64, 3).name == "threads3"
+
+
+def test_leftovers_of_killed_processes_are_cleared(tmp_path):
+    path = tmp_path / "folder"
+    script = """
+import os, signal, sys
+from pathlib import Path
+from handheld import files
+with files.replaced_folder(Path(sys.argv[1])) as temporary:
+    (temporary / "part").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert [p.name[:8] for p in tmp_path.iterdir()] == [".folder."]
+    with files.replaced_folder(path) as temporary:
+        (temporary / "file").write_text("whole")
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_folder_that_a_killed_process_moved_aside_comes_back(tmp_path):
+    path = tmp_path / "folder"
+    aside = tmp_path / ".folder.abcdefgh.old"
+    aside.mkdir()
+    (aside / "file").write_text("first")
+    (tmp_path / ".folder.abcdefgh").mkdir()
+    with pytest.raises(KeyError), files.replaced_folder(path):
+        raise KeyError
+    assert (path / "file").read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_folder_that_another_is_writing_is_left_alone(tmp_path):
+    path = tmp_path / "folder"
+    with files.replaced_folder(path) as one:
+        (one / "file").write_text("one")
+        with files.replaced_folder(path) as two:
+            (two / "file").write_text("two")
+        assert (one / "file").read_text() == "one"
+    assert (path / "file").read_text() == "one"

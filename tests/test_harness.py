@@ -581,7 +581,9 @@ def test_bad_constants(built, copy, inputs, tmp_path):
         "broken JSON": good[:8] + b"}" * header + good[8 + header :],
         "is missing": save({"other": np.zeros(3, np.float32)}),
         "the manifest says": save({k: v[..., :3] for k, v in hb.constants().items()}),
-        "not one that the manifest names": save({**hb.constants(), "extra": np.zeros(1, np.float32)}),
+        "not one that the manifest names": save(
+            {**hb.constants(), "extra": np.zeros(1, np.float32)}
+        ),
     }
     for words, data in cases.items():
         path.write_bytes(data)

@@ -80,7 +80,10 @@ class Options:
     seed : int
         Of the reference picture.
     references : bool
-        Let every artifact's example inputs and outputs travel in the bundle.
+        Let the reference results of every call travel in the bundle.
+    calibrate : bool
+        Fix the activation grids of int8 convolutions by calibration, where the student has
+        no ranges. Without it XNNPACK finds a grid for every picture, which is more accurate.
     """
 
     target: str

@@ -144,7 +144,8 @@ def round_to_nearest(
     QuantizedWeight
         The scale of a channel or group makes its largest magnitude the largest code; on
         the lopsided int2 grid -2..1 it is the scale of least squared error among 32
-        candidates.
+        candidates. Scales of groups are then rounded to bfloat16, the most that CPU kernels
+        hold, and codes are chosen for the rounded scale.
 
     Raises
     ------
@@ -163,10 +164,19 @@ def round_to_nearest(
     peak = np.abs(flat).max(axis=-1, keepdims=True)
     scale = _least_squares_scale(flat, peak, low, high) if grid == "int2" else peak / high
     scale = np.where(scale == 0, 1.0, scale).astype(np.float32)
+    if group_size is not None:
+        scale = _nearest_bfloat16(scale)
     codes = np.clip(np.rint(flat / scale), low, high).astype(np.int8)
     return QuantizedWeight(
         grid, codes.reshape(weight.shape), np.ascontiguousarray(scale[..., 0]), group_size
     )
+
+
+def _nearest_bfloat16(value: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Round positive values to bfloat16, ties to even; it is float32's upper half."""
+    bits = value.view(np.uint32)
+    rounded = bits + 0x7FFF + (bits >> 16 & 1)
+    return (rounded & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def _least_squares_scale(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
+import glob
 import hashlib
 import os
 import shutil
@@ -98,17 +101,52 @@ def umask() -> int:
     return mask
 
 
+_ASIDE = ".old"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold a folder's lock, which ends with the process; False if another process holds it."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(fd)
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Remove the temporary folders of :func:`replaced_folder` whose processes are gone."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.????????"):
+        with contextlib.suppress(OSError), _locked(temporary) as gone:
+            old = temporary.with_name(f"{temporary.name}{_ASIDE}")
+            if gone and old.exists() and not path.exists():
+                old.rename(path)
+            if gone:
+                shutil.rmtree(temporary, ignore_errors=True)
+                shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        for old in path.parent.glob(f".{glob.escape(path.name)}.????????{_ASIDE}"):
+            if not old.with_suffix("").exists():
+                shutil.rmtree(old, ignore_errors=True)
+
+
 @contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder that takes the place of ``path`` once the block has ended well.
 
     A folder that is at ``path`` already is moved aside first and removed last. Whether it
-    may be replaced is the caller's to check.
+    may be replaced is the caller's to check. What a killed process left beside ``path`` is
+    removed, and put back if it is the folder that was to be replaced.
     """
-    with output_errors(path):
+    with output_errors(path), contextlib.ExitStack() as held:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(path)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        old = temporary.with_name(f"{temporary.name}.old")
+        held.enter_context(_locked(temporary))
+        old = temporary.with_name(f"{temporary.name}{_ASIDE}")
         try:
             temporary.chmod(0o777 & ~umask())
             yield temporary

@@ -23,8 +23,12 @@ BATCH = 24
 PICTURES = 12_800
 TIME_IDS = (data.SIZE, data.SIZE, 0, 0, data.SIZE, data.SIZE)
 TIME_DIM = 32
-WEIGHT_LIMIT = 5.0
-LOOP = LoopConfig(steps=1500, lr=7e-4, seed=4, warmup=150, ema=0.996, save_seconds=120.0)
+WEIGHT_LIMIT = 50.0
+NOISY_SHARE, NOISY_FROM = 0.5, 500
+"""This share of timesteps is drawn from the noisy part, where text decides what the colors are."""
+LOOP = LoopConfig(
+    steps=5000, lr=7e-4, seed=4, warmup=150, decay_from=0.5, ema=0.996, save_seconds=120.0
+)
 BETAS = (0.00085, 0.012)
 TRAIN_STEPS = 1000
 
@@ -106,7 +110,13 @@ def noise_loss(
 ) -> dict[str, torch.Tensor]:
     """Return the epsilon loss, weighted up (to `WEIGHT_LIMIT`) where the signal is small."""
     alphas = alphas_cumprod()
-    timesteps = torch.randint(TRAIN_STEPS, (len(latents),), generator=generator)
+    count = (len(latents),)
+    noisy_part = torch.rand(count, generator=generator) < NOISY_SHARE
+    timesteps = torch.where(
+        noisy_part,
+        torch.randint(NOISY_FROM, TRAIN_STEPS, count, generator=generator),
+        torch.randint(TRAIN_STEPS, count, generator=generator),
+    )
     noise = torch.randn(latents.shape, generator=generator)
     a = alphas[timesteps].view(-1, 1, 1, 1)
     noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
