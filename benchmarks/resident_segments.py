@@ -183,9 +183,9 @@ def run(bundle: Path, cache: Path | None, options: argparse.Namespace, residency
         "engine_ms": round(best["engine_ms"], 2),
         "wait_ms": round(best["load_ms"], 2),
         "engine_share": round(float(np.median([e["engine_ms"] / e["total_ms"] for e in timed])), 4),
-        "anon_mb": round(end["anon"] / 2**20, 1),
-        "file_mb": round(end["file"] / 2**20, 1),
-        "peak_rss_mb": round(end["peak_rss"] / 2**20, 1),
+        "anon_mb": round(end["anon"] / 1e6, 1),
+        "file_mb": round(end["file"] / 1e6, 1),
+        "peak_rss_mb": round(end["peak_rss"] / 1e6, 1),
         "output": next(e["sha256"] for e in events if e["event"] == "output"),
     }
 
@@ -228,7 +228,7 @@ def main() -> None:
         results += [run(many, None, options, r) for r in ("resident", "stream")]
     for result in results:
         print(json.dumps(result))
-    megabytes = round(lowered.stat().st_size / 2**20, 1)
+    megabytes = round(lowered.stat().st_size / 1e6, 1)
     summary = {"segment_mb": megabytes, "anon_mb_per_further_segment": round(per_segment, 2)}
     print(json.dumps(summary))
     if len({r["output"] for r in results[1:]}) > 1:

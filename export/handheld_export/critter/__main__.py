@@ -39,9 +39,10 @@ def run_phase(phase: str, root: Path, model: Path) -> None:
         judge.run(root)
     elif phase == "pack":
         pack.write_trained(root, model, pack.SETTINGS)
+        judge.pack(root, model)
     elif phase == "evaluate":
-        figures = evaluate.evaluate(model, root)
-        evaluate.write_json(root.with_name("critter_quality.json"), figures)
+        figures = evaluate.evaluate(model)
+        evaluate.write_json(model / "quality.json", figures)
         print(json.dumps(figures))
 
 

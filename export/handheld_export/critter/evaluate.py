@@ -122,15 +122,13 @@ def grid(pictures: torch.Tensor, captions: Sequence[str], columns: int = 5) -> I
     return sheet
 
 
-def evaluate(folder: Path, root: Path, n: int = 1024) -> dict[str, Any]:
+def evaluate(folder: Path, n: int = 1024) -> dict[str, Any]:
     """Measure a packed model.
 
     Parameters
     ----------
     folder
-        The packed model.
-    root
-        Where the classifier's checkpoint is.
+        The packed model, with its judge.
     n
         Pictures for the main figures.
 
@@ -141,7 +139,7 @@ def evaluate(folder: Path, root: Path, n: int = 1024) -> dict[str, Any]:
     """
     began = time.monotonic()
     model = sample.load(folder)
-    classifier = judge.load(root)
+    classifier = judge.load(folder)
     creatures, asked, captions = prompts(n, "test", seed=31)
     real = data.compose(creatures)
     rebuilt = vae.reconstruct(model.vae, real)

@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
@@ -28,6 +29,7 @@ from .loop import LoopConfig, Losses, load_ema, train
 BATCH = 32
 LOOP = LoopConfig(steps=700, lr=2e-3, seed=6, warmup=50, ema=0.99)
 LARGE = data.SPLIT_ON
+FILE = "judge.safetensors"
 
 
 @cache
@@ -155,10 +157,17 @@ def run(root: Path, loop: LoopConfig = LOOP) -> None:
     train(model, loss, loop, root / "classifier.pt", root / "classifier.log")
 
 
-def load(root: Path) -> Classifier:
-    """Load the averaged classifier."""
-    model = Classifier().eval()
+def pack(root: Path, folder: Path) -> None:
+    """Write the averaged classifier beside a packed model, in fp16."""
+    model = Classifier()
     load_ema(model, root / "classifier.pt")
+    save_file(model.half().state_dict(), folder / FILE)
+
+
+def load(folder: Path) -> Classifier:
+    """Load the classifier of a packed model, in fp32."""
+    model = Classifier().eval()
+    model.load_state_dict(load_file(folder / FILE))
     return model.requires_grad_(False)
 
 

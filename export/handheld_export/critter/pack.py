@@ -17,11 +17,17 @@ SETTINGS: dict[str, Any] = {
     "name": "critter",
     "size": 128,
     "sampler": "ddim",
-    "steps": 8,
-    "guidance": 1.0,
+    "steps": 6,
+    "guidance": 2.0,
     "timestep_spacing": "trailing",
+    "prompts": [
+        "a purple horned creature",
+        "a lime antennaed monster with a pink spiky body",
+        "a drawing of a blue shaggy critter with an orange riveted body and angry eyes",
+        "a yellow crested creature, a turquoise plated body, a laughing mouth",
+    ],
 }
-"""How the model is meant to be sampled; `evaluate` puts what it found in its place."""
+"""How the model is meant to be sampled, chosen by `benchmarks/critter_quality.py --sweep`."""
 
 
 def scheduler() -> EulerDiscreteScheduler:
