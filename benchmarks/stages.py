@@ -153,7 +153,7 @@ def measure(
         record = bench.run(
             bundle,
             device,
-            bench.Options(residency=residency, min_psnr_db=_worst_psnr(bundle), **options),
+            bench.Options(residency=residency, **options),
             command=command(),
             keep=lambda r: records.append(file, r),
         )
@@ -163,12 +163,6 @@ def measure(
         if record.error:
             end(f"{record.status}: {record.error.splitlines()[0]}")
     return record
-
-
-def _worst_psnr(bundle: Bundle) -> float:
-    """PSNR that a picture must reach: what the export measured, with some tolerance."""
-    measured = bundle.manifest.verification.psnr_db
-    return bench.MIN_PSNR_DB if measured is None else min(bench.MIN_PSNR_DB, measured - 3.0)
 
 
 def row(record: RunRecord, bundle: Bundle) -> dict[str, Any]:

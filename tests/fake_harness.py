@@ -82,6 +82,8 @@ def main() -> None:
         begin = time.monotonic()
         if "hang" in FAULTS and index == 1:
             signal.signal(signal.SIGTERM, signal.SIG_IGN if "deaf" in FAULTS else signal.SIG_DFL)
+            if kept is not None:
+                kept.with_name("hanging").touch()
             time.sleep(600)
         if "die" in FAULTS and index == 1:
             os.kill(os.getpid(), signal.SIGKILL)

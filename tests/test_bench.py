@@ -155,9 +155,10 @@ def test_interrupt_keeps_a_partial_record(sample, tmp_path):
     )
     # The driver has no pid to wait for, so wait for what the harness leaves behind.
     deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and not list(tmp_path.rglob("unet.0.packed")):
+    while not list(tmp_path.rglob("hanging")):
+        assert time.monotonic() < deadline
         time.sleep(0.05)
-    time.sleep(1.0)
+    time.sleep(0.2)
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=30)
     assert running.returncode == 130

@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -67,7 +68,7 @@ with files.replaced_folder(Path(sys.argv[1])) as temporary:
 """
     done = subprocess.run([sys.executable, "-c", script, str(path)], check=False)
     assert done.returncode == -signal.SIGKILL
-    assert [p.name[:8] for p in tmp_path.iterdir()] == [".folder."]
+    assert [p.name[:17] for p in tmp_path.iterdir()] == [".folder.handheld-"]
     with files.replaced_folder(path) as temporary:
         (temporary / "file").write_text("whole")
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
@@ -75,10 +76,10 @@ with files.replaced_folder(Path(sys.argv[1])) as temporary:
 
 def test_a_folder_that_a_killed_process_moved_aside_comes_back(tmp_path):
     path = tmp_path / "folder"
-    aside = tmp_path / ".folder.abcdefgh.old"
+    aside = tmp_path / ".folder.handheld-abcdefgh.old"
     aside.mkdir()
     (aside / "file").write_text("first")
-    (tmp_path / ".folder.abcdefgh").mkdir()
+    (tmp_path / ".folder.handheld-abcdefgh").mkdir()
     with pytest.raises(KeyError), files.replaced_folder(path):
         raise KeyError
     assert (path / "file").read_text() == "first"
@@ -93,3 +94,30 @@ def test_a_folder_that_another_is_writing_is_left_alone(tmp_path):
             (two / "file").write_text("two")
         assert (one / "file").read_text() == "one"
     assert (path / "file").read_text() == "one"
+
+
+def test_neighbours_are_left_alone(tmp_path):
+    neighbour = tmp_path / ".folder.settings"
+    neighbour.mkdir()
+    with files.replaced_folder(tmp_path / "folder"):
+        pass
+    assert neighbour.is_dir()
+
+
+def test_an_interrupt_between_the_renames_keeps_the_old_folder(tmp_path, monkeypatch):
+    path = tmp_path / "folder"
+    with files.replaced_folder(path) as temporary:
+        (temporary / "file").write_text("first")
+    rename = Path.rename
+
+    def interrupted(self, target):
+        if target == path and self.suffix != ".old":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt), files.replaced_folder(path):
+            pass
+    assert (path / "file").read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]

@@ -213,14 +213,19 @@ def test_a_model_is_exported_once(tmp_path, session, monkeypatch, capsys):
         assert json.loads(captured.out)["width"] == 16
     assert exports == [("models/small", ["litert-cpu"], ["int8"])]
     assert "a table" not in captured.out
-    cached = tmp_path / "cache/handheld/bundles/small-litert-cpu-int8"
+    (cached,) = (tmp_path / "cache/handheld/bundles").glob("small-*-litert-cpu-int8")
     (cached / "artifacts/unet.0.tflite").write_bytes(b"x")
     assert run(args) == 0
     os.utime(folder / "unet/config.json", (2**32, 2**32))
     assert run(args) == 0
     assert len(exports) == 3
     assert run(["generate", "models/small", samples.PROMPT, "-o", "out.png"]) == 0
-    assert len(exports) == 4
+    assert len(exports) == 3, "it is the same model, named by its path"
+    other = checkpoint(tmp_path / "elsewhere/small")
+    os.utime(other / "unet/config.json", (2**30, 2**30))
+    monkeypatch.setenv("HANDHELD_MODELS", str(other.parent))
+    assert run(args) == 0
+    assert len(exports) == 4, "another model of that name, though older"
 
 
 def test_a_model_without_the_exporter(tmp_path, monkeypatch, capsys):

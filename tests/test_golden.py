@@ -14,14 +14,12 @@ from safetensors.numpy import load_file
 
 from handheld import harness, noise
 from handheld.bundle import Bundle
-from handheld.errors import BundleError
+from handheld.errors import BundleError, MissingDependencyError
 from handheld.execute import execute
 from handheld.program import Program, check
 from handheld.protocol import AnyEvent, Job
 
 GOLDEN = Path(__file__).parent / "golden"
-NATIVE = harness.find()
-needs_harness = pytest.mark.skipif(NATIVE is None, reason="the harness is not built")
 INDEX = json.loads((GOLDEN / "index.json").read_text())
 
 
@@ -101,23 +99,30 @@ def test_noise():
         assert hashlib.sha256(values.tobytes()).hexdigest() == case["sha256"]
 
 
-def native(job, tmp_path):
+@pytest.fixture(scope="module")
+def program():
+    try:
+        return harness.build().program
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+
+
+def native(program, job, tmp_path):
     """Run the real harness on a job's text; return its exit code and its last event."""
     (tmp_path / "job.json").write_bytes(job)
     done = subprocess.run(
-        [NATIVE.program, tmp_path / "job.json"], capture_output=True, timeout=60, check=False
+        [program, tmp_path / "job.json"], capture_output=True, timeout=60, check=False
     )
     return done.returncode, json.loads(done.stdout.splitlines()[-1])
 
 
-@needs_harness
 @pytest.mark.parametrize("case", cases("manifests"))
-def test_manifests_in_the_harness(case, tmp_path):
+def test_manifests_in_the_harness(program, case, tmp_path):
     folder = tmp_path / "bundle"
     shutil.copytree(GOLDEN / "bundle", folder)
     shutil.copy(GOLDEN / case["file"], folder / "manifest.json")
     job = Job(bundle=str(folder), size="16x8")
-    code, last = native(job.model_dump_json().encode(), tmp_path)
+    code, last = native(program, job.model_dump_json().encode(), tmp_path)
     assert last["event"] == "error"
     if case["runs"]:
         assert last["code"] in ("engine", "engine-missing", "input"), last
@@ -125,10 +130,9 @@ def test_manifests_in_the_harness(case, tmp_path):
         assert (code, last["code"]) in ((2, "bundle"), (2, "hash"), (1, "hash")), last
 
 
-@needs_harness
 @pytest.mark.parametrize("case", cases("jobs"))
-def test_jobs_in_the_harness(case, tmp_path):
-    code, last = native((GOLDEN / case["file"]).read_bytes(), tmp_path)
+def test_jobs_in_the_harness(program, case, tmp_path):
+    code, last = native(program, (GOLDEN / case["file"]).read_bytes(), tmp_path)
     assert code == 2
     assert last["event"] == "error"
     assert last["code"] == ("bundle" if case["valid"] else "job"), last

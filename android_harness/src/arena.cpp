@@ -10,6 +10,9 @@
 namespace hh {
 namespace {
 
+// XNNPACK's kernels read, and ignore, up to this many bytes behind a tensor (XNN_EXTRA_BYTES).
+constexpr uint64_t kSlack = 128;
+
 uint64_t aligned(uint64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 }  // namespace
@@ -43,14 +46,14 @@ uint64_t plan_arena(std::vector<Lifetime>& items) {
 
 Arena::Arena(uint64_t bytes) : size_(bytes) {
   if (bytes == 0) return;
-  void* p = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* p = ::mmap(nullptr, bytes + kSlack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (p == MAP_FAILED)
-    throw Error("memory", "the program's tensors need " + std::to_string(bytes >> 20) + " MB");
+    throw Error("memory", "the program's tensors need " + std::to_string(bytes / 1'000'000) + " MB");
   data_ = static_cast<std::byte*>(p);
 }
 
 Arena::~Arena() {
-  if (data_) ::munmap(data_, size_);
+  if (data_) ::munmap(data_, size_ + kSlack);
 }
 
 }  // namespace hh

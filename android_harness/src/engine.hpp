@@ -58,7 +58,6 @@ class Model {
 class Engine {
  public:
   virtual ~Engine() = default;
-  virtual std::string version() const = 0;
   // May be called from a prefetch thread while another model runs. Throws Error.
   virtual std::unique_ptr<Model> load(const ArtifactInfo&) = 0;
 };

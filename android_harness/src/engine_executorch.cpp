@@ -127,10 +127,7 @@ class MappedFile final : public et::DataLoader {
   et::Result<size_t> size() const override { return mapping_.bytes().size(); }
 
   // What was read for packing need not stay; what is read again comes back by itself.
-  void drop_pages() const {
-    auto bytes = mapping_.bytes();
-    ::madvise(const_cast<std::byte*>(bytes.data()), bytes.size(), MADV_DONTNEED);
-  }
+  void drop_pages() const { mapping_.drop_pages(); }
 
  private:
   bool inside(size_t offset, size_t size) const {
@@ -283,18 +280,16 @@ class ExecuTorchEngine final : public Engine {
     });
     if (!et::get_backend_class(kBackend))
       throw Error("engine-missing", "this build of ExecuTorch has no XNNPACK backend");
-    set_threads(options.threads);
     if (!options.cache_dir.empty())
       cache_.emplace(options.cache_dir, std::string("executorch ") + HANDHELD_EXECUTORCH_VERSION +
                                             " " + library_hash() + " " + processor_id());
+    set_threads(options.threads);
   }
 
   ~ExecuTorchEngine() override {
     std::lock_guard lock(users_mutex_);
     --users_;
   }
-
-  std::string version() const override { return HANDHELD_EXECUTORCH_VERSION; }
 
   std::unique_ptr<Model> load(const ArtifactInfo& info) override {
     last_log.clear();

@@ -20,6 +20,7 @@
 #include <utility>
 
 #include "engine.hpp"
+#include "file.hpp"
 #include "litert_api.hpp"
 #include "litert_workspace.hpp"
 
@@ -109,35 +110,6 @@ void check(Status status, const ArtifactInfo& info, const char* what) {
                               std::to_string(status) + ")");
   }
 }
-
-// A file mapped for reading.
-class Mapping {
- public:
-  explicit Mapping(const ArtifactInfo& info) {
-    const int fd = ::open(info.path.c_str(), O_RDONLY | O_CLOEXEC);
-    struct stat st{};
-    if (fd < 0 || fstat(fd, &st) != 0 || st.st_size == 0) {
-      const std::string reason = fd < 0 || errno ? std::strerror(errno) : "it is empty";
-      if (fd >= 0) ::close(fd);
-      throw Error("io", info.path + ": cannot be read: " + reason);
-    }
-    size_ = static_cast<size_t>(st.st_size);
-    data_ = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, fd, 0);
-    ::close(fd);
-    if (data_ == MAP_FAILED) throw Error("io", info.path + ": cannot be mapped");
-  }
-  Mapping(const Mapping&) = delete;
-  Mapping& operator=(const Mapping&) = delete;
-  ~Mapping() { munmap(data_, size_); }
-  const void* data() const { return data_; }
-  size_t size() const { return size_; }
-  // Gives the pages back; they come in again from the file if anyone looks.
-  void drop() const { madvise(data_, size_, MADV_DONTNEED); }
-
- private:
-  void* data_ = nullptr;
-  size_t size_ = 0;
-};
 
 uint64_t fnv(const void* data, size_t size, uint64_t hash = 0xcbf29ce484222325) {
   const auto* bytes = static_cast<const unsigned char*>(data);
@@ -310,18 +282,19 @@ class LiteRtModel final : public hh::Model {
   LiteRtModel(const ArtifactInfo& info, Environment environment, const std::string& options,
               std::shared_ptr<Shared> shared)
       : info_(info),
-        file_(info),
+        file_(info_.path, "bundle"),
         shared_(std::move(shared)),
         workspace_(shared_ ? &shared_->pool : nullptr) {
     const Workspace::Scope scope(shared_ ? &workspace_ : nullptr);
     try {
-      check(api().LiteRtCreateModelFromBuffer(environment, file_.data(), file_.size(), &model_),
+      check(api().LiteRtCreateModelFromBuffer(environment, file_.bytes().data(),
+                                              file_.bytes().size(), &model_),
             info_, "read it");
       bind();
       compile(environment, options);
       workspace_.settle();
       // Packed copies of the weights serve from now on.
-      file_.drop();
+      file_.drop_pages();
     } catch (...) {
       release();
       throw;
@@ -358,7 +331,7 @@ class LiteRtModel final : public hh::Model {
     if (signatures == 1) {
       check(api().LiteRtGetModelSignature(model_, 0, &signature), info_, "read its signature");
     } else {
-      throw Error("engine", "artifact '" + info_.id + "' does not have one signature");
+      throw Error("bundle", "artifact '" + info_.id + "' does not have one signature");
     }
     bind(signature, info_.inputs, inputs_, api().LiteRtGetNumSignatureInputs,
          api().LiteRtGetSignatureInputName, api().LiteRtGetSignatureInputTensorByIndex);
@@ -374,7 +347,7 @@ class LiteRtModel final : public hh::Model {
     Index n = 0;
     check(count(signature, &n), info_, "count its tensors");
     if (n != ports.size()) {
-      throw Error("engine", "artifact '" + info_.id + "' has " + std::to_string(n) +
+      throw Error("bundle", "artifact '" + info_.id + "' has " + std::to_string(n) +
                                 " tensors where the manifest has " + std::to_string(ports.size()));
     }
     for (Index i = 0; i < n; ++i) {
@@ -387,7 +360,7 @@ class LiteRtModel final : public hh::Model {
       size_t port = 0;
       while (port < ports.size() && ports[port].name != found) ++port;
       if (port == ports.size() || !matches(type, ports[port])) {
-        throw Error("engine", "artifact '" + info_.id + "': tensor '" + found +
+        throw Error("bundle", "artifact '" + info_.id + "': tensor '" + found +
                                   "' is not what the manifest says");
       }
       type.layout.has_strides = 0;
@@ -453,8 +426,6 @@ class LiteRtEngine final : public Engine {
   ~LiteRtEngine() override {
     if (environment_) api().LiteRtDestroyEnvironment(environment_);
   }
-
-  std::string version() const override { return HANDHELD_LITERT_VERSION; }
 
   std::unique_ptr<hh::Model> load(const ArtifactInfo& info) override {
     Environment environment = this->environment();

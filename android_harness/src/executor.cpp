@@ -45,7 +45,7 @@ Executor::Executor(const Manifest& manifest, const Program& program, const SafeT
   for (const auto& [role, name] : program.outputs) placed(name).last = kForever;
 
   share_memory(program);
-  place(program);
+  place();
   build(manifest, program);
   for (const auto& [name, spec] : manifest.constant_specs)
     if (index_.contains(name)) {
@@ -116,7 +116,7 @@ void Executor::share_memory(const Program& program) {
   }
 }
 
-void Executor::place(const Program&) {
+void Executor::place() {
   // An operation may have moved a root into another one after others pointed to it; host() has
   // moved those along, so one step always leads to the root.
   for (const Placed& t : tensors_) {

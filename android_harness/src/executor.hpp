@@ -99,7 +99,7 @@ class Executor {
   static Layout layout(const TensorSpec&, int64_t axis);
   bool host(const std::string& part, const std::string& whole, uint64_t offset);
   void share_memory(const Program&);
-  void place(const Program&);
+  void place();
   void build(const Manifest&, const Program&);
 
   std::unordered_map<std::string, size_t> index_;

@@ -36,6 +36,8 @@ class Mapping {
   Mapping& operator=(const Mapping&) = delete;
   ~Mapping();
   std::span<const std::byte> bytes() const { return {data_, size_}; }
+  // Gives the pages back; they come in again from the file if anyone looks.
+  void drop_pages() const;
 
  private:
   const std::byte* data_ = nullptr;

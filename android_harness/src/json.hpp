@@ -51,7 +51,6 @@ class Node {
   uint64_t natural() const;
   double number(double least, double most) const;
   bool is_object() const { return std::holds_alternative<std::vector<Member>>(value_->data); }
-  bool is_null() const { return std::holds_alternative<std::nullptr_t>(value_->data); }
   const std::string& path() const { return path_; }
 
  private:

@@ -48,7 +48,7 @@ bool read_job(const char* path, std::string& text) {
   char buffer[16384];
   ssize_t n = 0;
   while ((n = ::read(fd, buffer, sizeof buffer)) != 0) {
-    if (n < 0 && errno == EINTR) continue;
+    if (n < 0 && errno == EINTR && !interrupted) continue;
     if (n < 0 || text.size() + static_cast<size_t>(n) > kLimit) break;
     text.append(buffer, static_cast<size_t>(n));
   }

@@ -72,6 +72,10 @@ Session::Session(Job job, EventSink events, const std::function<bool()>& cancell
     throw Error("job", job_.bundle + ": the bundle has no size '" + job_.size + "' (it has " + have + ")");
   }
   size_ = &size->second;
+  if (!job_.output.empty() && std::ranges::none_of(program().outputs, [](const auto& output) {
+        return output.first == "picture";
+      }))
+    throw Error("job", "output: the program has no picture to write");
   for (const Input& input : program().inputs) given_[input.name] = false;
   for (const auto& [id, unused] : job_.stream_by_artifact)
     if (!manifest_.artifact(id))
@@ -85,7 +89,8 @@ Session::Session(Job job, EventSink events, const std::function<bool()>& cancell
   open_artifacts(go_on);
   trim_heap();
   emit_memory("loaded");
-  if (job_.reset_peak) reset_peak_memory();
+  if (job_.reset_peak && !reset_peak_memory())
+    throw Error("io", "/proc/self/clear_refs: the high-water mark of memory cannot be reset");
 }
 
 std::unique_ptr<SafeTensors> Session::open_constants() const {

@@ -101,7 +101,7 @@ def umask() -> int:
     return mask
 
 
-_ASIDE = ".old"
+_MARK, _RANDOM, _ASIDE = ".handheld-", "????????", ".old"
 
 
 @contextmanager
@@ -117,9 +117,20 @@ def _locked(folder: Path) -> Iterator[bool]:
         os.close(fd)
 
 
+def _new_temporary(path: Path, held: contextlib.ExitStack) -> Path:
+    """Make a folder beside ``path`` and hold its lock."""
+    while True:
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}{_MARK}"))
+        # Another process may take a folder for a leftover before it is locked.
+        with contextlib.suppress(FileNotFoundError):
+            if held.enter_context(_locked(folder)) and folder.exists():
+                return folder
+
+
 def _clear_leftovers(path: Path) -> None:
     """Remove the temporary folders of :func:`replaced_folder` whose processes are gone."""
-    for temporary in path.parent.glob(f".{glob.escape(path.name)}.????????"):
+    name = f".{glob.escape(path.name)}{_MARK}{_RANDOM}"
+    for temporary in path.parent.glob(name):
         with contextlib.suppress(OSError), _locked(temporary) as gone:
             old = temporary.with_name(f"{temporary.name}{_ASIDE}")
             if gone and old.exists() and not path.exists():
@@ -128,7 +139,7 @@ def _clear_leftovers(path: Path) -> None:
                 shutil.rmtree(temporary, ignore_errors=True)
                 shutil.rmtree(old, ignore_errors=True)
     if path.exists():
-        for old in path.parent.glob(f".{glob.escape(path.name)}.????????{_ASIDE}"):
+        for old in path.parent.glob(f"{name}{_ASIDE}"):
             if not old.with_suffix("").exists():
                 shutil.rmtree(old, ignore_errors=True)
 
@@ -144,8 +155,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     with output_errors(path), contextlib.ExitStack() as held:
         path.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(path)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        held.enter_context(_locked(temporary))
+        temporary = _new_temporary(path, held)
         old = temporary.with_name(f"{temporary.name}{_ASIDE}")
         try:
             temporary.chmod(0o777 & ~umask())
@@ -154,14 +164,11 @@ def replaced_folder(path: Path) -> Iterator[Path]:
                 fsync_folder(folder)
             if path.exists():
                 path.rename(old)
-            try:
-                temporary.rename(path)
-            except OSError:
-                if old.exists():
-                    old.rename(path)
-                raise
+            temporary.rename(path)
             fsync_folder(path.parent)
         finally:
+            if old.exists() and not path.exists():
+                old.rename(path)
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, Field
 
-from handheld.program import Model, Name, Ports, Program, TensorSpec
+from handheld.program import Extent, Model, Name, Ports, Program, Seed, TensorSpec
 
 SCHEMA_VERSION: Final = 1
 
@@ -98,9 +98,9 @@ class TextInfo(Model):
     """Which text encoders the bundle was made for."""
 
     encoders_sha256: Sha256 | None = None
-    tokens: int = 77
-    width: int
-    pooled_width: int | None = None
+    tokens: Extent = 77
+    width: Extent
+    pooled_width: Extent | None = None
     prefetched: Prefetched | None = None
 
 
@@ -110,7 +110,7 @@ class Reference(Model):
     file: FileRef
     """safetensors: ``input.NAME``, ``picture`` (uint8), and per call ``call.I.PORT``."""
     size: str
-    seed: int
+    seed: Seed
     prompt: str | None = None
 
 

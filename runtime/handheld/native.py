@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from handheld import harness
 from handheld.errors import HarnessError
-from handheld.protocol import AnyEvent, Job
+from handheld.protocol import BAD_INPUT, AnyEvent, Job
 
 Array = NDArray[Any]
 EventFunction = Callable[[AnyEvent], None]
@@ -35,6 +35,7 @@ class NativeError(HarnessError):
         super().__init__(message)
         self.failure = code
         """A code of :class:`handheld.protocol.Failure`."""
+        self.exit_code = 2 if code in BAD_INPUT else 1
 
 
 def load_library(path: Path | None = None) -> ctypes.CDLL:

@@ -25,6 +25,7 @@ DType = Literal["float32", "float16", "uint8", "int8", "int32"]
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "uint8": 1, "int8": 1, "int32": 4}
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.@\-]{1,128}$")]
 Extent = Annotated[int, Field(ge=1, le=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
 Offset = Annotated[int, Field(ge=0, le=2**31)]
 Axis = Annotated[int, Field(ge=0, le=5)]
 Binary32 = Annotated[float, Field(ge=-3.4028234663852886e38, le=3.4028234663852886e38)]

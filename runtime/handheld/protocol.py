@@ -12,7 +12,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from handheld.program import Model, Name
+from handheld.program import Model, Name, Seed
 
 PROTOCOL_VERSION: Final = 1
 
@@ -34,7 +34,7 @@ class Job(Model):
     """Folder of the bundle."""
     size: Name
     """Key of the manifest's ``sizes``."""
-    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    seed: Seed = 0
     inputs: dict[Name, TensorFile] = {}
     """Program inputs other than noise. A noise input may be overridden here too."""
     residency: Residency = "resident"
@@ -146,6 +146,10 @@ class Output(Event):
     shape: tuple[int, ...]
     dtype: str
     file: str | None = None
+
+
+BAD_INPUT = frozenset({"job", "bundle", "hash", "engine-missing", "input"})
+"""Failures that the job or the bundle is to blame for: exit code 2, others 1."""
 
 
 class Failure(Event):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ from handheld import bench as bench_
 from handheld import devices, records
 from handheld.bundle import Bundle
 from handheld.commands.output import announce_build, megabytes, milliseconds, print_json
-from handheld.errors import GateError, UsageError
+from handheld.errors import GateError, HandheldError, UsageError
 from handheld.protocol import Event, Iteration, Residency
 from handheld.records import RunRecord
 
@@ -41,7 +43,9 @@ def bench(
     threads: Annotated[int, typer.Option(min=1, max=256)] = 2,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, help="By default the reference's, whose picture is compared."),
+        typer.Option(
+            min=0, max=2**64 - 1, help="By default the reference's, whose picture is compared."
+        ),
     ] = None,
     cache: Annotated[bool, typer.Option(help="Keep packed weights in files.")] = True,
     first_ever: Annotated[
@@ -72,6 +76,13 @@ def bench(
     handheld bench build/critter --min-seconds 60 --records runs/critter.jsonl
     """  # noqa: D301
     modes = _residencies(residency)
+    for option, value in (
+        ("--min-seconds", min_seconds),
+        ("--timeout", timeout),
+        ("--min-psnr", min_psnr),
+    ):
+        if value is not None and not math.isfinite(value):
+            raise UsageError(f"'{value}' is not a number of this kind", field=option)
     chosen = devices.find(device)
     opened = [Bundle.open(path) for path in bundles]
     done: list[RunRecord] = []
@@ -82,39 +93,41 @@ def bench(
         records.append(records_file, record)
         done.append(record)
 
+    stopped: HandheldError | KeyboardInterrupt | None = None
     try:
-        for bundle in opened:
-            for one in chosen:
-                for mode in modes:
-                    options = bench_.Options(
-                        size=size,
-                        residency=mode,
-                        threads=threads,
-                        warmup=warmup,
-                        iterations=iterations,
-                        min_seconds=min_seconds,
-                        seed=seed,
-                        cache=cache,
-                        first_ever=first_ever,
-                        timeout_s=timeout,
-                        min_psnr_db=min_psnr,
-                    )
-                    title = f"{bundle.manifest.model.id} on {one.id}, {mode}"
-                    with _Bar(console, title, iterations + warmup) as bar:
-                        bench_.run(
-                            bundle,
-                            one,
-                            options,
-                            command=("handheld", *(shlex.quote(a) for a in sys.argv[1:])),
-                            progress=bar.see,
-                            keep=keep,
-                        )
-    finally:
-        if json_output:
-            print_json({"records": [r.to_json() for r in done]})
-        elif done:
-            _print(done)
-            console.print(f"records: {records_file}", soft_wrap=True)
+        for bundle, one, mode in itertools.product(opened, chosen, modes):
+            options = bench_.Options(
+                size=size,
+                residency=mode,
+                threads=threads,
+                warmup=warmup,
+                iterations=iterations,
+                min_seconds=min_seconds,
+                seed=seed,
+                cache=cache,
+                first_ever=first_ever,
+                timeout_s=timeout,
+                min_psnr_db=min_psnr,
+            )
+            title = f"{bundle.manifest.model.id} on {one.id}, {mode}"
+            with _Bar(console, title, iterations + warmup) as bar:
+                bench_.run(
+                    bundle,
+                    one,
+                    options,
+                    command=("handheld", *(shlex.quote(a) for a in sys.argv[1:])),
+                    progress=bar.see,
+                    keep=keep,
+                )
+    except (HandheldError, KeyboardInterrupt) as error:
+        stopped = error
+    if json_output:
+        _print_json(done, stopped)
+    elif done:
+        _print(done)
+        console.print(f"records: {records_file}", soft_wrap=True)
+    if stopped:
+        raise stopped
     failed = [r for r in done if r.status != "ok"]
     if failed and not json_output:
         raise GateError(
@@ -122,6 +135,20 @@ def bench(
         )
     if failed:
         raise typer.Exit(1)
+
+
+def _print_json(done: list[RunRecord], stopped: HandheldError | KeyboardInterrupt | None) -> None:
+    """Print one object, whatever happened; an error before any record is left to be reported."""
+    shown: dict[str, Any] = {"records": [r.to_json() for r in done]}
+    if isinstance(stopped, HandheldError):
+        if not done:
+            raise stopped
+        shown["error"] = stopped.as_dict()
+    print_json(shown)
+    if isinstance(stopped, HandheldError):
+        raise typer.Exit(stopped.exit_code)
+    if stopped:
+        raise typer.Exit(130)
 
 
 def _residencies(text: str) -> list[Residency]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import logging
 import sys
 import warnings
@@ -16,8 +17,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from handheld import __version__, models
 from handheld import generate as generate_
-from handheld import models
 from handheld.bundle import MANIFEST, Bundle
 from handheld.commands.output import announce_build, print_json
 from handheld.errors import BundleError, HandheldError, MissingDependencyError, UsageError
@@ -167,12 +168,8 @@ def _resolve(name: str, console: Console) -> tuple[Bundle, Path | None]:
     if models.is_bundle(Path(name)):
         return Bundle.open(name), None
     checkpoint = models.checkpoint(name)
-    label = checkpoint.name
-    if Path(name) == checkpoint:
-        digest = hashlib.sha256(str(checkpoint.resolve()).encode()).hexdigest()
-        label = f"{checkpoint.resolve().name}-{digest[:8]}"
-    path = models.bundle_cache(label, TARGET, PRECISION)
-    if _is_fresh(path, checkpoint):
+    path = models.bundle_cache(_label(checkpoint), TARGET, PRECISION)
+    if (path / MANIFEST).is_file():
         try:
             return Bundle.open(path), checkpoint
         except BundleError as error:
@@ -187,12 +184,14 @@ def _resolve(name: str, console: Console) -> tuple[Bundle, Path | None]:
     return Bundle.open(path), checkpoint
 
 
-def _is_fresh(bundle: Path, checkpoint: Path) -> bool:
-    manifest = bundle / MANIFEST
-    if not manifest.is_file():
-        return False
-    made = manifest.stat().st_mtime
-    return all(p.stat().st_mtime <= made for p in checkpoint.rglob("*") if p.is_file())
+def _label(checkpoint: Path) -> str:
+    """Name a checkpoint as it is now; any change of place, files or handheld gives another."""
+    folder = checkpoint.resolve()
+    facts: list[Any] = [__version__, str(folder)]
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        status = path.stat()
+        facts.append([str(path.relative_to(folder)), status.st_size, status.st_mtime_ns])
+    return f"{folder.name}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
 
 
 def _export(checkpoint: Path, path: Path) -> None:

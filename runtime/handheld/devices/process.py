@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from handheld.devices.base import Received
 from handheld.errors import HarnessError
+from handheld.native import NativeError
 from handheld.protocol import PROTOCOL_VERSION, AnyEvent, Done, Failure, Hello
 
 GRACE_S = 5.0
@@ -95,7 +96,7 @@ def _events(
         yield Received(event, item[1])
     code = process.wait()
     if failure:
-        raise HarnessError(f"{failure.code}: {failure.message}")
+        raise NativeError(failure.code, f"{failure.code}: {failure.message}")
     if code or not done:
         raise HarnessError(_describe_end(code, errors))
 
