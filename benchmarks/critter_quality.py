@@ -41,7 +41,7 @@ def card(figures: dict[str, Any]) -> str:
             lines.append(f"| {words} | {said} | {' | '.join(shares)} |")
     vae, coverage = figures["vae"], figures["coverage"]
     bits = ", ".join(
-        f"{n.replace('_', ' ')} {b['bits']:.2f} of {b['uniform_bits']:.2f}"
+        f"{n.replace('_', ' ')} {abs(b['bits']):.2f} of {b['uniform_bits']:.2f}"
         for n, b in coverage["attributes"].items()
     )
     lines += [
