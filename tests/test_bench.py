@@ -190,7 +190,7 @@ def test_devices(host):
     assert facts.ram_bytes > 2**30
     assert facts.engines == {"litert": "2.3.0"}
     assert os.uname().nodename not in facts.model_dump_json()
-    assert host.heat().load_average is not None
+    assert 0 <= host.heat().busy <= 1
     assert [d.id for d in devices.find("all")] == [host.id]
     with pytest.raises(DeviceError, match="no device 'phone'"):
         devices.find("phone")

@@ -183,9 +183,7 @@ def run(
             heat_start=heat_start,
             heat_end=heat_end,
             check=check,
-            noisy=noise_reasons(
-                latency.milliseconds("timed") if latency else [], heat_start, facts
-            ),
+            noisy=noise_reasons(latency.milliseconds("timed") if latency else [], heat_start),
             throttled=_throttled(attempt.passes, heat_start, heat_end),
         )
     keep(record)

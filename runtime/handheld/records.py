@@ -61,8 +61,8 @@ class Heat(Model):
     battery_celsius: float | None = None
     throttle_events: int | None = None
     """Times the processor throttled since it was started."""
-    load_average: float | None = None
-    """Runnable processes, averaged over the last minute."""
+    busy: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Part of all cores that was in use over a moment, before or after the run."""
 
 
 class BundleFacts(Model):
@@ -253,7 +253,7 @@ def drift(values: list[float]) -> float | None:
     return float(np.median(values[-third:]) / np.median(values[:third]) - 1)
 
 
-def noise_reasons(timed: list[float], start: Heat | None, facts: DeviceFacts) -> tuple[str, ...]:
+def noise_reasons(timed: list[float], start: Heat | None) -> tuple[str, ...]:
     """Return the reasons not to trust the times of a run."""
     reasons = []
     stats = statistics(timed)
@@ -262,10 +262,8 @@ def noise_reasons(timed: list[float], start: Heat | None, facts: DeviceFacts) ->
     change = drift(timed)
     if change is not None and abs(change) > NOISY_SPREAD:
         reasons.append(f"the last third is {change:+.0%} against the first")
-    if start and start.load_average is not None and facts.cores:
-        load = start.load_average / facts.cores
-        if load > NOISY_LOAD:
-            reasons.append(f"other processes used {load:.0%} of the cores before the start")
+    if start and start.busy is not None and start.busy > NOISY_LOAD:
+        reasons.append(f"other processes used {start.busy:.0%} of the cores before the start")
     return tuple(reasons)
 
 

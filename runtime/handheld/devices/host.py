@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 import uuid
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -69,9 +70,7 @@ class HostDevice(Device):
 
     def heat(self) -> Heat:
         """Return temperature, throttling and load now."""
-        return Heat(
-            celsius=_hottest(), throttle_events=_throttled(), load_average=os.getloadavg()[0]
-        )
+        return Heat(celsius=_hottest(), throttle_events=_throttled(), busy=_busy())
 
     @contextmanager
     def prepare(self, bundle: Bundle) -> Iterator[Place]:
@@ -188,3 +187,24 @@ def _throttled() -> int | None:
         if text and text.isdigit():
             counts.append(int(text))
     return sum(counts) if counts else None
+
+
+def _busy(seconds: float = 0.3) -> float | None:
+    """Return the part of all cores in use while waiting; None where the system does not tell."""
+
+    def times() -> tuple[int, int] | None:
+        try:
+            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        except OSError:
+            return None
+        values = [int(v) for v in fields]
+        return sum(values) - values[3] - values[4], sum(values)
+
+    before = times()
+    if before is None:
+        return None
+    time.sleep(seconds)
+    after = times()
+    if after is None or after[1] <= before[1]:
+        return None
+    return min(1.0, max(0.0, (after[0] - before[0]) / (after[1] - before[1])))
