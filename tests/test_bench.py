@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,6 +171,19 @@ def test_interrupt_keeps_a_partial_record(sample, tmp_path):
     assert len(record.passes[0].iterations) == 1
     with pytest.raises(ProcessLookupError):
         os.kill(record.passes[0].hello.pid, 0)
+
+
+def test_an_engine_that_the_harness_lacks(sample, host, tmp_path):
+    manifest = json.loads((sample.path / "manifest.json").read_text())
+    for artifact in manifest["artifacts"]:
+        artifact["engine"] = "coreml"
+    shutil.copytree(sample.path, tmp_path / "other")
+    (tmp_path / "other/manifest.json").write_text(json.dumps(manifest))
+    kept = []
+    with pytest.raises(HarnessError, match="wants engine 'coreml'") as e:
+        bench.run(Bundle.open(tmp_path / "other"), host, Options(), keep=kept.append)
+    assert e.value.exit_code == 2
+    assert not kept
 
 
 def test_compare():

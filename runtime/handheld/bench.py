@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from handheld import __version__
 from handheld.bundle import Bundle
 from handheld.devices.base import Device, Place
-from handheld.errors import BundleError, GateError, HandheldError, UsageError
+from handheld.errors import BundleError, GateError, HandheldError, HarnessError, UsageError
 from handheld.files import output_errors, weights_cache
 from handheld.manifest import Size
 from handheld.protocol import (
@@ -41,6 +41,7 @@ from handheld.protocol import (
 from handheld.records import (
     BundleFacts,
     Check,
+    DeviceFacts,
     Heat,
     MemoryFigures,
     Pass,
@@ -121,14 +122,15 @@ def run(
     UsageError
         If the bundle has nothing to run with.
     HarnessError, DeviceError
-        If the device cannot run bundles at all.
+        If the device cannot run bundles at all, or lacks this one's engine.
     """
     size_name, size = bundle.size(options.size)
     with _inputs(bundle, size_name, size, options) as given, device.prepare(bundle) as place:
+        facts = device.facts()
+        _check_engines(bundle, facts)
         attempt = _Attempt(bundle, place, options, size_name, given, progress)
         started = datetime.now(UTC)
         heat_start = device.heat()
-        facts = device.facts()
         status: Literal["ok", "failed", "partial"] = "ok"
         error: str | None = None
         interrupt: KeyboardInterrupt | None = None
@@ -190,6 +192,19 @@ def run(
     if interrupt is not None:
         raise interrupt
     return record
+
+
+def _check_engines(bundle: Bundle, facts: DeviceFacts) -> None:
+    """Refuse what would not start. A device that does not tell its engines finds out itself."""
+    wanted = {a.engine for a in bundle.manifest.artifacts}
+    if facts.engines and (missing := sorted(wanted - set(facts.engines))):
+        raise HarnessError(
+            f"wants engine '{missing[0]}', which the harness on '{facts.id}' lacks",
+            path=bundle.path,
+            field="artifacts",
+            remedy=f"it has {', '.join(sorted(facts.engines))}: export for a target that uses it, "
+            "or run `handheld doctor`",
+        )
 
 
 def expected_psnr(bundle: Bundle) -> float:

@@ -43,7 +43,9 @@ def output_errors(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         message, remedy = describe_os_error(error)
-        where = error.filename if isinstance(error.filename, str) else path
+        # Copying names its source, and a temporary name helps nobody.
+        named = Path(error.filename) if isinstance(error.filename, str) else Path(path)
+        where = named if named.is_relative_to(path) else path
         raise OutputError(f"cannot write: {message}", path=where, remedy=remedy) from error
 
 
