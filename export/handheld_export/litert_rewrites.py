@@ -1,8 +1,9 @@
 """Rewrites for LiteRT, fewer than :mod:`handheld_export.rewrites`.
 
-LiteRT's converter and XNNPACK take plain diffusers code as one partition. What they do not
-do well are steps written for ``[N, C, H, W]``, which come out between transpositions of the
-whole picture, and the halves of GEGLU, which are copied out of one wide tensor.
+LiteRT's converter and XNNPACK take plain diffusers code as one partition, but for nearest
+upsampling. What they do not do well are steps written for ``[N, C, H, W]``, which come out
+between transpositions of the whole picture, and the halves of GEGLU, which are copied out of
+one wide tensor.
 """
 
 from __future__ import annotations
@@ -14,9 +15,16 @@ import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from handheld_export.rewrites import ExplicitAttention, GatedGELU, Resnet
+from handheld_export.rewrites import (
+    ExplicitAttention,
+    GatedGELU,
+    Resnet,
+    replace_upsample,
+    replace_upsample2d,
+)
 
 
 class ChannelGroupNorm(nn.Module):
@@ -93,4 +101,6 @@ REPLACEMENTS: Mapping[type[nn.Module], Callable[[Any], nn.Module]] = {
     GEGLU: GatedGELU,
     ResnetBlock2D: _replace_resnet,
     Attention: _replace_attention,
+    Upsample2D: replace_upsample2d,
+    nn.Upsample: replace_upsample,
 }

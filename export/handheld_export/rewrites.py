@@ -451,13 +451,13 @@ def _replace_resnet(block: Any) -> Any:
     return Resnet(block)
 
 
-def _replace_upsample2d(block: Any) -> Any:
+def replace_upsample2d(block: Any) -> Any:
     if block.norm is not None or block.use_conv_transpose or not block.interpolate:
         return block
     return Upsample(block)
 
 
-def _replace_upsample(layer: nn.Upsample) -> nn.Module:
+def replace_upsample(layer: nn.Upsample) -> nn.Module:
     scale = layer.scale_factor
     if layer.mode != "nearest" or not isinstance(scale, int | float) or scale != int(scale):
         return layer
@@ -480,14 +480,14 @@ _REPLACEMENTS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     nn.GroupNorm: PictureGroupNorm,
     nn.LayerNorm: TokenLayerNorm,
     nn.Conv2d: _replace_conv,
-    nn.Upsample: _replace_upsample,
+    nn.Upsample: replace_upsample,
     GEGLU: GatedGELU,
     GELU: LinearGELU,
     ApproximateGELU: lambda layer: layer,
     Attention: _replace_attention,
     Transformer2DModel: _replace_transformer,
     ResnetBlock2D: _replace_resnet,
-    Upsample2D: _replace_upsample2d,
+    Upsample2D: replace_upsample2d,
     Downsample2D: _replace_downsample2d,
     AutoencoderTinyBlock: TinyBlock,
     DecoderTiny: TinyDecoder,
