@@ -142,8 +142,8 @@ def test_committed_files_hold_no_traces_of_a_machine():
         done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("not a git checkout")
-    bad = re.compile(rb"/work/(main|shared)|\.\./shared/")
+    bad = re.compile(b"|".join(re.escape(str(p)).encode() for p in (ROOT, Path.home() / ".cache")))
     for name in done.stdout.decode().split("\0"):
         path = ROOT / name
         if name and path.is_file() and path.stat().st_size < 2**20:
-            assert not bad.search(path.read_bytes()) or path == Path(__file__), name
+            assert not bad.search(path.read_bytes()), name
