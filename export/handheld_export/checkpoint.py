@@ -438,6 +438,16 @@ class Checkpoint:
         return Component(kind, config, store, folder / "config.json")
 
     @cached_property
+    def unet_sha256(self) -> str:
+        """Hash of the U-Net's weights and configuration."""
+        return _hash_files([*self.unet.store.files, self.unet.origin], self.path)
+
+    @cached_property
+    def vae_sha256(self) -> str:
+        """Hash of the autoencoder's weights and configuration."""
+        return _hash_files([*self.vae.store.files, self.vae.origin], self.path)
+
+    @cached_property
     def files(self) -> list[Path]:
         """Every file that U-Net and decoder are made of."""
         files = set(self.unet.store.files) | set(self.vae.store.files)
@@ -449,11 +459,16 @@ class Checkpoint:
     @cached_property
     def sha256(self) -> str:
         """Hash of the contents of :attr:`files`, with their names."""
-        root = self.path if self.path.is_dir() else self.path.parent
-        h = hashlib.sha256()
-        for file in self.files:
-            h.update(f"{file.relative_to(root).as_posix()}\n{sha256_file(file)}\n".encode())
-        return h.hexdigest()
+        return _hash_files(self.files, self.path)
+
+
+def _hash_files(files: list[Path], path: Path) -> str:
+    root = path if path.is_dir() else path.parent
+    h = hashlib.sha256()
+    for file in sorted(set(files)):
+        name = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
+        h.update(f"{name}\n{sha256_file(file)}\n".encode())
+    return h.hexdigest()
 
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

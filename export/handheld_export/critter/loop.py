@@ -31,9 +31,11 @@ class LoopConfig:
     seed: int = 0
     warmup: int = 100
     schedule: int | None = None
-    """Length of the learning rate's schedule where training stops before its end."""
+    """Length of the learning rate's (first) schedule where it is cut short."""
     decay_from: float = 0.5
     """Fraction of the schedule after which the rate falls along a cosine; constant before."""
+    restarts: tuple[tuple[int, float], ...] = ()
+    """Steps at which the schedule starts again, with their peak rates (SGDR, arXiv 1608.03983)."""
     weight_decay: float = 0.0
     ema: float = 0.998
     clip: float = 1.0
@@ -48,11 +50,17 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 def learning_rate(config: LoopConfig, step: int) -> float:
     """Return the learning rate of a step: linear warm-up, constant, cosine to zero."""
+    peak, begin = config.lr, 0
+    ends = [at for at, _ in config.restarts]
+    length = config.schedule or [*ends, config.steps][0]
+    for (at, again), end in zip(config.restarts, [*ends[1:], config.steps], strict=True):
+        if step >= at:
+            peak, begin, length = again, at, end - at
+    step -= begin
     warm = min(1.0, (step + 1) / config.warmup)
-    length = config.schedule or config.steps
     start = config.decay_from * length
     done = 0.0 if step < start else (step - start) / (length - start)
-    return config.lr * warm * 0.5 * (1 + math.cos(math.pi * done))
+    return peak * warm * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def save_atomic(state: object, path: Path) -> None:

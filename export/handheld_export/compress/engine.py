@@ -1,0 +1,484 @@
+"""The training loop of all steps, on accelerate.
+
+Every random number of a step is drawn for the whole batch from a generator seeded with (seed,
+step, stream), and each process takes its rows. So a checkpoint needs no generator state, a run
+that was killed goes on to the bit, and several processes see what one would.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from pydantic import Field
+from torch import Tensor, nn
+
+from handheld.errors import OutputError, UsageError
+from handheld.program import Model
+
+
+class TrainingError(UsageError):
+    """Training cannot go on; its checkpoints are kept."""
+
+    code = "training"
+    exit_code = 1
+
+
+class Loop(Model):
+    """What every training step of a recipe may say."""
+
+    steps: int = Field(ge=1)
+    batch: int = Field(default=16, ge=1)
+    """Pictures of one update, over all processes."""
+    lr: float = Field(gt=0)
+    seed: int = 0
+    warmup: int = Field(default=20, ge=0)
+    decay_from: float = Field(default=0.6, ge=0, le=1)
+    """Fraction of the steps after which the rate falls along a cosine to zero."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    ema: float = Field(default=0.99, ge=0, lt=1)
+    clip: float = Field(default=1.0, gt=0)
+    save_seconds: float = Field(default=120.0, gt=0)
+    log_every: int = Field(default=10, ge=1)
+    sample_every: int = Field(default=0, ge=0)
+    """Draw a grid of pictures this often; 0 never does."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate's factor: linear warm-up, constant, cosine to zero."""
+        warm = min(1.0, (step + 1) / (self.warmup + 1))
+        start = self.decay_from * self.steps
+        done = 0.0 if step < start else (step - start) / max(1.0, self.steps - start)
+        return warm * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass
+class Watch:
+    """Told how training goes on; the command line draws it."""
+
+    step: Callable[[str, int, int, Mapping[str, float]], None] = field(
+        default=lambda name, step, steps, losses: None
+    )
+    stage: Callable[[str], None] = field(default=lambda text: None)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where training runs.
+
+    Parameters
+    ----------
+    precision : {'no', 'bf16', 'fp16'}
+        Of autocast.
+    fsdp : bool
+        Shard parameters, gradients and optimizer states over the processes.
+    cpu : bool
+        Do not use a GPU even if there is one.
+    """
+
+    precision: Literal["no", "bf16", "fp16"] = "bf16"
+    fsdp: bool = False
+    cpu: bool = False
+
+    @cached_property
+    def accelerator(self) -> Accelerator:
+        """The process's accelerator."""
+        plugin = None
+        if self.fsdp and not self.on_cpu:
+            from accelerate import FullyShardedDataParallelPlugin
+
+            plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+        return Accelerator(mixed_precision=self.precision, cpu=self.on_cpu, fsdp_plugin=plugin)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether there is no GPU to use."""
+        return self.cpu or not torch.cuda.is_available()
+
+
+class Draws:
+    """Random tensors of one step, the same however many processes share the batch.
+
+    Parameters
+    ----------
+    seed, step, stream : int
+        Name the generator.
+    batch : int
+        Rows over all processes.
+    rank, world : int
+    device : torch.device
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        step: int,
+        batch: int,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+        stream: int = 0,
+    ) -> None:
+        mixed = (seed * 1_000_003 + step) * 64 + stream
+        self._generator = torch.Generator().manual_seed(mixed % 2**63)
+        share = batch // world
+        self._rows = slice(rank * share, (rank + 1) * share)
+        self._batch, self._device = batch, device
+
+    def _mine(self, tensor: Tensor) -> Tensor:
+        return tensor[self._rows].to(self._device)
+
+    def normal(self, shape: tuple[int, ...]) -> Tensor:
+        """Normal noise [rows, *shape]."""
+        return self._mine(torch.randn(self._batch, *shape, generator=self._generator))
+
+    def integers(self, low: int, high: int) -> Tensor:
+        """Integers in low..high-1, [rows]."""
+        return self._mine(torch.randint(low, high, (self._batch,), generator=self._generator))
+
+    def uniform(self) -> Tensor:
+        """Numbers in 0..1, [rows]."""
+        return self._mine(torch.rand(self._batch, generator=self._generator))
+
+    def one(self, high: int) -> int:
+        """One integer for the whole batch, in 0..high-1."""
+        return int(torch.randint(high, (1,), generator=self._generator))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network in training.
+
+    Parameters
+    ----------
+    module : nn.Module
+    lr : float
+        Peak learning rate.
+    clip : float
+        Largest norm of the gradient.
+    """
+
+    module: nn.Module
+    lr: float
+    clip: float
+
+
+class Trainer:
+    """Trains the networks of one step together.
+
+    Parameters
+    ----------
+    name : str
+        For logs.
+    loop : Loop
+    networks : mapping of str to Trained
+        The first one is averaged (EMA) and is what the step is for.
+    machine : Machine
+    folder : Path
+        Gets ``checkpoint.pt``, ``log.jsonl`` and TensorBoard's events.
+    essence : str
+        What the checkpoint belongs to; another one is refused.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        loop: Loop,
+        networks: Mapping[str, Trained],
+        machine: Machine,
+        folder: Path,
+        essence: str = "",
+        watch: Watch | None = None,
+    ) -> None:
+        self.name, self.loop, self.folder = name, loop, folder
+        self.accelerator = machine.accelerator
+        self.watch = watch or Watch()
+        self.essence = essence
+        world = self.accelerator.num_processes
+        if loop.batch % world:
+            raise UsageError(
+                f"batch {loop.batch} does not divide among {world} processes",
+                field=f"{name}.batch",
+                remedy="choose a multiple",
+            )
+        self.local_batch = loop.batch // world
+        self._parts = dict(networks)
+        self.main = next(iter(networks))
+        self.models: dict[str, nn.Module] = {}
+        self._optimizers: dict[str, Any] = {}
+        for key, part in networks.items():
+            self._prepare(key, part, fsdp=machine.fsdp)
+        self.step = 0
+        self.losses: list[dict[str, float]] = []
+        self._average: dict[str, Tensor] = {}
+
+    def _prepare(self, key: str, part: Trained, *, fsdp: bool) -> None:
+        acc = self.accelerator
+        module = part.module
+        if self.loop.checkpointing:
+            for child in module.modules():
+                if hasattr(child, "enable_gradient_checkpointing"):
+                    child.enable_gradient_checkpointing()
+        if fsdp and acc.distributed_type == DistributedType.MULTI_CPU:
+            # accelerate shards on accelerators only; this is the call that it makes there.
+            from torch.distributed.fsdp import fully_shard
+
+            fully_shard(module)
+            model = module
+        else:
+            model = acc.prepare_model(module.to(acc.device))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        # One tensor at a time: the order of additions is then the same sharded or not.
+        optimizer = torch.optim.AdamW(
+            parameters,
+            lr=part.lr,
+            betas=(0.9, 0.99) if key == self.main else (0.0, 0.99),
+            weight_decay=self.loop.weight_decay,
+            foreach=not acc.device.type == "cpu",
+        )
+        self.models[key] = model
+        self._optimizers[key] = optimizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return torch.device(self.accelerator.device)
+
+    def draws(self, stream: int = 0) -> Draws:
+        """Return the random tensors of the current step."""
+        acc = self.accelerator
+        return Draws(
+            self.loop.seed,
+            self.step,
+            self.loop.batch,
+            acc.process_index,
+            acc.num_processes,
+            self.device,
+            stream,
+        )
+
+    def bare(self, key: str) -> nn.Module:
+        """Return a network without the wrapper that synchronises its gradients."""
+        return self.accelerator.unwrap_model(self.models[key], keep_fp32_wrapper=True)  # type: ignore[no-any-return]
+
+    def update(self, key: str, loss: Tensor) -> None:
+        """Take one optimizer step on a network.
+
+        Raises
+        ------
+        TrainingError
+            If the loss is not finite; the last checkpoint stays as it is.
+        """
+        mean = self.accelerator.reduce(loss.detach(), "mean")
+        if not bool(torch.isfinite(mean)):
+            raise TrainingError(
+                f"{self.name}: the loss of '{key}' is {float(mean)} in step {self.step + 1}",
+                path=self.folder / "checkpoint.pt",
+                remedy="lower the learning rate and run again: it goes on from the checkpoint",
+            )
+        part, optimizer = self._parts[key], self._optimizers[key]
+        for group in optimizer.param_groups:
+            group["lr"] = part.lr * self.loop.rate(self.step)
+        self.accelerator.backward(loss)
+        parameters = [p for p in self.models[key].parameters() if p.grad is not None]
+        torch.nn.utils.clip_grad_norm_(parameters, part.clip, foreach=False)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def run(
+        self,
+        one: Callable[[Trainer], Mapping[str, Tensor]],
+        sample: Callable[[Trainer], None] | None = None,
+    ) -> list[dict[str, float]]:
+        """Train to the end, going on from the checkpoint if there is one.
+
+        Parameters
+        ----------
+        one : callable
+            Does the updates of one step and returns losses for the log.
+        sample : callable, optional
+            Draws a grid every ``loop.sample_every`` steps.
+
+        Returns
+        -------
+        list of dict
+            The losses of the steps that this call ran.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._start()
+        writer = _Writer(self.folder) if self.accelerator.is_main_process else None
+        saved = began = time.monotonic()
+        first = self.step
+        for model in self.models.values():
+            model.train()
+        try:
+            while self.step < self.loop.steps:
+                losses = {
+                    k: float(self.accelerator.reduce(v.detach().float(), "mean"))
+                    for k, v in one(self).items()
+                }
+                self._follow()
+                self.step += 1
+                self.losses.append(losses)
+                self.watch.step(self.name, self.step, self.loop.steps, losses)
+                if writer and (self.step % self.loop.log_every == 0 or self.step == 1):
+                    pace = (time.monotonic() - began) / (self.step - first)
+                    writer.write(self.step, losses | {"seconds_per_step": pace})
+                if sample and self.loop.sample_every and self.step % self.loop.sample_every == 0:
+                    sample(self)
+                if time.monotonic() - saved > self.loop.save_seconds:
+                    self._save()
+                    saved = time.monotonic()
+        except KeyboardInterrupt:
+            if self.step > first:
+                self._save()
+            raise
+        if self.step > first:
+            self._save()
+        return self.losses
+
+    def averaged(self) -> dict[str, Tensor]:
+        """Return the averaged weights of the main network, whole, on the CPU."""
+        return {k: _whole(v).cpu() for k, v in self._average.items()}
+
+    # --- state ---------------------------------------------------------------------------
+
+    def _main_state(self) -> dict[str, Tensor]:
+        return self.bare(self.main).state_dict()
+
+    def _start(self) -> None:
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            self._average = {k: v.detach().clone() for k, v in self._main_state().items()}
+            return
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as e:
+            raise OutputError(
+                f"is not a readable training checkpoint: {e}",
+                path=path,
+                remedy="remove it to train this step from its start",
+            ) from None
+        if state["essence"] != self.essence:
+            raise UsageError(
+                "belongs to another recipe, checkpoint or data",
+                path=path,
+                remedy="choose another --work folder, or remove this one to train afresh",
+            )
+        self.step = int(state["step"])
+        for key in self.models:
+            _load(self.bare(key), state["models"][key])
+            _load_optimizer(self._optimizers[key], state["optimizers"][key])
+        own = self._main_state()
+        self._average = {k: _like(v, own[k]) for k, v in state["average"].items()}
+
+    def _save(self) -> None:
+        def whole(tree: Any) -> Any:
+            if isinstance(tree, Tensor):
+                return _whole(tree).cpu()
+            if isinstance(tree, Mapping):
+                return {k: whole(v) for k, v in tree.items()}
+            return [whole(v) for v in tree] if isinstance(tree, list) else tree
+
+        state = {
+            "step": self.step,
+            "essence": self.essence,
+            "models": {k: whole(self.bare(k).state_dict()) for k in self.models},
+            "optimizers": {k: whole(o.state_dict()) for k, o in self._optimizers.items()},
+            "average": whole(self._average),
+        }
+        if self.accelerator.is_main_process:
+            save_atomic(state, self.folder / "checkpoint.pt")
+        self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        share = 1 - min(self.loop.ema, (self.step + 1) / (self.step + 10))
+        for name, value in self._main_state().items():
+            if value.is_floating_point():
+                self._average[name].lerp_(value, share)
+            else:
+                self._average[name].copy_(value)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    full = getattr(tensor, "full_tensor", None)
+    return (full() if full is not None else tensor).detach()
+
+
+def _like(value: Tensor, own: Tensor) -> Tensor:
+    """Lay a whole tensor out as ``own`` is, sharded or not."""
+    mesh = getattr(own, "device_mesh", None)
+    if mesh is None:
+        return value.to(own.device, copy=True)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(own.device), mesh, own.placements)  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def _load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    for name, own in module.state_dict().items():
+        own.copy_(_like(state[name], own))
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    parameters = [p for g in optimizer.param_groups for p in g["params"]]
+    laid = {
+        i: {
+            k: _like(v, parameters[i]) if isinstance(v, Tensor) and v.ndim else v
+            for k, v in entry.items()
+        }
+        for i, entry in state["state"].items()
+    }
+    optimizer.load_state_dict({"state": laid, "param_groups": state["param_groups"]})
+
+
+def save_atomic(state: object, path: Path) -> None:
+    """Write with torch.save so that a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as handle:
+        torch.save(state, handle)
+        handle.flush()
+        os.fsync(handle.fileno())
+    partial.replace(path)
+
+
+class _Writer:
+    """JSON lines, and TensorBoard's events where it is installed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "log.jsonl"
+        self._board: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self._board = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        with self._path.open("a") as handle:
+            handle.write(json.dumps({"step": step, **values}) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+
+def read_log(folder: Path) -> Iterator[dict[str, float]]:
+    """Read the log of a training step, oldest entry first."""
+    path = folder / "log.jsonl"
+    if path.exists():
+        for line in path.read_text().splitlines():
+            yield json.loads(line)

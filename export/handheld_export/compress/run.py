@@ -1,0 +1,198 @@
+"""Running a recipe: one folder per step, each finished step kept, the student written last."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from handheld import __version__
+from handheld.errors import OutputError
+from handheld.files import cache_root, replaced_folder
+from handheld_export.checkpoint import Checkpoint, write_student_component
+from handheld_export.compress.data import Dataset
+from handheld_export.compress.engine import Machine, Watch, save_atomic
+from handheld_export.compress.recipe import Recipe
+from handheld_export.compress.step import Context, Student, read_all
+from handheld_export.quantization import QuantizedWeight
+
+_COPIED = (
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "scheduler",
+    "model_index.json",
+)
+
+
+def first(checkpoint: Checkpoint) -> Student:
+    """Return a checkpoint as the student that no step has changed yet."""
+    return Student(
+        unet_config=dict(checkpoint.unet.config),
+        unet=read_all(checkpoint, "unet"),
+        vae_config=dict(checkpoint.vae.config),
+        vae=read_all(checkpoint, "vae"),
+        settings=dict(checkpoint.settings),
+        history=list(checkpoint.settings.get("history", [])),
+    )
+
+
+def compress(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    output: Path,
+    *,
+    dataset: Dataset,
+    machine: Machine,
+    work: Path | None = None,
+    watch: Watch | None = None,
+) -> Student:
+    """Make a student.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        The teacher, unquantized.
+    recipe : Recipe
+    output : Path
+        The student's folder.
+    dataset : Dataset
+    machine : Machine
+    work : Path, optional
+        Where steps keep what they have done. Recipes that begin with the same steps share them.
+    watch : Watch, optional
+
+    Raises
+    ------
+    UsageError, TrainingError, CheckpointError, OutputError
+    """
+    watch = watch or Watch()
+    root = work or cache_root() / "compress"
+    base = f"{checkpoint.sha256} {dataset.key()}"
+    student = None
+    began = time.monotonic()
+    for i, step in enumerate(recipe.steps):
+        essence = recipe.essence(i + 1, base)
+        folder = root / f"{i + 1}-{step.kind}-{essence[:16]}"
+        done = folder / "student.pt"
+        if done.exists():
+            student = _load(done)
+            watch.stage(f"{step.kind}: done before")
+            continue
+        student = student or first(checkpoint)
+        watch.stage(step.kind)
+        context = Context(
+            teacher=checkpoint,
+            dataset=dataset,
+            pictures=recipe.data.pictures,
+            machine=machine,
+            work=folder,
+            cache=root,
+            essence=essence,
+            watch=watch,
+        )
+        at = time.monotonic()
+        student = step.run(student, context)
+        student.history[-1] |= {
+            "seconds": round(time.monotonic() - at, 1),
+            "machine": machine_summary(machine),
+        }
+        if machine.accelerator.is_main_process:
+            save_atomic(_dump(student), done)
+        machine.accelerator.wait_for_everyone()
+    assert student is not None
+    student.settings["recipe"] = recipe.name
+    if machine.accelerator.is_main_process:
+        watch.stage("writing the student")
+        write(student, checkpoint, output)
+    watch.stage(f"done in {time.monotonic() - began:.0f} s")
+    return student
+
+
+def machine_summary(machine: Machine) -> dict[str, Any]:
+    """Say what training ran on."""
+    acc = machine.accelerator
+    name = torch.cuda.get_device_name() if acc.device.type == "cuda" else platform.machine()
+    return {
+        "device": name,
+        "processes": acc.num_processes,
+        "threads": torch.get_num_threads(),
+        "precision": machine.precision,
+        "torch": torch.__version__,
+        "handheld": __version__,
+    }
+
+
+def write(student: Student, checkpoint: Checkpoint, output: Path) -> None:
+    """Write a student in diffusers layout, float weights in fp16.
+
+    Raises
+    ------
+    OutputError
+        If the place is taken by something else than a checkpoint, or cannot be written.
+    """
+    if output.exists() and not (output / "unet").is_dir() and any(output.iterdir()):
+        raise OutputError(
+            "is in the way and is no checkpoint", path=output, remedy="choose another place"
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with replaced_folder(output) as work:
+        for name in _COPIED:
+            source = checkpoint.path / name
+            if source.is_dir():
+                shutil.copytree(source, work / name)
+            elif source.is_file():
+                shutil.copy2(source, work / name)
+        for kind, config, weights, codes in (
+            ("unet", student.unet_config, student.unet, student.quantized),
+            ("vae", student.vae_config, student.vae, student.vae_quantized),
+        ):
+            float_weights = {
+                k: v.half().contiguous()
+                for k, v in weights.items()
+                if k.removesuffix(".weight") not in codes
+            }
+            write_student_component(work / kind, config, float_weights, codes)
+        settings = student.settings | {"history": student.history}
+        (work / "handheld.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _dump(student: Student) -> dict[str, Any]:
+    def plain(value: Any) -> Any:
+        if isinstance(value, QuantizedWeight):
+            return {
+                "grid": value.grid,
+                "codes": torch.from_numpy(value.codes),
+                "scales": torch.from_numpy(value.scales),
+                "group_size": value.group_size,
+                "codebook": None if value.codebook is None else torch.from_numpy(value.codebook),
+            }
+        return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    return {f.name: plain(getattr(student, f.name)) for f in fields(student)}
+
+
+def _load(path: Path) -> Student:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+
+    def weight(value: dict[str, Any]) -> QuantizedWeight:
+        book = value["codebook"]
+        return QuantizedWeight.checked(
+            value["grid"],
+            value["codes"].numpy(),
+            value["scales"].numpy().astype(np.float32),
+            value["group_size"],
+            None if book is None else book.numpy(),
+        )
+
+    for name in ("quantized", "vae_quantized"):
+        state[name] = {k: weight(v) for k, v in state[name].items()}
+    return Student(**state)

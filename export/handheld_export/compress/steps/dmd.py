@@ -1,0 +1,317 @@
+"""DMD2: distribution matching distillation to one step or a few.
+
+Yin et al., "Improved Distribution Matching Distillation for Fast Image Synthesis",
+arXiv 2405.14867.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+from torch.nn import functional
+
+from handheld_export.compress import diffusion
+from handheld_export.compress.diffusion import Condition, Schedule
+from handheld_export.compress.engine import Draws, Loop, Trained, Trainer
+from handheld_export.compress.step import Context, Step, Student, build_unet
+
+
+class FakeScore(nn.Module):
+    """The score of what the generator draws, with a real-or-generated head on its features.
+
+    Parameters
+    ----------
+    unet : UNet2DConditionModel
+        Starts as the teacher.
+    """
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = unet
+        channels = int(unet.config["block_out_channels"][-1])
+        groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0)
+        self.head = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.GroupNorm(groups, channels),
+            nn.SiLU(),
+            nn.Conv2d(channels, 1, 1),
+        )
+        inner = unet.mid_block if unet.mid_block is not None else unet.down_blocks[-1]
+        self._features: list[Tensor] = []
+        inner.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._features[:] = [output[0] if isinstance(output, tuple) else output]
+
+    def forward(
+        self, x: Tensor, t: Tensor, states: Tensor, pooled: Tensor | None, time_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the noise prediction and one logit per picture, larger where it looks real."""
+        eps = diffusion.predict(self.unet, x, t, Condition(states, pooled, time_ids))
+        logits = self.head(self._features.pop()).float().mean(dim=(1, 2, 3))
+        return eps, logits
+
+
+def matching_gradient(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+    """Return the direction in which a picture becomes less likely.
+
+    Parameters
+    ----------
+    x0, real, fake : Tensor, [n, C, h, w]
+        What the generator drew; what real and fake score make of it once noised.
+
+    Returns
+    -------
+    Tensor
+        ``(fake - real) / mean |x0 - real|``, the mean over each picture; eq. 8 of DMD
+        (arXiv 2311.18828).
+    """
+    weight = (x0 - real).abs().mean(dim=(1, 2, 3), keepdim=True)
+    return (fake - real) / weight.clamp_min(1e-6)
+
+
+class DMD(Step):
+    """Match the distribution of the teacher's pictures in one step or a few."""
+
+    kind: ClassVar[str] = "dmd"
+    before: ClassVar[tuple[str, ...]] = ("dmd", "quantize", "train-quantized")
+
+    train: Loop
+    """``steps`` counts updates of the generator."""
+    timesteps: list[int] = Field(default=[399], min_length=1)
+    fake_lr: float | None = Field(default=None, gt=0)
+    """Learning rate of the fake score; the generator's if not given."""
+    fake_updates: int = Field(default=5, ge=1)
+    """Updates of the fake score for each of the generator."""
+    guidance: float | None = None
+    """Of the real score."""
+    gan_generator: float = Field(default=5e-3, ge=0)
+    gan_head: float = Field(default=1e-2, ge=0)
+    low: float = Field(default=0.02, ge=0, lt=1)
+    high: float = Field(default=0.98, gt=0, le=1)
+    """Fractions of the schedule between which scores are compared."""
+
+    @field_validator("timesteps")
+    @classmethod
+    def _fall(cls, value: list[int]) -> list[int]:
+        if sorted(set(value), reverse=True) != value or not all(0 <= t < 1000 for t in value):
+            raise ValueError("timesteps must fall, within 999..0")
+        return value
+
+    def run(self, student: Student, context: Context) -> Student:
+        """Train generator and fake score by turns."""
+        data, schedule = context.data, context.schedule
+        teacher = context.load_teacher()
+        guidance = context.guidance(self.guidance)
+        empty = data.empty().to(context.device)
+        loop = self.train
+        fake_lr = self.fake_lr or loop.lr
+        fake = FakeScore(
+            build_unet(
+                context.teacher.unet.config,
+                {k: v.float().cpu() for k, v in teacher.state_dict().items()},
+            )
+        )
+        trainer = Trainer(
+            self.kind,
+            loop,
+            {
+                "generator": Trained(
+                    build_unet(student.unet_config, student.unet), loop.lr, loop.clip
+                ),
+                "fake": Trained(fake, fake_lr, loop.clip),
+            },
+            context.machine,
+            context.work,
+            context.essence,
+            context.watch,
+        )
+        matching = Matching(
+            timesteps=tuple(self.timesteps),
+            schedule=schedule,
+            teacher=teacher,
+            empty=empty,
+            guidance=guidance,
+            gan_generator=self.gan_generator,
+            gan_head=self.gan_head,
+            low=self.low,
+            high=self.high,
+        )
+
+        def one(trainer: Trainer) -> dict[str, Tensor]:
+            losses: dict[str, Tensor] = {}
+            for turn in range(self.fake_updates):
+                draws = trainer.draws(1 + turn)
+                rows = draws.integers(0, len(data)).cpu()
+                condition = data.condition(rows).to(trainer.device)
+                real = data.rows("latents", rows).to(trainer.device)
+                losses |= matching.update_fake(trainer, draws, condition, real)
+            draws = trainer.draws()
+            condition = data.condition(draws.integers(0, len(data)).cpu()).to(trainer.device)
+            return losses | matching.update_generator(trainer, draws, condition)
+
+        losses = trainer.run(one)
+        student.unet = trainer.averaged()
+        student.settings |= {
+            "sampler": "dmd",
+            "timesteps": self.timesteps,
+            "steps": len(self.timesteps),
+            "guidance": 1.0,
+        }
+        student.history.append(
+            {
+                "step": self.kind,
+                "settings": self.model_dump() | {"guidance": guidance},
+                "losses": losses[-1] if losses else None,
+            }
+        )
+        return student
+
+
+class Matching:
+    """The two updates of DMD2, for any generator that predicts noise.
+
+    Parameters
+    ----------
+    timesteps : tuple of int
+        At which the generator is evaluated, noisiest first.
+    schedule : Schedule
+    teacher : nn.Module
+        The real score.
+    empty : Condition
+        Of one empty prompt, for guidance.
+    """
+
+    def __init__(
+        self,
+        *,
+        timesteps: tuple[int, ...],
+        schedule: Schedule,
+        teacher: nn.Module,
+        empty: Condition,
+        guidance: float,
+        gan_generator: float,
+        gan_head: float,
+        low: float = 0.02,
+        high: float = 0.98,
+    ) -> None:
+        self.timesteps = timesteps
+        self.schedule = schedule
+        self.teacher = teacher
+        self.empty = empty
+        self.guidance = guidance
+        self.gan_generator = gan_generator
+        self.gan_head = gan_head
+        count = len(schedule)
+        self.range = (int(low * count), int(high * count))
+
+    def generate(
+        self, trainer: Trainer, generator: nn.Module, draws: Draws, condition: Condition
+    ) -> Tensor:
+        """Draw with the generator; gradients flow through its last evaluation.
+
+        With several timesteps this is backward simulation: the latents that the last evaluation
+        sees are the generator's own.
+        """
+        last = draws.one(len(self.timesteps))
+        shape = self._shape
+        x, x0 = draws.normal(shape), None
+        for i, step in enumerate(self.timesteps[: last + 1]):
+            t = torch.full((len(x),), step, device=x.device)
+            if x0 is not None:
+                x = self.schedule.add_noise(x0, draws.normal(shape), t)
+            with torch.set_grad_enabled(i == last and torch.is_grad_enabled()):
+                with trainer.accelerator.autocast():
+                    eps = diffusion.predict(generator, x, t, condition)
+                x0 = self.schedule.denoise(x, eps, t)
+        assert x0 is not None
+        return x0
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        config: Any = self.teacher.config
+        side = int(config["sample_size"])
+        return int(config["in_channels"]), side, side
+
+    def update_fake(
+        self, trainer: Trainer, draws: Draws, condition: Condition, real: Tensor
+    ) -> dict[str, Tensor]:
+        """Teach the fake score what the generator draws, and the head to tell it from real."""
+        with torch.no_grad():
+            made = self.generate(trainer, trainer.models["generator"], draws, condition)
+        n = len(made)
+        t = draws.integers(0, len(self.schedule))
+        noise = draws.normal(self._shape)
+        noisy = self.schedule.add_noise(made, noise, t)
+        if self.gan_head == 0:
+            with trainer.accelerator.autocast():
+                eps, _ = _call(trainer.models["fake"], noisy, t, condition)
+            loss = functional.mse_loss(eps, noise)
+            trainer.update("fake", loss)
+            return {"fake": loss}
+        other = self.schedule.add_noise(real, draws.normal(self._shape), t)
+        both = Condition.join([condition, condition])
+        with trainer.accelerator.autocast():
+            eps, logits = _call(
+                trainer.models["fake"], torch.cat([noisy, other]), torch.cat([t, t]), both
+            )
+        denoising = functional.mse_loss(eps[:n], noise)
+        head = functional.softplus(logits[:n]).mean() + functional.softplus(-logits[n:]).mean()
+        trainer.update("fake", denoising + self.gan_head * head)
+        right = torch.cat([logits[:n] < 0, logits[n:] > 0]).float().mean()
+        return {"fake": denoising, "head": head, "head_right": right}
+
+    def generator_loss(
+        self,
+        trainer: Trainer,
+        generator: nn.Module,
+        draws: Draws,
+        condition: Condition,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the loss whose gradient is DMD2's, the drawn latents, and figures for the log."""
+        x0 = self.generate(trainer, generator, draws, condition)
+        fake = trainer.bare("fake")
+        t = draws.integers(*self.range)
+        noise = draws.normal(self._shape)
+        with torch.no_grad(), trainer.accelerator.autocast():
+            noisy = self.schedule.add_noise(x0, noise, t)
+            eps = diffusion.guided(
+                self.teacher, noisy, t, condition, self.empty, self.guidance
+            )
+            real_x0 = self.schedule.denoise(noisy, eps, t)
+            eps, _ = _call(fake, noisy, t, condition)
+            fake_x0 = self.schedule.denoise(noisy, eps, t)
+            direction = matching_gradient(x0, real_x0, fake_x0)
+        figures = {"matching": direction.square().mean()}
+        if self.gan_generator:
+            # Only the pictures' gradient is wanted, so the fake score's weights get none.
+            point = x0.detach().requires_grad_()
+            t = draws.integers(0, len(self.schedule))
+            with torch.enable_grad(), trainer.accelerator.autocast():
+                noisy = self.schedule.add_noise(point, draws.normal(self._shape), t)
+                _, logits = _call(fake, noisy, t, condition)
+                gan = functional.softplus(-logits)
+            (slope,) = torch.autograd.grad(gan.sum(), point)
+            pixels = x0[0].numel()
+            direction = direction + self.gan_generator * slope * pixels
+            figures["gan"] = gan.detach().mean()
+        wanted = (x0 - direction).detach()
+        return 0.5 * functional.mse_loss(x0, wanted), x0, figures
+
+    def update_generator(
+        self, trainer: Trainer, draws: Draws, condition: Condition
+    ) -> dict[str, Tensor]:
+        """Move the generator towards the teacher's distribution."""
+        loss, _, figures = self.generator_loss(
+            trainer, trainer.models["generator"], draws, condition
+        )
+        trainer.update("generator", loss)
+        return {"loss": loss} | figures
+
+
+def _call(fake: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+    eps, logits = fake(x, t, condition.states, condition.pooled, condition.time_ids)
+    return eps, logits

@@ -1,0 +1,133 @@
+"""Regression on the teacher's own (noise, picture) pairs, the warm-up of one-step distillation."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from handheld_export import sampling
+from handheld_export.compress import diffusion
+from handheld_export.compress.data import Prepared, keep
+from handheld_export.compress.engine import Loop, Trained, Trainer
+from handheld_export.compress.step import Context, Step, Student, build_unet
+
+
+class Warmup(Step):
+    """Train one step from noise to what the teacher's sampler makes of that noise.
+
+    DMD2 (arXiv 2405.14867) uses it before the distribution loss where one step is to be enough:
+    10,000 pairs, learning rate 1e-5, 2,000 iterations for SDXL.
+    """
+
+    kind: ClassVar[str] = "warmup"
+    before: ClassVar[tuple[str, ...]] = ("warmup", "dmd", "quantize", "train-quantized")
+
+    train: Loop
+    pairs: int = Field(default=10_000, ge=1)
+    sampler: str = "dpmpp2m"
+    teacher_steps: int = Field(default=25, ge=1)
+    guidance: float | None = None
+    timestep: int = Field(default=399, ge=0, le=999)
+    """The timestep that the pure-noise input is conditioned on."""
+
+    def run(self, student: Student, context: Context) -> Student:
+        """Make the pairs, or read them from the cache, and train."""
+        pairs = teacher_pairs(
+            context, self.pairs, self.sampler, self.teacher_steps, self.guidance, self.train.seed
+        )
+        data, schedule = context.data, context.schedule
+        unet = build_unet(student.unet_config, student.unet)
+        network = Trained(unet, self.train.lr, self.train.clip)
+        trainer = Trainer(
+            self.kind,
+            self.train,
+            {"generator": network},
+            context.machine,
+            context.work,
+            context.essence,
+            context.watch,
+        )
+
+        def one(trainer: Trainer) -> dict[str, Tensor]:
+            picked = trainer.draws().integers(0, len(pairs)).cpu()
+            noise = pairs.rows("noise", picked).to(trainer.device)
+            wanted = pairs.rows("latents", picked).to(trainer.device)
+            condition = data.condition(pairs.rows("caption", picked).long()).to(trainer.device)
+            t = torch.full((len(noise),), self.timestep, device=trainer.device)
+            with trainer.accelerator.autocast():
+                eps = diffusion.predict(trainer.models["generator"], noise, t, condition)
+            x0 = schedule.denoise(noise, eps, t)
+            loss = torch.nn.functional.mse_loss(x0, wanted)
+            trainer.update("generator", loss)
+            return {"loss": loss}
+
+        losses = trainer.run(one)
+        student.unet = trainer.averaged()
+        student.settings |= {"sampler": "dmd", "timesteps": [self.timestep], "guidance": 1.0}
+        student.settings |= {"steps": 1}
+        student.history.append(
+            {"step": self.kind, "settings": self.model_dump(), "loss": _mean(losses)}
+        )
+        return student
+
+
+def _mean(losses: list[dict[str, float]]) -> float | None:
+    last = [entry["loss"] for entry in losses[-50:]]
+    return sum(last) / len(last) if last else None
+
+
+@torch.no_grad()
+def teacher_pairs(
+    context: Context, count: int, sampler: str, steps: int, guidance: float | None, seed: int
+) -> Prepared:
+    """Draw with the teacher from known noise, in resumable pieces of 64 pairs.
+
+    Returns
+    -------
+    Prepared
+        ``noise`` and ``latents`` [count, C, h, w], ``caption`` [count], rows of the dataset.
+    """
+    data = context.data
+    guidance = context.guidance(guidance)
+    name = f"pairs-{data.folder.name}-{context.teacher.unet_sha256[:12]}"
+    folder = context.cache / f"{name}-{sampler}{steps}-g{guidance}-{count}-s{seed}"
+    if (folder / "meta.json").is_file():
+        return Prepared(folder)
+    acc = context.machine.accelerator
+    chosen = sampling.timesteps(len(context.schedule), steps, "trailing")
+    plan = sampling.plan(context.teacher.scheduler, sampler, chosen)
+    parts = folder.with_name(folder.name + ".parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    shape = data.rows("latents", torch.zeros(1, dtype=torch.long)).shape[1:]
+    empty = data.empty().to(context.device)
+    teacher = context.load_teacher()
+    size = 64
+    pieces = -(-count // size)
+    for piece in range(acc.process_index, pieces, acc.num_processes):
+        path = parts / f"{piece:06}"
+        if (path / "meta.json").is_file():
+            continue
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + piece)
+        n = min(size, count - piece * size)
+        noise = torch.randn(n, *shape, generator=generator)
+        caption = torch.randint(len(data), (n,), generator=generator)
+        condition = data.condition(caption).to(context.device)
+        with acc.autocast():
+            made = diffusion.sample(
+                teacher, noise.to(context.device), condition, empty, plan, guidance
+            )
+        tensors = {"noise": noise.half(), "latents": made.half().cpu(), "caption": caption}
+        keep(path, tensors, {"count": n})
+        context.watch.step("teacher pairs", piece + 1, pieces, {})
+    acc.wait_for_everyone()
+    if acc.is_main_process:
+        read = [Prepared(parts / f"{i:06}") for i in range(pieces)]
+        joined = {
+            k: torch.cat([p.whole(k) for p in read]) for k in ("noise", "latents", "caption")
+        }
+        keep(folder, joined, {"count": count, "guidance": guidance, "sampler": sampler})
+    acc.wait_for_everyone()
+    return Prepared(folder)
