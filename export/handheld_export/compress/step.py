@@ -40,6 +40,8 @@ class Student:
         U-Net layers that carry codes.
     settings : dict
         ``handheld.json``.
+    reference_config, reference
+        Configuration and weights of the float student that a smaller one is to imitate.
     history : list of dict
         One entry for each step: kind, settings, figures.
     """
@@ -51,6 +53,8 @@ class Student:
     settings: dict[str, Any]
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
     vae_quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
+    reference_config: dict[str, Any] = field(default_factory=dict)
+    reference: dict[str, torch.Tensor] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
     @property

@@ -1,0 +1,172 @@
+"""Post-training quantization: bits by sensitivity, then rounding that compensates its errors."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from handheld.errors import UsageError
+from handheld_export.compress import diffusion
+from handheld_export.compress.allocate import assign, bits_per_weight, nbytes, sensitivity
+from handheld_export.compress.fakequant import fit, layers
+from handheld_export.compress.gptq import round_model
+from handheld_export.compress.step import Context, Step, Student, build_unet
+from handheld_export.precision import Choice
+
+Grid = Literal["int8", "int4", "int2"]
+FLOAT = ("conv_in", "conv_out", "add_embedding", "time_embedding")
+"""A thousandth of the weights, and all of the signal goes through them."""
+
+
+class Quantize(Step):
+    """Give every layer of the U-Net codes and scales.
+
+    Layers get the first grid of their list at least. What the budget leaves goes to the layers
+    whose rounding harms the picture most, one grid up at a time.
+    """
+
+    kind: ClassVar[str] = "quantize"
+    before: ClassVar[tuple[str, ...]] = ("quantize",)
+
+    linear: Annotated[list[Grid], Field(min_length=1)] = ["int4"]
+    convolution: Annotated[list[Grid], Field(min_length=1)] = ["int8"]
+    embedding: Annotated[list[Grid], Field(min_length=1)] = ["int8"]
+    """For the projections of the time embedding inside resnets."""
+    group_size: int | None = Field(default=None, ge=1)
+    bits: float | None = Field(default=None, gt=0)
+    """Budget: bits per weight over the quantized layers, scales included."""
+    megabytes: float | None = Field(default=None, gt=0)
+    """Budget in bytes instead; MB = 10^6 bytes."""
+    method: Literal["round", "gptq"] = "gptq"
+    calibration: int = Field(default=32, ge=1)
+    """Pictures' worth of prompts and noise."""
+    seed: int = 0
+    timestep: int | None = Field(default=None, ge=0, le=999)
+    """Where a student of many steps is measured; one of one step has its own."""
+
+    def candidates(self, model: nn.Module) -> dict[str, list[Choice]]:
+        """Return the choices for every layer that is quantized at all."""
+        found: dict[str, list[Choice]] = {}
+        for name, layer in layers(model).items():
+            if name.startswith(FLOAT):
+                continue
+            if isinstance(layer, nn.Conv2d):
+                grids = self.convolution
+            elif name.endswith("time_emb_proj"):
+                grids = self.embedding
+            else:
+                grids = self.linear
+            divides = isinstance(layer, nn.Linear) and self.group_size
+            group = self.group_size if divides and layer.in_features % divides == 0 else None
+            found[name] = [Choice(g, None if g == "int8" else group) for g in grids]
+        return found
+
+    def budget(self, shapes: dict[str, tuple[int, ...]]) -> float:
+        """Return the budget in bytes; infinite where the recipe sets none."""
+        if self.megabytes is not None and self.bits is not None:
+            raise UsageError("both bits and megabytes are given", remedy="keep one of them")
+        if self.megabytes is not None:
+            return self.megabytes * 1e6
+        if self.bits is None:
+            return float("inf")
+        return self.bits / 8 * sum(torch.Size(s).numel() for s in shapes.values())
+
+    def run(self, student: Student, context: Context) -> Student:
+        """Measure, assign, round."""
+        unet = build_unet(student.unet_config, student.unet).to(context.device).eval()
+        evaluate = calibration(student, context, unet, self.calibration, self.seed, self.timestep)
+        candidates = self.candidates(unet)
+        shapes = {n: tuple(unet.get_submodule(n).weight.shape) for n in candidates}
+        budget = self.budget(shapes)
+        least = sum(min(nbytes(shapes[n], c) for c in given) for n, given in candidates.items())
+        if least > budget:
+            raise UsageError(
+                f"the budget of {budget / 1e6:.2f} MB cannot be met: the smallest grids need "
+                f"{least / 1e6:.2f} MB",
+                field="quantize.bits" if self.bits else "quantize.megabytes",
+                remedy="raise the budget or allow smaller grids",
+            )
+        if budget == float("inf"):
+            chosen = {n: given[0] for n, given in candidates.items()}
+        else:
+            measured = sensitivity(
+                unet,
+                evaluate,
+                candidates,
+                lambda i, n: context.watch.step("sensitivity", i, n, {}),
+            )
+            chosen = assign(measured, budget)
+        student.reference_config, student.reference = dict(student.unet_config), dict(student.unet)
+        reference = evaluate()
+        if self.method == "gptq":
+            found = round_model(
+                unet,
+                chosen,
+                evaluate,
+                watch=lambda i, n: context.watch.step("rounding", i, n, {}),
+            )
+        else:
+            found = {n: fit(student.unet[f"{n}.weight"].numpy(), c) for n, c in chosen.items()}
+            for name, coded in found.items():
+                layer = unet.get_submodule(name)
+                layer.weight.data = torch.from_numpy(coded.dequantize()).to(layer.weight)
+        error = float((evaluate() - reference).square().mean() / reference.square().mean())
+        student.quantized = found
+        counts: dict[str, int] = {}
+        for coded in found.values():
+            counts[coded.grid] = counts.get(coded.grid, 0) + 1
+        student.history.append(
+            {
+                "step": self.kind,
+                "settings": self.model_dump(),
+                "bits_per_weight": bits_per_weight(found),
+                "layers": counts,
+                "relative_error": error,
+            }
+        )
+        return student
+
+
+def calibration(
+    student: Student,
+    context: Context,
+    unet: nn.Module,
+    count: int,
+    seed: int,
+    timestep: int | None = None,
+) -> Any:
+    """Return a function that runs the U-Net on fixed prompts and noise, and gives x0.
+
+    A student of one step is run where it is used: at its own timestep on pure noise. Otherwise
+    noised latents of the dataset are taken, at all noise levels or at ``timestep``.
+    """
+    data, schedule = context.data, context.schedule
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + 5)
+    rows = torch.randint(len(data), (count,), generator=generator)
+    latents = data.rows("latents", rows)
+    noise = torch.randn(latents.shape, generator=generator)
+    own = student.settings.get("timesteps")
+    if student.settings.get("sampler") == "dmd" and own:
+        t = torch.full((count,), int(own[0]))
+        noisy = noise
+    else:
+        t = torch.linspace(0, len(schedule) - 1, count).round().long()
+        t = t if timestep is None else torch.full((count,), timestep)
+        noisy = schedule.add_noise(latents.to(schedule.alphas), noise.to(schedule.alphas),
+                                   t.to(schedule.alphas.device))  # fmt: skip
+    condition = data.condition(rows)
+    device = context.device
+
+    @torch.no_grad()
+    def evaluate() -> Tensor:
+        made = []
+        for part in torch.arange(count).split(16):
+            x, at = noisy[part].to(device), t[part].to(device)
+            eps = diffusion.predict(unet, x, at, condition[part].to(device))
+            made.append(schedule.denoise(x, eps, at))
+        return torch.cat(made)
+
+    return evaluate
