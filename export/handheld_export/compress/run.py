@@ -126,7 +126,7 @@ def machine_summary(machine: Machine) -> dict[str, Any]:
         "processes": acc.num_processes,
         "threads": torch.get_num_threads(),
         "precision": machine.precision,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "handheld": __version__,
     }
 

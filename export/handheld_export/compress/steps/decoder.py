@@ -1,0 +1,137 @@
+"""A tiny decoder in place of the VAE's, which in one-step generation is the heavier half."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from handheld import counting
+from handheld.errors import UsageError
+from handheld_export.compress.data import Prepared
+from handheld_export.compress.engine import Loop, Trained, Trainer
+from handheld_export.compress.step import Context, Step, Student, load_vae
+
+
+class Decoder(Step):
+    """Train the decoder of an AutoencoderTiny (TAESD's architecture) on the VAE's own pictures."""
+
+    kind: ClassVar[str] = "decoder"
+    before: ClassVar[tuple[str, ...]] = ("decoder",)
+
+    train: Loop
+    channels: list[int] = Field(default=[64, 64, 64, 64], min_length=2)
+    blocks: list[int] = Field(default=[3, 3, 3, 1], min_length=2)
+    l1: float = Field(default=0.1, ge=0)
+    color: float = Field(default=10.0, ge=0)
+    """Weight of the error of 8x8 areas' mean color."""
+    held_out: int = Field(default=64, ge=1)
+    """Latents that training never sees, on which the PSNR is measured."""
+
+    def config(self, vae: dict[str, Any]) -> dict[str, Any]:
+        """Return the tiny autoencoder's configuration."""
+        factor = len(vae["block_out_channels"])
+        if len(self.channels) != factor or len(self.blocks) != factor:
+            raise UsageError(
+                f"the VAE has {factor} levels",
+                field="decoder.channels",
+                remedy=f"give {factor} numbers for channels and for blocks",
+            )
+        return {
+            "_class_name": "AutoencoderTiny",
+            "in_channels": 3,
+            "out_channels": 3,
+            "encoder_block_out_channels": self.channels,
+            "decoder_block_out_channels": self.channels,
+            "num_encoder_blocks": self.blocks[::-1],
+            "num_decoder_blocks": self.blocks,
+            "latent_channels": vae["latent_channels"],
+            "upsampling_scaling_factor": 2,
+            "act_fn": "relu",
+            "upsample_fn": "nearest",
+            "latent_magnitude": 3,
+            "latent_shift": 0.5,
+            "force_upcast": False,
+            "scaling_factor": 1.0,
+            "shift_factor": 0.0,
+        }
+
+    def run(self, student: Student, context: Context) -> Student:
+        """Train, then measure on held-out latents."""
+        from diffusers import AutoencoderTiny
+
+        data = context.data
+        if len(data) <= self.held_out:
+            raise UsageError(
+                f"{len(data)} pictures leave none for training",
+                field="data.pictures",
+                remedy=f"take more than held_out = {self.held_out}",
+            )
+        config = self.config(student.vae_config)
+        torch.manual_seed(self.train.seed)
+        tiny = AutoencoderTiny.from_config(config).decoder.to(memory_format=torch.channels_last)
+        vae = load_vae(context.teacher).to(context.device)
+        factor = float(vae.config["scaling_factor"])
+        trainer = Trainer(
+            self.kind,
+            self.train,
+            {"decoder": Trained(tiny, self.train.lr, self.train.clip)},
+            context.machine,
+            context.work,
+            context.essence,
+            context.watch,
+        )
+
+        def one(trainer: Trainer) -> dict[str, Tensor]:
+            rows = trainer.draws().integers(0, len(data) - self.held_out).cpu()
+            latents = data.rows("latents", rows).to(trainer.device)
+            with trainer.accelerator.autocast():
+                with torch.no_grad():
+                    wanted = vae.decode(latents / factor).sample.float()
+                made = trainer.models["decoder"](latents).float()
+            error = made - wanted
+            mse = error.square().mean()
+            color = functional.avg_pool2d(error, 8).square().mean()
+            loss = mse + self.l1 * error.abs().mean() + self.color * color
+            trainer.update("decoder", loss)
+            return {"loss": loss, "mse": mse, "color": color}
+
+        trainer.run(one)
+        weights = trainer.averaged()
+        tiny = AutoencoderTiny.from_config(config).decoder
+        tiny.load_state_dict(weights)
+        figures = fidelity(tiny.to(context.device).eval(), vae, data, self.held_out)
+        side = int(student.unet_config["sample_size"])
+        macs = [
+            counting.summary(counting.count_decoder(c, (side, side)))["macs"]
+            for c in (student.vae_config, config)
+        ]
+        student.vae = {f"decoder.{k}": v for k, v in weights.items()}
+        student.vae_config = config
+        student.history.append(
+            {"step": self.kind, "settings": self.model_dump(), "macs": macs, **figures}
+        )
+        return student
+
+
+@torch.no_grad()
+def fidelity(tiny: Any, vae: Any, data: Prepared, count: int) -> dict[str, float]:
+    """Return the PSNR of the tiny decoder to the VAE on the last ``count`` latents, dB."""
+    factor = float(vae.config["scaling_factor"])
+    device = next(vae.parameters()).device
+    errors = []
+    for rows in torch.arange(len(data) - count, len(data)).split(16):
+        latents = data.rows("latents", rows).to(device)
+        made = tiny(latents).clamp(-1, 1)
+        wanted = vae.decode(latents / factor).sample.clamp(-1, 1)
+        errors.append(((made - wanted) / 2).square().flatten(1).mean(dim=1))
+    error = torch.cat(errors)
+    return {
+        "held_out": float(count),
+        "psnr_of_mean_error_db": float(-10 * error.mean().log10()),
+        "psnr_mean_db": float((-10 * error.log10()).mean()),
+        "psnr_min_db": float(-10 * error.max().log10()),
+    }
