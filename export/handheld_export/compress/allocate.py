@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +124,7 @@ def sensitivity(
     power = float(reference.square().mean())
     found: dict[str, list[Option]] = {}
     for i, (name, choices) in enumerate(candidates.items()):
-        layer = model.get_submodule(name)
+        layer: Any = model.get_submodule(name)
         own = layer.weight.detach()
         found[name] = []
         for choice in choices:
@@ -139,8 +140,5 @@ def sensitivity(
 def bits_per_weight(quantized: Mapping[str, QuantizedWeight]) -> float:
     """Return the average over all quantized weights, scales included."""
     weights = sum(q.codes.size for q in quantized.values())
-    total = sum(
-        nbytes(q.codes.shape, Choice(q.grid, q.group_size)) for q in quantized.values()
-    )
+    total = sum(nbytes(q.codes.shape, Choice(q.grid, q.group_size)) for q in quantized.values())
     return 8 * total / max(1, weights)
-

@@ -33,7 +33,10 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 class Dataset(Protocol):
     """Captioned pictures."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """A short name for folders."""
+        ...
 
     def key(self) -> str:
         """Return what names the contents, for caches."""
@@ -200,7 +203,7 @@ class Prepared:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.meta: dict[str, Any] = read_json(folder / "meta.json")
-        self._file = safe_open(folder / "data.safetensors", framework="pt")
+        self._file: Any = safe_open(folder / "data.safetensors", framework="pt")
         self._slices = {k: self._file.get_slice(k) for k in self._file.keys()}  # noqa: SIM118
 
     def __len__(self) -> int:
@@ -213,7 +216,8 @@ class Prepared:
 
     def whole(self, name: str) -> Tensor:
         """Read a whole tensor, in the dtype it is stored in."""
-        return self._file.get_tensor(name)
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
 
     def has(self, name: str) -> bool:
         """Tell whether there is a tensor of this name."""

@@ -127,7 +127,8 @@ def guided(
         return predict(unet, x, t, condition)
     n = len(x)
     both = Condition.join([condition, empty.repeat(n)])
-    with_text, without = predict(unet, torch.cat([x, x]), torch.cat([t, t]), both).split(n)
+    eps = predict(unet, torch.cat([x, x]), torch.cat([t, t]), both)
+    with_text, without = eps[:n], eps[n:]
     return without + guidance * (with_text - without)
 
 

@@ -140,19 +140,19 @@ class Draws:
         return tensor[self._rows].to(self._device)
 
     def normal(self, shape: tuple[int, ...]) -> Tensor:
-        """Normal noise [rows, *shape]."""
+        """Draw normal noise [rows, *shape]."""
         return self._mine(torch.randn(self._batch, *shape, generator=self._generator))
 
     def integers(self, low: int, high: int) -> Tensor:
-        """Integers in low..high-1, [rows]."""
+        """Draw integers in low..high-1, [rows]."""
         return self._mine(torch.randint(low, high, (self._batch,), generator=self._generator))
 
     def uniform(self) -> Tensor:
-        """Numbers in 0..1, [rows]."""
+        """Draw numbers in 0..1, [rows]."""
         return self._mine(torch.rand(self._batch, generator=self._generator))
 
     def one(self, high: int) -> int:
-        """One integer for the whole batch, in 0..high-1."""
+        """Draw one integer for the whole batch, in 0..high-1."""
         return int(torch.randint(high, (1,), generator=self._generator))
 
 
@@ -228,8 +228,9 @@ class Trainer:
         module = part.module
         if self.loop.checkpointing:
             for child in module.modules():
-                if hasattr(child, "enable_gradient_checkpointing"):
-                    child.enable_gradient_checkpointing()
+                enable: Any = getattr(child, "enable_gradient_checkpointing", None)
+                if enable is not None:
+                    enable()
         if fsdp and acc.distributed_type == DistributedType.MULTI_CPU:
             # accelerate shards on accelerators only; this is the call that it makes there.
             from torch.distributed.fsdp import fully_shard
@@ -245,7 +246,7 @@ class Trainer:
             lr=part.lr,
             betas=(0.9, 0.99) if key == self.main else (0.0, 0.99),
             weight_decay=self.loop.weight_decay,
-            foreach=not acc.device.type == "cpu",
+            foreach=acc.device.type != "cpu",
         )
         self.models[key] = model
         self._optimizers[key] = optimizer
@@ -466,7 +467,7 @@ class _Writer:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return
-        self._board = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._board = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         with self._path.open("a") as handle:

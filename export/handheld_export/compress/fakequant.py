@@ -89,7 +89,8 @@ class FakeConv2d(nn.Conv2d, FakeQuantized):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer."""
-        return self._conv_forward(input, self.rounded(), self.bias)
+        made: Tensor = self._conv_forward(input, self.rounded(), self.bias)
+        return made
 
 
 def layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -122,8 +123,8 @@ def round_all(
 def fit(weight: np.ndarray[Any, Any], choice: Choice, rounds: int = 12) -> QuantizedWeight:
     """Quantize with scales of least squared error, by alternating optimisation.
 
-    Codes for the scale, then the scale for the codes, ``s = <w, q> / <q, q>``, which is BitsFusion's
-    initialisation (arXiv 2406.04333); from several first scales, of which the best result stays.
+    Codes for the scale, then the scale for the codes, ``s = <w, q> / <q, q>``, as BitsFusion starts
+    (arXiv 2406.04333); from several first scales, of which the best result stays.
     For int8 that is rounding to nearest, where nothing is to be gained.
 
     Parameters

@@ -47,9 +47,9 @@ class Hessian:
         if isinstance(layer, nn.Conv2d):
             columns = functional.unfold(
                 x.float(),
-                layer.kernel_size,  # type: ignore[arg-type]
-                padding=layer.padding,  # type: ignore[arg-type]
-                stride=layer.stride,  # type: ignore[arg-type]
+                layer.kernel_size,
+                padding=layer.padding,
+                stride=layer.stride,
             )
             rows = columns.transpose(1, 2).reshape(-1, columns.shape[1])
         else:

@@ -113,7 +113,8 @@ class Context:
     def load_teacher(self) -> nn.Module:
         """Load the teacher's U-Net, frozen."""
         unet = build_unet(self.teacher.unet.config, read_all(self.teacher, "unet"))
-        return unet.to(self.device).eval().requires_grad_(False)
+        module: nn.Module = unet.to(self.device).eval().requires_grad_(False)
+        return module
 
     def guidance(self, wanted: float | None) -> float:
         """Return the teacher's guidance where the recipe gives none."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import hashlib
+import json
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -23,8 +25,10 @@ class Decoder(Step):
     before: ClassVar[tuple[str, ...]] = ("decoder",)
 
     train: Loop
-    channels: list[int] = Field(default=[64, 64, 64, 64], min_length=2)
-    blocks: list[int] = Field(default=[3, 3, 3, 1], min_length=2)
+    width: int = Field(default=64, ge=1)
+    """Channels of every layer."""
+    blocks: list[Annotated[int, Field(ge=0)]] = Field(default=[3, 3, 3, 1], min_length=2)
+    """Residual blocks at each resolution, smallest first."""
     l1: float = Field(default=0.1, ge=0)
     color: float = Field(default=10.0, ge=0)
     """Weight of the error of 8x8 areas' mean color."""
@@ -34,18 +38,18 @@ class Decoder(Step):
     def config(self, vae: dict[str, Any]) -> dict[str, Any]:
         """Return the tiny autoencoder's configuration."""
         factor = len(vae["block_out_channels"])
-        if len(self.channels) != factor or len(self.blocks) != factor:
+        if len(self.blocks) != factor:
             raise UsageError(
-                f"the VAE has {factor} levels",
-                field="decoder.channels",
-                remedy=f"give {factor} numbers for channels and for blocks",
+                f"the VAE has {factor} resolutions",
+                field="decoder.blocks",
+                remedy=f"give {factor} numbers",
             )
         return {
             "_class_name": "AutoencoderTiny",
             "in_channels": 3,
             "out_channels": 3,
-            "encoder_block_out_channels": self.channels,
-            "decoder_block_out_channels": self.channels,
+            "encoder_block_out_channels": [self.width] * factor,
+            "decoder_block_out_channels": [self.width] * factor,
             "num_encoder_blocks": self.blocks[::-1],
             "num_decoder_blocks": self.blocks,
             "latent_channels": vae["latent_channels"],
@@ -75,13 +79,16 @@ class Decoder(Step):
         tiny = AutoencoderTiny.from_config(config).decoder.to(memory_format=torch.channels_last)
         vae = load_vae(context.teacher).to(context.device)
         factor = float(vae.config["scaling_factor"])
+        # It depends on nothing that other steps change, so recipes share it wherever they have it.
+        parts = [self.model_dump(), context.teacher.vae_sha256, data.folder.name]
+        essence = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         trainer = Trainer(
             self.kind,
             self.train,
             {"decoder": Trained(tiny, self.train.lr, self.train.clip)},
             context.machine,
-            context.work,
-            context.essence,
+            context.cache / f"decoder-{essence[:16]}",
+            essence,
             context.watch,
         )
 
@@ -123,7 +130,7 @@ def fidelity(tiny: Any, vae: Any, data: Prepared, count: int) -> dict[str, float
     factor = float(vae.config["scaling_factor"])
     device = next(vae.parameters()).device
     errors = []
-    for rows in torch.arange(len(data) - count, len(data)).split(16):
+    for rows in torch.split(torch.arange(len(data) - count, len(data)), 16):
         latents = data.rows("latents", rows).to(device)
         made = tiny(latents).clamp(-1, 1)
         wanted = vae.decode(latents / factor).sample.clamp(-1, 1)

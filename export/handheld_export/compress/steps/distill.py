@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -124,7 +125,7 @@ class Distill(Step):
             {
                 "step": self.kind,
                 "settings": self.model_dump(),
-                "bits_per_weight": bits_per_weight(student.quantized) if student.quantized else None,
+                "bits_per_weight": bits_per_weight(student.quantized) or None,
                 "losses": losses[-1] if losses else None,
             }
         )
@@ -155,6 +156,9 @@ class Distill(Step):
         return total, figures
 
 
+_STAGE = re.compile(r"mid_block|(down|up)_blocks\.\d+")
+
+
 class Taps:
     """Features of student and reference, side by side.
 
@@ -178,10 +182,7 @@ class Taps:
             for new, old in moved.items():
                 if f"{name}.".startswith(new):
                     source = (old + f"{name}.".removeprefix(new)).removesuffix(".")
-            parts = name.split(".")
-            if features and source in other and (
-                name == "mid_block" or (len(parts) == 2 and parts[0] in ("down_blocks", "up_blocks"))
-            ):
+            if features and source in other and _STAGE.fullmatch(name):
                 pairs["features"][name] = source
             if attention and name.endswith(".attn1") and source in other:
                 pairs["attention"][name] = source
@@ -223,7 +224,7 @@ def _levels(timesteps: tuple[int, ...] | None, schedule: Schedule) -> Tensor:
 def _inputs(
     draws: Draws, latents: Tensor, levels: Tensor, schedule: Schedule, *, pure: bool
 ) -> tuple[Tensor, Tensor]:
-    """Latents as the U-Net sees them in use: pure noise in the first step of a distilled student."""
+    """Latents as the U-Net sees them in use: pure noise in a distilled student's first step."""
     t = levels.to(latents.device)[draws.integers(0, len(levels))]
     noise = draws.normal(tuple(latents.shape[1:]))
     noisy = schedule.add_noise(latents, noise, t)

@@ -278,9 +278,7 @@ class Matching:
         noise = draws.normal(self._shape)
         with torch.no_grad(), trainer.accelerator.autocast():
             noisy = self.schedule.add_noise(x0, noise, t)
-            eps = diffusion.guided(
-                self.teacher, noisy, t, condition, self.empty, self.guidance
-            )
+            eps = diffusion.guided(self.teacher, noisy, t, condition, self.empty, self.guidance)
             real_x0 = self.schedule.denoise(noisy, eps, t)
             eps, _ = _call(fake, noisy, t, condition)
             fake_x0 = self.schedule.denoise(noisy, eps, t)

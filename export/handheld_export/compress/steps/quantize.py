@@ -59,8 +59,9 @@ class Quantize(Step):
                 grids = self.embedding
             else:
                 grids = self.linear
-            divides = isinstance(layer, nn.Linear) and self.group_size
-            group = self.group_size if divides and layer.in_features % divides == 0 else None
+            group = self.group_size
+            if group and not (isinstance(layer, nn.Linear) and layer.in_features % group == 0):
+                group = None
             found[name] = [Choice(g, None if g == "int8" else group) for g in grids]
         return found
 
@@ -163,7 +164,7 @@ def calibration(
     @torch.no_grad()
     def evaluate() -> Tensor:
         made = []
-        for part in torch.arange(count).split(16):
+        for part in torch.split(torch.arange(count), 16):
             x, at = noisy[part].to(device), t[part].to(device)
             eps = diffusion.predict(unet, x, at, condition[part].to(device))
             made.append(schedule.denoise(x, eps, at))

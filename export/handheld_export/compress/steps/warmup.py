@@ -125,9 +125,7 @@ def teacher_pairs(
     acc.wait_for_everyone()
     if acc.is_main_process:
         read = [Prepared(parts / f"{i:06}") for i in range(pieces)]
-        joined = {
-            k: torch.cat([p.whole(k) for p in read]) for k in ("noise", "latents", "caption")
-        }
+        joined = {k: torch.cat([p.whole(k) for p in read]) for k in ("noise", "latents", "caption")}
         keep(folder, joined, {"count": count, "guidance": guidance, "sampler": sampler})
     acc.wait_for_everyone()
     return Prepared(folder)
