@@ -20,7 +20,7 @@ from handheld import models
 from handheld.errors import GateError, UsageError
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep what libraries say on import out of the terminal."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -85,7 +85,7 @@ def export(
     handheld export ./sdxl -t litert-cpu -t executorch-xnnpack -p int4 -o build/sdxl
     handheld export critter --dry-run
     """  # noqa: D301
-    _quiet()
+    quiet()
     targets_ = target or ["litert-cpu"]
     precisions = precision or ["int8"]
     chosen = [(t, p) for t in dict.fromkeys(targets_) for p in dict.fromkeys(precisions)]
@@ -171,7 +171,7 @@ def verify(
     handheld verify build/critter
     handheld verify build/critter --checkpoint critter --json
     """  # noqa: D301
-    _quiet()
+    quiet()
     from handheld.bundle import Bundle
     from handheld_export.verify import verify as run
 

@@ -29,6 +29,7 @@ INTERNAL_ERROR = 70
 
 _COMMANDS = {
     "generate": "Draw a picture from a prompt.",
+    "compress": "Distil, trim and quantize a checkpoint to a student.",
     "export": "Lower a checkpoint to verified bundles.",
     "verify": "Check the numerics of a bundle's artifacts against torch.",
     "bench": "Measure latency and peak memory of bundles on devices.",
@@ -40,7 +41,7 @@ _COMMANDS = {
 }
 LISTED = tuple(_COMMANDS)
 """Names of this distribution's commands."""
-_HEAVY = ("export", "verify")
+_HEAVY = ("compress", "export", "verify")
 _INSTALL = 'install with  pip install "handheld[export]"'
 
 
@@ -113,10 +114,11 @@ def handheld(
         ),
     ] = False,
 ) -> None:
-    """SDXL on phones: export, verify, benchmark and run bundles.
+    """SDXL on phones: compress, export, verify, benchmark and run bundles.
 
     \b
     handheld generate critter "a purple horned creature" -o out.png
+    handheld compress critter --stack stack1 -o build/student
     handheld export critter --target litert-cpu --precision int8 -o build/critter
     handheld bench build/critter --residency resident,stream
     handheld COMMAND --help

@@ -11,21 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from handheld.errors import UsageError
+from handheld.planning import Stored
 from handheld_export.compress.fakequant import fit
 from handheld_export.precision import Choice
-from handheld_export.quantization import BITS, QuantizedWeight
-
-SCALE_BITS = {False: 32, True: 16}
-"""Of one scale: float32 per channel, bfloat16 per group."""
+from handheld_export.quantization import QuantizedWeight
 
 
 def nbytes(shape: tuple[int, ...], choice: Choice) -> float:
     """Return the bytes of a weight's codes and scales."""
-    weights = 1
-    for extent in shape:
-        weights *= extent
-    scales = shape[0] if choice.group_size is None else weights // choice.group_size
-    return (weights * BITS[choice.grid] + scales * SCALE_BITS[choice.group_size is not None]) / 8
+    return Stored(choice.grid, choice.group_size).nbytes(shape)
 
 
 @dataclass(frozen=True)

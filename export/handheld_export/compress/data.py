@@ -203,7 +203,8 @@ class Prepared:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.meta: dict[str, Any] = read_json(folder / "meta.json")
-        self._file: Any = safe_open(folder / "data.safetensors", framework="pt")
+        opener: Any = safe_open
+        self._file = opener(folder / "data.safetensors", framework="pt")
         self._slices = {k: self._file.get_slice(k) for k in self._file.keys()}  # noqa: SIM118
 
     def __len__(self) -> int:

@@ -26,6 +26,9 @@ from torch import Tensor, nn
 from handheld.errors import OutputError, UsageError
 from handheld.program import Model
 
+SHARDED = ("BasicTransformerBlock", "ResnetBlock2D")
+"""Blocks that FSDP gathers one at a time."""
+
 
 class TrainingError(UsageError):
     """Training cannot go on; its checkpoints are kept."""
@@ -98,7 +101,11 @@ class Machine:
         if self.fsdp and not self.on_cpu:
             from accelerate import FullyShardedDataParallelPlugin
 
-            plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+            plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=2,
+                auto_wrap_policy="transformer_based_wrap",
+                transformer_cls_names_to_wrap=list(SHARDED),
+            )
         return Accelerator(mixed_precision=self.precision, cpu=self.on_cpu, fsdp_plugin=plugin)
 
     @property
@@ -235,6 +242,9 @@ class Trainer:
             # accelerate shards on accelerators only; this is the call that it makes there.
             from torch.distributed.fsdp import fully_shard
 
+            for child in module.modules():
+                if type(child).__name__ in SHARDED:
+                    fully_shard(child)
             fully_shard(module)
             model = module
         else:
@@ -301,6 +311,7 @@ class Trainer:
         self,
         one: Callable[[Trainer], Mapping[str, Tensor]],
         sample: Callable[[Trainer], None] | None = None,
+        sample_every: int = 0,
     ) -> list[dict[str, float]]:
         """Train to the end, going on from the checkpoint if there is one.
 
@@ -309,7 +320,9 @@ class Trainer:
         one : callable
             Does the updates of one step and returns losses for the log.
         sample : callable, optional
-            Draws a grid every ``loop.sample_every`` steps.
+            Draws a grid every ``sample_every`` steps.
+        sample_every : int
+            0 leaves it to the recipe.
 
         Returns
         -------
@@ -336,7 +349,8 @@ class Trainer:
                 if writer and (self.step % self.loop.log_every == 0 or self.step == 1):
                     pace = (time.monotonic() - began) / (self.step - first)
                     writer.write(self.step, losses | {"seconds_per_step": pace})
-                if sample and self.loop.sample_every and self.step % self.loop.sample_every == 0:
+                often = sample_every or self.loop.sample_every
+                if sample and often and self.step % often == 0:
                     sample(self)
                 if time.monotonic() - saved > self.loop.save_seconds:
                     self._save()

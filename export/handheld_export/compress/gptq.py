@@ -8,7 +8,7 @@ arXiv 2405.17873), weighs as much as any other instead of deciding every code al
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ class Hessian:
             columns = functional.unfold(
                 x.float(),
                 layer.kernel_size,
-                padding=layer.padding,
+                padding=cast(Any, layer.padding),
                 stride=layer.stride,
             )
             rows = columns.transpose(1, 2).reshape(-1, columns.shape[1])

@@ -54,6 +54,7 @@ def compress(
     machine: Machine,
     work: Path | None = None,
     watch: Watch | None = None,
+    sample_every: int = 0,
 ) -> Student:
     """Make a student.
 
@@ -69,12 +70,15 @@ def compress(
     work : Path, optional
         Where steps keep what they have done. Recipes that begin with the same steps share them.
     watch : Watch, optional
+    sample_every : int
+        Draw a grid of pictures this often while training; 0 leaves it to the recipe.
 
     Raises
     ------
     UsageError, TrainingError, CheckpointError, OutputError
     """
     watch = watch or Watch()
+    check_output(output)
     root = work or cache_root() / "compress"
     base = f"{checkpoint.sha256} {dataset.key()}"
     student = None
@@ -98,6 +102,7 @@ def compress(
             cache=root,
             essence=essence,
             watch=watch,
+            sample_every=sample_every,
         )
         at = time.monotonic()
         student = step.run(student, context)
@@ -139,10 +144,7 @@ def write(student: Student, checkpoint: Checkpoint, output: Path) -> None:
     OutputError
         If the place is taken by something else than a checkpoint, or cannot be written.
     """
-    if output.exists() and not (output / "unet").is_dir() and any(output.iterdir()):
-        raise OutputError(
-            "is in the way and is no checkpoint", path=output, remedy="choose another place"
-        )
+    check_output(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with replaced_folder(output) as work:
         for name in _COPIED:
@@ -163,6 +165,20 @@ def write(student: Student, checkpoint: Checkpoint, output: Path) -> None:
             write_student_component(work / kind, config, float_weights, codes)
         settings = student.settings | {"history": student.history}
         (work / "handheld.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def check_output(output: Path) -> None:
+    """Refuse a place that holds something else than a checkpoint, before hours of training.
+
+    Raises
+    ------
+    OutputError
+    """
+    taken = output.exists() and not (output / "unet").is_dir()
+    if taken and (output.is_file() or any(output.iterdir())):
+        raise OutputError(
+            "is in the way and is no checkpoint", path=output, remedy="choose another place"
+        )
 
 
 def _dump(student: Student) -> dict[str, Any]:

@@ -16,11 +16,13 @@ import torch
 from torch import nn
 
 from handheld.errors import CheckpointError, UsageError
+from handheld.planning import Shape
 from handheld.program import Model
 from handheld_export.checkpoint import Checkpoint
 from handheld_export.compress.data import Dataset, Prepared, prepare
 from handheld_export.compress.diffusion import Schedule
 from handheld_export.compress.engine import Machine, Watch
+from handheld_export.compress.load import Load
 from handheld_export.quantization import QuantizedWeight
 
 GROUP = "handheld.compress"
@@ -89,6 +91,8 @@ class Context:
     cache: Path
     essence: str = ""
     watch: Watch = field(default_factory=Watch)
+    sample_every: int = 0
+    """Draw a grid of pictures this often; 0 leaves it to the recipe."""
 
     @property
     def device(self) -> torch.device:
@@ -112,9 +116,13 @@ class Context:
 
     def load_teacher(self) -> nn.Module:
         """Load the teacher's U-Net, frozen."""
-        unet = build_unet(self.teacher.unet.config, read_all(self.teacher, "unet"))
-        module: nn.Module = unet.to(self.device).eval().requires_grad_(False)
-        return module
+        return self.frozen(self.teacher.unet.config, read_all(self.teacher, "unet"))
+
+    def frozen(self, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> nn.Module:
+        """Make a U-Net that only runs forward, on a GPU in the precision it computes in."""
+        unet: nn.Module = build_unet(config, weights).eval().requires_grad_(False)
+        half = self.device.type != "cpu" and self.machine.precision == "bf16"
+        return unet.to(self.device, torch.bfloat16 if half else torch.float32)
 
     def guidance(self, wanted: float | None) -> float:
         """Return the teacher's guidance where the recipe gives none."""
@@ -147,9 +155,28 @@ class Step(Model):
         TrainingError, UsageError
         """
 
-    def shape(self, shape: Any) -> Any:
-        """Return the shape (see :mod:`handheld.planning`) of what the step makes."""
+    def shape(self, shape: Shape) -> Shape:
+        """Return what the step makes of a shape.
+
+        Raises
+        ------
+        UsageError
+            If it cannot be done.
+        """
         return shape
+
+    def load(self, after: Shape, reference: Shape, teacher: Shape) -> Load:
+        """Return what the step asks of the hardware; nothing to speak of unless it says so.
+
+        Parameters
+        ----------
+        after : Shape
+            What the step makes.
+        reference : Shape
+            The float student that a smaller one imitates.
+        teacher : Shape
+        """
+        return Load()
 
 
 def read_all(checkpoint: Checkpoint, kind: str) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -13,8 +14,10 @@ from torch.nn import functional
 
 from handheld import counting
 from handheld.errors import UsageError
+from handheld.planning import Shape
 from handheld_export.compress.data import Prepared
 from handheld_export.compress.engine import Loop, Trained, Trainer
+from handheld_export.compress.load import Load, outputs, passes
 from handheld_export.compress.step import Context, Step, Student, load_vae
 
 
@@ -62,6 +65,20 @@ class Decoder(Step):
             "scaling_factor": 1.0,
             "shift_factor": 0.0,
         }
+
+    def shape(self, shape: Shape) -> Shape:
+        """Replace the decoder."""
+        return replace(shape, decoder=self.config(dict(shape.decoder)))
+
+    def load(self, after: Shape, reference: Shape, teacher: Shape) -> Load:
+        """Count the tiny decoder in training, and the VAE beside it."""
+        loop = self.train
+        own, whole = (counting.summary(x.decoder_layers) for x in (after, teacher))
+        work = passes(loop) * own["macs"] + whole["macs"]
+        saved = outputs(after.decoder_layers) + max(x.outputs for x in teacher.decoder_layers)
+        return Load(
+            (own["params"],), (2 * whole["params"],), saved, work * loop.batch * loop.steps, loop
+        )
 
     def run(self, student: Student, context: Context) -> Student:
         """Train, then measure on held-out latents."""

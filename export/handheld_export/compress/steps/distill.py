@@ -11,13 +11,15 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from handheld_export.compress import diffusion
+from handheld.planning import Shape
+from handheld_export.compress import diffusion, samples
 from handheld_export.compress.allocate import bits_per_weight
 from handheld_export.compress.diffusion import Condition, Schedule
 from handheld_export.compress.engine import Draws, Loop, Trained, Trainer
 from handheld_export.compress.fakequant import extract, insert
+from handheld_export.compress.load import Load, macs, outputs, params, passes
 from handheld_export.compress.step import Context, Step, Student, build_unet
-from handheld_export.compress.steps.dmd import FakeScore, Matching
+from handheld_export.compress.steps.dmd import FakeScore, Matching, matching_macs
 from handheld_export.compress.steps.trim import source_names
 
 
@@ -46,13 +48,25 @@ class Distill(Step):
     gan_head: float = Field(default=1e-2, ge=0)
     error_aware: bool = False
 
+    def load(self, after: Shape, reference: Shape, teacher: Shape) -> Load:
+        """Count student and reference, and with ``matching`` what DMD2 needs."""
+        loop, own = self.train, macs(after)
+        work = passes(loop) * own + macs(reference)
+        trained, frozen = [params(after)], [params(reference)]
+        saved = outputs(after.layers)
+        if self.matching:
+            work += matching_macs(own, macs(teacher), self.fake_updates, passes(loop))
+            trained.append(params(teacher))
+            frozen.append(params(teacher))
+            saved = max(2 * saved, 2 * outputs(teacher.layers))
+        return Load(tuple(trained), tuple(frozen), saved, work * loop.batch * loop.steps, loop)
+
     def run(self, student: Student, context: Context) -> Student:
         """Train."""
         data, schedule = context.data, context.schedule
         unet = build_unet(student.unet_config, student.unet)
         insert(unet, student.quantized)
-        reference = build_unet(student.reference_config, student.reference)
-        reference = reference.to(context.device).eval().requires_grad_(False)
+        reference = context.frozen(student.reference_config, student.reference)
         own = student.settings.get("timesteps")
         one_step = student.settings.get("sampler") == "dmd" and own
         timesteps = tuple(int(t) for t in own) if one_step and own else None
@@ -111,7 +125,7 @@ class Distill(Step):
             trainer.update("generator", total)
             return losses | {"loss": total} | figures
 
-        losses = trainer.run(one)
+        losses = trainer.run(one, samples.drawer(context, student.settings), context.sample_every)
         taps.close()
         averaged = trainer.averaged()
         if student.quantized:

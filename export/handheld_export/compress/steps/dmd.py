@@ -6,6 +6,7 @@ arXiv 2405.14867.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,9 +14,11 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from handheld_export.compress import diffusion
+from handheld.planning import Shape
+from handheld_export.compress import diffusion, samples
 from handheld_export.compress.diffusion import Condition, Schedule
 from handheld_export.compress.engine import Draws, Loop, Trained, Trainer
+from handheld_export.compress.load import Load, macs, outputs, params, passes
 from handheld_export.compress.step import Context, Step, Student, build_unet
 
 
@@ -73,6 +76,17 @@ def matching_gradient(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:
     return (fake - real) / weight.clamp_min(1e-6)
 
 
+def matching_macs(
+    student: float, teacher: float, fake_updates: int, passes: int, steps: int = 1
+) -> float:
+    """Return the MACs of one round of both updates for one picture."""
+    drawing = (steps - 1) / 2 * student
+    fake = drawing + student + 2 * passes * teacher
+    real = 2 * teacher + teacher
+    gan = passes * teacher
+    return fake_updates * fake + drawing + passes * student + real + gan
+
+
 class DMD(Step):
     """Match the distribution of the teacher's pictures in one step or a few."""
 
@@ -100,6 +114,18 @@ class DMD(Step):
         if sorted(set(value), reverse=True) != value or not all(0 <= t < 1000 for t in value):
             raise ValueError("timesteps must fall, within 999..0")
         return value
+
+    def shape(self, shape: Shape) -> Shape:
+        """Set the number of steps."""
+        return replace(shape, steps=len(self.timesteps))
+
+    def load(self, after: Shape, reference: Shape, teacher: Shape) -> Load:
+        """Count generator, fake score, which sees two batches, and teacher."""
+        loop, own, whole = self.train, macs(after), macs(teacher)
+        turns = matching_macs(own, whole, self.fake_updates, passes(loop), len(self.timesteps))
+        trained = (params(after), params(teacher))
+        saved = max(outputs(after.layers), 2 * outputs(teacher.layers))
+        return Load(trained, (params(teacher),), saved, turns * loop.batch * loop.steps, loop)
 
     def run(self, student: Student, context: Context) -> Student:
         """Train generator and fake score by turns."""
@@ -153,7 +179,11 @@ class DMD(Step):
             condition = data.condition(draws.integers(0, len(data)).cpu()).to(trainer.device)
             return losses | matching.update_generator(trainer, draws, condition)
 
-        losses = trainer.run(one)
+        losses = trainer.run(
+            one,
+            samples.drawer(context, {"sampler": "dmd", "timesteps": self.timesteps}),
+            context.sample_every,
+        )
         student.unet = trainer.averaged()
         student.settings |= {
             "sampler": "dmd",

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from handheld import counting
+from handheld.counting import Layer
 from handheld.errors import UsageError
+from handheld.planning import FLOAT, Shape, Stored
 from handheld_export.compress import diffusion
-from handheld_export.compress.allocate import assign, bits_per_weight, nbytes, sensitivity
-from handheld_export.compress.fakequant import fit, layers
+from handheld_export.compress.allocate import Option, assign, bits_per_weight, nbytes, sensitivity
+from handheld_export.compress.fakequant import fit
 from handheld_export.compress.gptq import round_model
+from handheld_export.compress.load import Load, macs, params
 from handheld_export.compress.step import Context, Step, Student, build_unet
 from handheld_export.precision import Choice
+from handheld_export.quantization import BITS
 
 Grid = Literal["int8", "int4", "int2"]
-FLOAT = ("conv_in", "conv_out", "add_embedding", "time_embedding")
-"""A thousandth of the weights, and all of the signal goes through them."""
 
 
 class Quantize(Step):
@@ -47,49 +53,93 @@ class Quantize(Step):
     timestep: int | None = Field(default=None, ge=0, le=999)
     """Where a student of many steps is measured; one of one step has its own."""
 
-    def candidates(self, model: nn.Module) -> dict[str, list[Choice]]:
+    def candidates(self, layers: Sequence[Layer]) -> dict[str, list[Choice]]:
         """Return the choices for every layer that is quantized at all."""
         found: dict[str, list[Choice]] = {}
-        for name, layer in layers(model).items():
-            if name.startswith(FLOAT):
+        for layer in layers:
+            if len(layer.shape) < 2 or layer.name.startswith(FLOAT):
                 continue
-            if isinstance(layer, nn.Conv2d):
+            if layer.kind != "linear":
                 grids = self.convolution
-            elif name.endswith("time_emb_proj"):
+            elif layer.name.endswith("time_emb_proj"):
                 grids = self.embedding
             else:
                 grids = self.linear
             group = self.group_size
-            if group and not (isinstance(layer, nn.Linear) and layer.in_features % group == 0):
+            if group and (layer.kind != "linear" or layer.shape[1] % group):
                 group = None
-            found[name] = [Choice(g, None if g == "int8" else group) for g in grids]
+            found[layer.name] = [Choice(g, None if g == "int8" else group) for g in grids]
         return found
 
-    def budget(self, shapes: dict[str, tuple[int, ...]]) -> float:
-        """Return the budget in bytes; infinite where the recipe sets none."""
-        if self.megabytes is not None and self.bits is not None:
-            raise UsageError("both bits and megabytes are given", remedy="keep one of them")
+    def budget(
+        self, shapes: Mapping[str, tuple[int, ...]], candidates: Mapping[str, list[Choice]]
+    ) -> float:
+        """Return the budget in bytes; infinite where the recipe sets none.
+
+        Raises
+        ------
+        UsageError
+            If even the smallest grids take more.
+        """
+        budget = float("inf")
         if self.megabytes is not None:
-            return self.megabytes * 1e6
-        if self.bits is None:
-            return float("inf")
-        return self.bits / 8 * sum(torch.Size(s).numel() for s in shapes.values())
+            budget = self.megabytes * 1e6
+        elif self.bits is not None:
+            budget = self.bits / 8 * sum(math.prod(s) for s in shapes.values())
+        least = sum(min(nbytes(shapes[n], c) for c in given) for n, given in candidates.items())
+        if least > budget:
+            bits = 8 * least / sum(math.prod(s) for s in shapes.values())
+            raise UsageError(
+                f"the budget of {budget / 1e6:.2f} MB cannot be met: the smallest grids need "
+                f"{least / 1e6:.2f} MB, {bits:.3f} bits per weight",
+                field="quantize.bits" if self.bits else "quantize.megabytes",
+                remedy="raise the budget or allow smaller grids",
+            )
+        return budget
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Quantize:
+        if self.megabytes is not None and self.bits is not None:
+            raise ValueError("say bits or megabytes, not both")
+        return self
+
+    def shape(self, shape: Shape) -> Shape:
+        """Give every layer a grid; under a budget, as if all weights were equally sensitive."""
+        shapes = {x.name: x.shape for x in shape.layers}
+        candidates = self.candidates(shape.layers)
+        budget = self.budget({n: shapes[n] for n in candidates}, candidates)
+        if budget == float("inf"):
+            chosen = {n: given[0] for n, given in candidates.items()}
+        else:
+            options = {
+                n: [
+                    Option(c, nbytes(shapes[n], c), math.prod(shapes[n]) * 4.0 ** -BITS[c.grid])
+                    for c in given
+                ]
+                for n, given in candidates.items()
+            }
+            chosen = assign(options, budget)
+            shape = shape.noted(
+                "which layers get more bits is measured in the run; here all are equally sensitive"
+            )
+        return replace(shape, grids={n: Stored(c.grid, c.group_size) for n, c in chosen.items()})
+
+    def load(self, after: Shape, reference: Shape, teacher: Shape) -> Load:
+        """Count forward passes: sensitivity runs the U-Net once for each layer and grid."""
+        runs = 2.0
+        if self.bits or self.megabytes:
+            runs += sum(len(c) for c in self.candidates(after.layers).values())
+        return Load((), (2 * params(after),), 0.0, runs * self.calibration * macs(after))
 
     def run(self, student: Student, context: Context) -> Student:
         """Measure, assign, round."""
         unet = build_unet(student.unet_config, student.unet).to(context.device).eval()
         evaluate = calibration(student, context, unet, self.calibration, self.seed, self.timestep)
-        candidates = self.candidates(unet)
-        shapes = {n: tuple(unet.get_submodule(n).weight.shape) for n in candidates}
-        budget = self.budget(shapes)
-        least = sum(min(nbytes(shapes[n], c) for c in given) for n, given in candidates.items())
-        if least > budget:
-            raise UsageError(
-                f"the budget of {budget / 1e6:.2f} MB cannot be met: the smallest grids need "
-                f"{least / 1e6:.2f} MB",
-                field="quantize.bits" if self.bits else "quantize.megabytes",
-                remedy="raise the budget or allow smaller grids",
-            )
+        side = int(student.unet_config["sample_size"])
+        counted = counting.count_unet(student.unet_config, (side, side))
+        candidates = self.candidates(counted)
+        shapes = {x.name: x.shape for x in counted if x.name in candidates}
+        budget = self.budget(shapes, candidates)
         if budget == float("inf"):
             chosen = {n: given[0] for n, given in candidates.items()}
         else:

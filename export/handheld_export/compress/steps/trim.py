@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from handheld import counting
 from handheld.errors import UsageError
+from handheld.planning import Shape
+from handheld_export.compress.load import Load, macs, params
 from handheld_export.compress.step import Context, Step, Student, build_unet
 from handheld_export.compress.steps.quantize import calibration
 
@@ -47,6 +50,38 @@ class Trim(Step):
         if named == (self.remove is not None):
             raise ValueError("say either what to keep (pairs, depth, middle) or remove = FRACTION")
         return self
+
+    def shape(self, shape: Shape) -> Shape:
+        """Make the U-Net smaller; with a budget, the largest pieces go first."""
+        if self.remove is None:
+            return replace(
+                shape, unet=trimmed_config(shape.unet, self.pairs, self.depth, self.middle)
+            )
+
+        def size(of: Shape) -> float:
+            return params(of) if self.of == "params" else macs(of)
+
+        now, goal = shape, (1 - self.remove) * size(shape)
+        while size(now) > goal:
+            options = [replace(shape, unet=c) for c in smaller(now.unet)]
+            options = [o for o in options if size(o) < size(now)]
+            if not options:
+                raise self._exhausted(1 - size(now) / size(shape))
+            now = min(options, key=size)
+        return now.noted("which pieces go is measured in the run; here the largest go first")
+
+    def load(self, after: Shape, reference: Shape, teacher: Shape) -> Load:
+        """Count the forward passes that measure importance."""
+        work = 0.0 if self.remove is None else 40 * self.calibration * macs(reference)
+        return Load((), (params(reference),), 0.0, work)
+
+    def _exhausted(self, reached: float) -> UsageError:
+        return UsageError(
+            f"nothing is left to trim at {reached:.0%} of {self.of}, and {self.remove:.0%} are "
+            "to go",
+            field="trim.remove",
+            remedy="ask for less",
+        )
 
     def run(self, student: Student, context: Context) -> Student:
         """Choose, cut, and keep the uncut student as reference for distillation."""
@@ -91,12 +126,7 @@ class Trim(Step):
         while size(now) > goal:
             options = [c for c in smaller(now) if size(c) < size(now)]
             if not options:
-                raise UsageError(
-                    f"nothing is left to trim at {1 - size(now) / before[self.of]:.0%} of "
-                    f"{self.of}, and {self.remove:.0%} are to go",
-                    field="trim.remove",
-                    remedy="ask for less",
-                )
+                raise self._exhausted(1 - size(now) / before[self.of])
             harm = [float((outcome(c) - reference).square().mean()) for c in options]
             gains = [size(now) - size(c) for c in options]
             now = min(zip(harm, gains, options, strict=True), key=lambda o: o[0] / o[1])[2]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from handheld.planning import Shape
 from handheld_export import sampling
-from handheld_export.compress import diffusion
+from handheld_export.compress import diffusion, samples
 from handheld_export.compress.data import Prepared, keep
 from handheld_export.compress.engine import Loop, Trained, Trainer
+from handheld_export.compress.load import Load, macs, outputs, params, passes
 from handheld_export.compress.step import Context, Step, Student, build_unet
 
 
@@ -32,6 +35,18 @@ class Warmup(Step):
     guidance: float | None = None
     timestep: int = Field(default=399, ge=0, le=999)
     """The timestep that the pure-noise input is conditioned on."""
+
+    def shape(self, shape: Shape) -> Shape:
+        """Set one step."""
+        return replace(shape, steps=1)
+
+    def load(self, after: Shape, reference: Shape, teacher: Shape) -> Load:
+        """Count the drawing of pairs and a plain regression."""
+        loop = self.train
+        runs = self.pairs * self.teacher_steps * (1 if self.guidance == 1.0 else 2)
+        work = macs(teacher) * runs + passes(loop) * macs(after) * loop.batch * loop.steps
+        saved = outputs(after.layers)
+        return Load((params(after),), (), saved, work, loop)
 
     def run(self, student: Student, context: Context) -> Student:
         """Make the pairs, or read them from the cache, and train."""
@@ -64,7 +79,11 @@ class Warmup(Step):
             trainer.update("generator", loss)
             return {"loss": loss}
 
-        losses = trainer.run(one)
+        losses = trainer.run(
+            one,
+            samples.drawer(context, {"sampler": "dmd", "timesteps": [self.timestep]}),
+            context.sample_every,
+        )
         student.unet = trainer.averaged()
         student.settings |= {"sampler": "dmd", "timesteps": [self.timestep], "guidance": 1.0}
         student.settings |= {"steps": 1}

@@ -1,0 +1,246 @@
+"""What a model weighs and computes on each target, from configurations alone.
+
+Nothing here reads weights or imports torch. A :class:`Shape` is a model before it exists:
+two configurations, a picture size, and the grids of its quantized layers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from handheld import counting
+from handheld.counting import Config, Layer
+from handheld.errors import CheckpointError
+
+Grid = Literal["int8", "int4", "int2", "palette"]
+BITS: Mapping[str, int] = {"int8": 8, "int4": 4, "int2": 2}
+FLOAT = ("conv_in", "conv_out", "add_embedding", "time_embedding", "post_quant_conv")
+"""Layers that stay in float: a thousandth of the weights, and all of the signal passes them."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a layer's weight is kept.
+
+    Parameters
+    ----------
+    grid : {'int8', 'int4', 'int2'}
+        Palettes are no grid that a recipe can choose.
+    group_size : int, optional
+        Weights that share a scale; a whole output channel if not given.
+    """
+
+    grid: Grid
+    group_size: int | None = None
+
+    def nbytes(self, shape: tuple[int, ...]) -> float:
+        """Return the bytes of codes and scales: float32 per channel, 16 bits per group."""
+        weights, size = math.prod(shape), self.group_size
+        scale_bits = 32 * shape[0] if size is None else 16 * (weights // size)
+        return (weights * BITS[self.grid] + scale_bits) / 8
+
+
+CONTAINERS: Mapping[str, Mapping[tuple[str, str], Grid]] = {
+    "litert-cpu": {
+        ("conv3x3", "int4"): "int8",
+        ("conv3x3", "int2"): "int8",
+        ("conv1x1", "int4"): "int8",
+        ("conv1x1", "int2"): "int8",
+    },
+    "executorch-xnnpack": {
+        ("linear", "int2"): "int4",
+        ("conv1x1", "int2"): "int4",
+        ("conv3x3", "int4"): "int8",
+        ("conv3x3", "int2"): "int8",
+    },
+}
+"""Grids that a target holds in a wider one, because its kernels read no narrower: the codes and
+the picture stay the same, the file grows."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model before it exists.
+
+    Parameters
+    ----------
+    unet, decoder : mapping
+        diffusers configurations.
+    latent : (int, int)
+        Height and width of the latent that is counted.
+    grids : mapping of layer to Stored
+        Of the U-Net; other layers are float.
+    steps : int
+        U-Net runs for one picture, guidance included.
+    notes : tuple of str
+        What is estimated.
+    """
+
+    unet: Config
+    decoder: Config
+    latent: tuple[int, int]
+    grids: Mapping[str, Stored] = field(default_factory=dict)
+    steps: int = 20
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        """The U-Net's layers."""
+        return counting.count_unet(self.unet, self.latent)
+
+    @cached_property
+    def decoder_layers(self) -> list[Layer]:
+        """The decoder's layers."""
+        return counting.count_decoder(self.decoder, self.latent)
+
+    @property
+    def quantizable(self) -> list[Layer]:
+        """The U-Net's layers that may carry codes."""
+        return [x for x in self.layers if len(x.shape) > 1 and not x.name.startswith(FLOAT)]
+
+    def noted(self, note: str) -> Shape:
+        """Return the shape with a note."""
+        return replace(self, notes=(*self.notes, note))
+
+
+def architecture(name: str, size: int | None = None) -> Shape:
+    """Read the configurations of a checkpoint's folder, or of an architecture known by name.
+
+    Parameters
+    ----------
+    name : str
+        A folder with ``unet/config.json`` and ``vae/config.json``, or ``sdxl``.
+    size : int, optional
+        Picture width and height in pixels; the configuration's own by default.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such folder or name, or a configuration is broken or unsupported.
+    """
+    known = Path(str(files("handheld"))) / "architectures"
+    folder = Path(name)
+    if not (folder / "unet" / "config.json").is_file():
+        folder = known / name
+        if folder.parent != known or not folder.is_dir():
+            names = ", ".join(sorted(p.name for p in known.iterdir() if p.is_dir()))
+            raise CheckpointError(
+                f"there are no configurations under '{name}'",
+                remedy=f"give a folder with unet/config.json and vae/config.json, or {names}",
+            )
+    unet, vae = (_config(folder / part / "config.json") for part in ("unet", "vae"))
+    return shape_of(unet, vae, size, str(folder))
+
+
+def shape_of(unet: Config, vae: Config, size: int | None, path: str) -> Shape:
+    """Make a shape from configurations, and count it once so that what is wrong shows.
+
+    Raises
+    ------
+    CheckpointError
+        If a configuration lacks what is needed or is not supported.
+    """
+    try:
+        levels = len(vae.get("block_out_channels") or vae["decoder_block_out_channels"])
+        scale = 2 ** (levels - 1)
+        side = int(unet["sample_size"]) if size is None else size // scale
+        if side < 1 or (size is not None and size % scale):
+            raise CheckpointError(
+                f"{size} pixels are no multiple of {scale}", path=path, remedy="choose another size"
+            )
+        shape = Shape(dict(unet), dict(vae), (side, side))
+        _ = shape.layers, shape.decoder_layers
+    except KeyError as e:
+        raise CheckpointError("is missing", path=path, field=str(e.args[0])) from None
+    except (TypeError, ValueError, IndexError) as e:
+        raise CheckpointError(f"has a configuration that cannot be counted: {e}", path=path) from e
+    return shape
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError("is missing", path=path, remedy="complete the checkpoint") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+        raise CheckpointError(f"is not readable JSON: {e}", path=path) from None
+    if not isinstance(value, dict):
+        raise CheckpointError("is no JSON object", path=path)
+    return value
+
+
+def bits_per_weight(shape: Shape) -> float | None:
+    """Return the mean over quantized weights, scales included; None without any."""
+    held = [x for x in shape.layers if x.name in shape.grids]
+    weights = sum(x.weights for x in held)
+    if not weights:
+        return None
+    return 8 * sum(shape.grids[x.name].nbytes(x.shape) for x in held) / weights
+
+
+def unet_bytes(shape: Shape, target: str | None = None, other_bits: int = 32) -> int:
+    """Return the bytes of the U-Net's parameters.
+
+    Parameters
+    ----------
+    target : str, optional
+        Counts the containers that this target needs; without one, the grids themselves.
+    other_bits : int
+        Of biases, norms and layers that stay in float.
+    """
+    return _bytes(shape.layers, shape.grids, target, other_bits)
+
+
+def decoder_bytes(shape: Shape, target: str | None = None, other_bits: int = 32) -> int:
+    """Return the bytes of the decoder's parameters, its convolutions in int8."""
+    grids: dict[str, Stored] = {
+        x.name: Stored("int8")
+        for x in shape.decoder_layers
+        if len(x.shape) > 1 and not x.name.endswith(("conv_in", "conv_out", "post_quant_conv"))
+    }
+    return _bytes(shape.decoder_layers, grids, target, other_bits)
+
+
+def _bytes(
+    layers: list[Layer], grids: Mapping[str, Stored], target: str | None, other_bits: int
+) -> int:
+    wider = CONTAINERS.get(target or "", {})
+    total = 0.0
+    for layer in layers:
+        stored = grids.get(layer.name)
+        if stored is None:
+            total += layer.params * other_bits / 8
+            continue
+        held = wider.get((layer.kind, stored.grid))
+        stored = stored if held is None else Stored(held)
+        total += stored.nbytes(layer.shape) + (layer.params - layer.weights) * other_bits / 8
+    return round(total)
+
+
+def figures(shape: Shape) -> dict[str, Any]:
+    """Return what the tables show of a shape; MACs of one U-Net run at batch 1."""
+    unet = counting.summary(shape.layers)
+    decoder = counting.summary(shape.decoder_layers)
+    float_bytes = unet_bytes(replace(shape, grids={}), other_bits=16)
+    ours = unet_bytes(shape, other_bits=16)
+    return {
+        "unet_params": unet["params"],
+        "unet_macs": unet["macs"],
+        "decoder_params": decoder["params"],
+        "decoder_macs": decoder["macs"],
+        "steps": shape.steps,
+        "bits_per_weight": bits_per_weight(shape),
+        "unet_bytes": ours,
+        "times_smaller_than_fp16": float_bytes / ours,
+        "target_bytes": {
+            t: unet_bytes(shape, t) + decoder_bytes(shape, t) for t in sorted(CONTAINERS)
+        },
+        "notes": list(shape.notes),
+    }
