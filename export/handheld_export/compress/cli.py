@@ -208,11 +208,11 @@ def _print_plan(report: dict[str, Any]) -> None:
         memory = row.get("device_bytes")
         table.add_row(
             row["step"],
-            f"{row['unet_params'] / 1e6:,.1f}",
-            f"{row['unet_macs'] / 1e9:,.1f}",
+            _short(row["unet_params"] / 1e6),
+            _short(row["unet_macs"] / 1e9),
             f"{bits:.2f}" if quantized else "",
-            f"{row['unet_bytes'] / 1e6:,.0f}",
-            *(f"{row['target_bytes'][t] / 1e6:,.1f}" if quantized else "" for t in targets),
+            _short(row["unet_bytes"] / 1e6),
+            *(_short(row["target_bytes"][t] / 1e6) if quantized else "" for t in targets),
             f"{memory / 1e9:.1f}" if memory else "",
             _duration(row["seconds"]) if "seconds" in row else "",
         )
@@ -226,6 +226,10 @@ def _print_plan(report: dict[str, Any]) -> None:
         f"{_duration(report['seconds'])} at {cluster['flops'] / 1e12:g} TFLOP/s sustained by each",
         highlight=False,
     )
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def _duration(seconds: float) -> str:

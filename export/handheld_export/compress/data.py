@@ -247,7 +247,7 @@ class Prepared:
         return list(self.meta["captions"])
 
 
-def conditions(checkpoint: Checkpoint, captions: Sequence[str], size: int) -> dict[str, Tensor]:
+def conditions(checkpoint: Checkpoint, captions: Sequence[str]) -> dict[str, Tensor]:
     """Encode captions: ``states`` [n, tokens, width] and ``pooled`` [n, width], float16."""
     encoder = LocalTextEncoder(checkpoint.path)
     states, pooled = [], []
@@ -260,13 +260,14 @@ def conditions(checkpoint: Checkpoint, captions: Sequence[str], size: int) -> di
     return made | ({"pooled": torch.stack(pooled)} if pooled else {})
 
 
-def _empty(checkpoint: Checkpoint, size: int) -> dict[str, Tensor]:
+def empty_conditions(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Encode the empty prompt as guidance has it: ``states`` and ``pooled``, one row each."""
     index = checkpoint.path / "model_index.json"
-    made = conditions(checkpoint, [""], size)
+    made = conditions(checkpoint, [""])
     # SDXL was trained with zeros for a dropped prompt, and its model_index says so.
     if index.is_file() and read_json(index).get("force_zeros_for_empty_prompt"):
         made = {k: torch.zeros_like(v) for k, v in made.items()}
-    return {f"empty.{k}": v for k, v in made.items()}
+    return made
 
 
 @torch.no_grad()
@@ -294,7 +295,8 @@ def prepare(
     UsageError
         If a caption is missing or a picture cannot be decoded.
     """
-    size = int(checkpoint.settings.get("size") or checkpoint.unet.config["sample_size"] * 8)
+    scale = 2 ** (len(checkpoint.vae.config["block_out_channels"]) - 1)
+    size = int(checkpoint.settings.get("size") or checkpoint.unet.config["sample_size"] * scale)
     essence = {
         "version": 1,
         "data": dataset.key(),
@@ -327,7 +329,8 @@ def prepare(
             flush()
     if batch:
         flush()
-    tensors = conditions(checkpoint, captions, size) | _empty(checkpoint, size)
+    tensors = conditions(checkpoint, captions)
+    tensors |= {f"empty.{k}": v for k, v in empty_conditions(checkpoint).items()}
     tensors["latents"] = torch.cat(latents).contiguous()
     keep(folder, tensors, essence | {"captions": captions})
     return Prepared(folder)

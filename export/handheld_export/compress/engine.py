@@ -114,6 +114,10 @@ class Machine:
         return self.cpu or not torch.cuda.is_available()
 
 
+STREAMS = 4096
+"""Of independent random numbers in one training step."""
+
+
 class Draws:
     """Random tensors of one step, the same however many processes share the batch.
 
@@ -137,7 +141,7 @@ class Draws:
         device: torch.device | str = "cpu",
         stream: int = 0,
     ) -> None:
-        mixed = (seed * 1_000_003 + step) * 64 + stream
+        mixed = (seed * 1_000_003 + step) * STREAMS + stream
         self._generator = torch.Generator().manual_seed(mixed % 2**63)
         share = batch // world
         self._rows = slice(rank * share, (rank + 1) * share)
@@ -254,7 +258,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(
             parameters,
             lr=part.lr,
-            betas=(0.9, 0.99) if key == self.main else (0.0, 0.99),
+            betas=(0.9, 0.99),
             weight_decay=self.loop.weight_decay,
             foreach=acc.device.type != "cpu",
         )

@@ -27,12 +27,12 @@ WEIGHT_LIMIT = 50.0
 NOISY_SHARE, NOISY_FROM = 0.5, 500
 """This share of timesteps is drawn from the noisy part, where text decides what the colors are."""
 LOOP = LoopConfig(
-    steps=8800,
+    steps=10300,
     lr=7e-4,
     seed=4,
     warmup=150,
     decay_from=0.5,
-    restarts=((5000, 5e-4), (7200, 5e-4)),
+    restarts=((5000, 5e-4), (7200, 5e-4), (8800, 5e-4)),
     ema=0.996,
     save_seconds=120.0,
 )

@@ -15,7 +15,7 @@ from handheld.planning import Shape
 from handheld_export.compress import diffusion, samples
 from handheld_export.compress.allocate import bits_per_weight
 from handheld_export.compress.diffusion import Condition, Schedule
-from handheld_export.compress.engine import Draws, Loop, Trained, Trainer
+from handheld_export.compress.engine import STREAMS, Draws, Loop, Trained, Trainer
 from handheld_export.compress.fakequant import extract, insert
 from handheld_export.compress.load import Load, macs, outputs, params, passes
 from handheld_export.compress.step import Context, Step, Student, build_unet
@@ -42,6 +42,7 @@ class Distill(Step):
     attention: float = Field(default=0.0, ge=0)
     matching: float = Field(default=0.0, ge=0)
     fake_updates: int = Field(default=2, ge=1)
+    fake_first: int = Field(default=0, ge=0)
     fake_lr: float | None = Field(default=None, gt=0)
     guidance: float | None = None
     gan_generator: float = Field(default=5e-3, ge=0)
@@ -55,7 +56,9 @@ class Distill(Step):
         trained, frozen = [params(after)], [params(reference)]
         saved = outputs(after.layers)
         if self.matching:
-            work += matching_macs(own, macs(teacher), self.fake_updates, passes(loop))
+            work += matching_macs(
+                own, macs(teacher), self.fake_updates + self.fake_first / loop.steps, passes(loop)
+            )
             trained.append(params(teacher))
             frozen.append(params(teacher))
             saved = max(2 * saved, 2 * outputs(teacher.layers))
@@ -104,7 +107,8 @@ class Distill(Step):
         def one(trainer: Trainer) -> dict[str, Tensor]:
             losses: dict[str, Tensor] = {}
             if matching is not None:
-                for turn in range(self.fake_updates):
+                first = self.fake_first if trainer.step == 0 else 0
+                for turn in range(first + self.fake_updates):
                     draws = trainer.draws(1 + turn)
                     rows = draws.integers(0, len(data)).cpu()
                     condition = data.condition(rows).to(trainer.device)
@@ -118,7 +122,7 @@ class Distill(Step):
             total, figures = self._imitate(trainer, taps, reference, x, t, condition, schedule)
             if matching is not None:
                 extra, _, more = matching.generator_loss(
-                    trainer, trainer.models["generator"], trainer.draws(63), condition
+                    trainer, trainer.models["generator"], trainer.draws(STREAMS - 1), condition
                 )
                 total = total + self.matching * extra
                 figures |= more

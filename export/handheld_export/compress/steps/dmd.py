@@ -77,7 +77,7 @@ def matching_gradient(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:
 
 
 def matching_macs(
-    student: float, teacher: float, fake_updates: int, passes: int, steps: int = 1
+    student: float, teacher: float, fake_updates: float, passes: int, steps: int = 1
 ) -> float:
     """Return the MACs of one round of both updates for one picture."""
     drawing = (steps - 1) / 2 * student
@@ -100,6 +100,9 @@ class DMD(Step):
     """Learning rate of the fake score; the generator's if not given."""
     fake_updates: int = Field(default=5, ge=1)
     """Updates of the fake score for each of the generator."""
+    fake_first: int = Field(default=0, ge=0)
+    """Updates of the fake score before the first of the generator: it starts as the teacher, whose
+    pictures are not the generator's."""
     guidance: float | None = None
     """Of the real score."""
     gan_generator: float = Field(default=5e-3, ge=0)
@@ -122,7 +125,8 @@ class DMD(Step):
     def load(self, after: Shape, reference: Shape, teacher: Shape) -> Load:
         """Count generator, fake score, which sees two batches, and teacher."""
         loop, own, whole = self.train, macs(after), macs(teacher)
-        turns = matching_macs(own, whole, self.fake_updates, passes(loop), len(self.timesteps))
+        updates = self.fake_updates + self.fake_first / loop.steps
+        turns = matching_macs(own, whole, updates, passes(loop), len(self.timesteps))
         trained = (params(after), params(teacher))
         saved = max(outputs(after.layers), 2 * outputs(teacher.layers))
         return Load(trained, (params(teacher),), saved, turns * loop.batch * loop.steps, loop)
@@ -169,7 +173,8 @@ class DMD(Step):
 
         def one(trainer: Trainer) -> dict[str, Tensor]:
             losses: dict[str, Tensor] = {}
-            for turn in range(self.fake_updates):
+            first = self.fake_first if trainer.step == 0 else 0
+            for turn in range(first + self.fake_updates):
                 draws = trainer.draws(1 + turn)
                 rows = draws.integers(0, len(data)).cpu()
                 condition = data.condition(rows).to(trainer.device)

@@ -1,0 +1,109 @@
+"""Drawing with any checkpoint or student in torch, many pictures at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from handheld_export import sampling
+from handheld_export.checkpoint import Checkpoint, Component
+from handheld_export.compress import diffusion
+from handheld_export.compress.data import conditions, empty_conditions
+from handheld_export.compress.diffusion import Condition
+from handheld_export.compress.step import build_unet
+
+
+class Painter:
+    """A checkpoint or student, dequantized, ready to draw.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    unet : mapping of str to Tensor, optional
+        Weights in place of the checkpoint's.
+    steps : int, optional
+        Sampling steps in place of the settings'.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        unet: Mapping[str, Tensor] | None = None,
+        steps: int | None = None,
+    ) -> None:
+        self.checkpoint, self.settings = checkpoint, checkpoint.settings
+        own = weights(checkpoint.unet) if unet is None else unet
+        self.unet: Any = build_unet(checkpoint.unet.config, own).eval().requires_grad_(False)
+        self.decoder, self.factor = _decoder(checkpoint.vae)
+        scale = 2 ** (len(_channels(checkpoint.vae.config)) - 1)
+        self.size = int(self.settings.get("size") or self.unet.config["sample_size"] * scale)
+        self.side = self.size // scale
+        self.channels = int(self.unet.config["in_channels"])
+        chosen = self.settings.get("timesteps")
+        if chosen is None or steps is not None:
+            wanted = steps or int(self.settings.get("steps", 20))
+            chosen = sampling.timesteps(1000, wanted, "trailing")
+        sampler = str(self.settings.get("sampler", "ddim"))
+        self.plan = sampling.plan(checkpoint.scheduler, sampler, list(chosen))
+        self.guidance = float(self.settings.get("guidance", 1.0))
+
+    def latents(self, captions: Sequence[str], noise: Tensor, batch: int = 32) -> Tensor:
+        """Draw clean, scaled latents, [n, C, h, w], from noise of that shape."""
+        ids = torch.tensor([[self.size, self.size, 0, 0, self.size, self.size]]).float()
+        empty = empty_conditions(self.checkpoint)
+        nothing = Condition(empty["states"], empty.get("pooled"), ids).to("cpu")
+        made = []
+        for at in range(0, len(captions), batch):
+            part = conditions(self.checkpoint, captions[at : at + batch])
+            n = len(part["states"])
+            condition = Condition(part["states"], part.get("pooled"), ids.expand(n, -1)).to("cpu")
+            made.append(
+                diffusion.sample(
+                    self.unet, noise[at : at + batch], condition, nothing, self.plan, self.guidance
+                )
+            )
+        return torch.cat(made)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, batch: int = 32) -> Tensor:
+        """Decode scaled latents to uint8 pictures, [n, 3, height, width]."""
+        made = [self.decoder(part / self.factor) for part in torch.split(latents, batch)]
+        pictures = torch.cat(made).clamp(-1, 1)
+        return pictures.add(1).mul(127.5).round().to(torch.uint8)
+
+    def draw(self, captions: Sequence[str], noise: Tensor, batch: int = 32) -> Tensor:
+        """Draw uint8 pictures, [n, 3, height, width]."""
+        return self.decode(self.latents(captions, noise, batch), batch)
+
+
+def weights(component: Component) -> dict[str, Tensor]:
+    """Read all weights in float32, those with codes dequantized."""
+    held = {f"{layer}.weight" for layer in component.quantized}
+    found = component.tensors([n for n in component.store if n not in held])
+    for layer in component.quantized:
+        found[f"{layer}.weight"] = torch.from_numpy(component.quantized_weight(layer).dequantize())
+    return found
+
+
+def _channels(config: Mapping[str, Any]) -> Sequence[int]:
+    return list(config.get("block_out_channels") or config["decoder_block_out_channels"])
+
+
+def _decoder(component: Component) -> tuple[Any, float]:
+    import diffusers
+
+    config = dict(component.config)
+    vae = getattr(diffusers, str(config["_class_name"])).from_config(config)
+    own = weights(component)
+    if config["_class_name"] == "AutoencoderTiny":
+        inner = {k.removeprefix("decoder."): v for k, v in own.items() if k.startswith("decoder.")}
+        vae.decoder.load_state_dict(inner)
+        decode = vae.decoder.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        return decode, 1.0
+    vae.load_state_dict(own)
+    vae = vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return (lambda x: vae.decode(x).sample), float(config["scaling_factor"])

@@ -1,0 +1,88 @@
+"""Training through rounding ends at exactly the codes that ship."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch")
+
+import numpy as np
+import torch
+from torch import nn
+
+from handheld_export.compress.fakequant import extract, fit, insert
+from handheld_export.precision import Choice
+from handheld_export.quantization import LIMITS, round_to_nearest
+
+CHOICES = [Choice("int8"), Choice("int4"), Choice("int2"), Choice("int4", 32)]
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 16, 64))
+
+
+def coded(net, choice):
+    own = {"0": Choice(choice.grid), "2": choice}
+    return {n: fit(net.get_submodule(n).weight.detach().numpy(), c) for n, c in own.items()}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_what_is_trained_is_what_ships(choice):
+    net = model()
+    insert(net, coded(net, choice))
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    x, goal = torch.randn(8, 4, 4, 4), torch.randn(8, 64)
+    for _ in range(5):
+        loss = (net(x) - goal).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    shipped = extract(net)
+    plain = model()
+    plain.load_state_dict({k: v for k, v in net.state_dict().items() if "log_scale" not in k})
+    with torch.no_grad():
+        for name, weight in shipped.items():
+            low, high = LIMITS[weight.grid]
+            assert weight.codes.min() >= low
+            assert weight.codes.max() <= high
+            plain.get_submodule(name).weight.copy_(torch.from_numpy(weight.dequantize()))
+        assert torch.allclose(net(x), plain(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_inserting_changes_nothing_but_the_rounding(choice):
+    net = model()
+    start = coded(net, choice)
+    insert(net, start)
+    for name, weight in extract(net).items():
+        assert np.array_equal(weight.codes, start[name].codes)
+        assert np.allclose(weight.scales, start[name].scales, rtol=1e-6)
+
+
+def test_weights_scales_and_biases_learn():
+    net = model()
+    insert(net, coded(net, Choice("int4")))
+    net(torch.randn(2, 4, 4, 4)).square().mean().backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("grid", ["int4", "int2"])
+def test_alternating_optimisation_beats_rounding_to_nearest(grid):
+    weight = np.random.default_rng(0).standard_normal((32, 128)).astype(np.float32)
+    best = np.square(fit(weight, Choice(grid)).dequantize() - weight).mean()
+    plain = np.square(round_to_nearest(weight, grid, None).dequantize() - weight).mean()
+    assert best <= plain
+
+
+def test_rows_of_zeros_and_single_values_survive():
+    weight = np.zeros((4, 32), np.float32)
+    weight[1] = 1e-20
+    weight[2] = 3.0
+    for choice in CHOICES:
+        found = fit(weight, choice)
+        assert np.isfinite(found.scales).all()
+        assert np.allclose(found.dequantize()[2], 3.0, rtol=0.02)
+        assert not found.dequantize()[0].any()

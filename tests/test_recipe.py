@@ -1,0 +1,110 @@
+"""Recipes: what is read, what is refused, and what a result depends on."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch")
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+import recipes
+from handheld.errors import HandheldError, UsageError
+from handheld_export.compress import recipe
+from handheld_export.compress.step import kinds
+
+
+def read(tmp_path, *steps):
+    return recipe.read(recipes.write(tmp_path / "r.toml", *steps))
+
+
+def test_steps_are_found_by_their_files():
+    assert set(kinds()) == {"warmup", "dmd", "trim", "quantize", "distill", "decoder"}
+
+
+def test_settings_are_read(tmp_path):
+    found = read(tmp_path, recipes.warmup(), recipes.dmd(), recipes.quantize("bits = 4.0"))
+    assert [s.kind for s in found.steps] == ["warmup", "dmd", "quantize"]
+    assert found.steps[0].train.lr == 1e-3
+    assert found.steps[1].timesteps == [399]
+    assert found.steps[2].bits == 4.0
+
+
+@pytest.mark.parametrize(
+    ("steps", "field", "words"),
+    [
+        (recipes.step("warmup", "pears = 3", recipes.train()), "steps[0].pears", "pears"),
+        (recipes.step("warmup", "train = { steps = 1, lr = -1 }"), "steps[0].train.lr", "greater"),
+        (recipes.step("dissolve"), "steps[0].step", "unknown"),
+        ('\n[[steps]]\nkind = "dmd"\n', "steps[0].step", "no step"),
+        (recipes.distill(), "steps[0]", "trim or quantize"),
+        (recipes.quantize() + recipes.trim(), "steps[1]", "cannot come after"),
+        (recipes.quantize() + recipes.dmd(), "steps[1]", "cannot come after"),
+        (recipes.dmd(timesteps="[399, 999]"), "steps[0].timesteps", "fall"),
+        (recipes.quantize("bits = 3.0", "megabytes = 2.0"), "steps[0]", "not both"),
+        (recipes.step("trim", "remove = 0.3", "pairs = [1, 1]"), "steps[0]", "either"),
+        (recipes.step("trim"), "steps[0]", "either"),
+        (recipes.quantize('linear = ["int3"]'), "steps[0].linear", "int8"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_place(tmp_path, steps, field, words):
+    with pytest.raises(UsageError) as error:
+        read(tmp_path, steps)
+    assert error.value.path == str(tmp_path / "r.toml")
+    assert (error.value.field or "").startswith(field)
+    assert words in str(error.value)
+    assert error.value.exit_code == 2
+
+
+def test_unknown_keys_at_the_top_are_refused(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text("sede = 1\n" + recipes.text(recipes.trim()))
+    with pytest.raises(UsageError, match="sede"):
+        recipe.read(path)
+
+
+@pytest.mark.parametrize("raw", [b"\xff\xfe", b"name = ", b"", b"[[steps]]\nstep = 3"])
+def test_broken_files_are_refused(tmp_path, raw):
+    path = tmp_path / "r.toml"
+    path.write_bytes(raw)
+    with pytest.raises(UsageError):
+        recipe.read(path)
+    with pytest.raises(UsageError, match="no such recipe"):
+        recipe.read(tmp_path / "missing.toml")
+
+
+@given(st.text(max_size=400))
+def test_any_text_gives_a_recipe_or_a_clear_error(tmp_path_factory, words):
+    path = tmp_path_factory.mktemp("r") / "r.toml"
+    path.write_text(recipes.text(recipes.trim()) + words, encoding="utf-8", errors="replace")
+    try:
+        recipe.read(path)
+    except HandheldError as e:
+        assert e.exit_code == 2
+
+
+def test_every_recipe_that_ships_is_valid():
+    for model in ("sdxl", "critter"):
+        for stack in (*recipe.STACKS, "onestep"):
+            assert recipe.read(recipe.builtin(stack, model)).name == f"{model}-{stack}"
+
+
+def test_models_without_their_own_recipe_take_sdxls():
+    assert recipe.builtin("stack1", "my-finetune").parent.name == "sdxl"
+    for name in ("stack9", "../sdxl/stack1"):
+        with pytest.raises(UsageError, match="unknown"):
+            recipe.builtin(name, "sdxl")
+
+
+def test_a_result_depends_on_the_steps_up_to_it_and_on_nothing_later(tmp_path):
+    one = read(tmp_path, recipes.warmup(), recipes.dmd())
+    other = read(tmp_path, recipes.warmup(), recipes.dmd(steps=4))
+    assert one.essence(1, "x") == other.essence(1, "x")
+    assert one.essence(2, "x") != other.essence(2, "x")
+    assert one.essence(1, "x") != one.essence(1, "y")
+
+
+def test_stacks_share_the_distilled_student():
+    read = [recipe.read(recipe.builtin(s, "critter")) for s in (*recipe.STACKS, "onestep")]
+    assert len({r.essence(2, "x") for r in read}) == 1
