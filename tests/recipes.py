@@ -26,10 +26,10 @@ def step(kind, *lines):
     return "\n".join(["", "[[steps]]", f'step = "{kind}"', *lines, ""])
 
 
-def warmup(steps=4):
+def warmup(steps=4, lr=1e-3):
     return step(
         "warmup", "pairs = 8", 'sampler = "ddim"', "teacher_steps = 2", "guidance = 2.0",
-        train(steps),
+        train(steps, lr),
     )  # fmt: skip
 
 

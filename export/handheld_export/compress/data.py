@@ -247,9 +247,8 @@ class Prepared:
         return list(self.meta["captions"])
 
 
-def conditions(checkpoint: Checkpoint, captions: Sequence[str]) -> dict[str, Tensor]:
+def conditions(encoder: LocalTextEncoder, captions: Sequence[str]) -> dict[str, Tensor]:
     """Encode captions: ``states`` [n, tokens, width] and ``pooled`` [n, width], float16."""
-    encoder = LocalTextEncoder(checkpoint.path)
     states, pooled = [], []
     for start in range(0, len(captions), 64):
         for item in encoder.encode(captions[start : start + 64]):
@@ -260,10 +259,10 @@ def conditions(checkpoint: Checkpoint, captions: Sequence[str]) -> dict[str, Ten
     return made | ({"pooled": torch.stack(pooled)} if pooled else {})
 
 
-def empty_conditions(checkpoint: Checkpoint) -> dict[str, Tensor]:
+def empty_conditions(checkpoint: Checkpoint, encoder: LocalTextEncoder) -> dict[str, Tensor]:
     """Encode the empty prompt as guidance has it: ``states`` and ``pooled``, one row each."""
     index = checkpoint.path / "model_index.json"
-    made = conditions(checkpoint, [""])
+    made = conditions(encoder, [""])
     # SDXL was trained with zeros for a dropped prompt, and its model_index says so.
     if index.is_file() and read_json(index).get("force_zeros_for_empty_prompt"):
         made = {k: torch.zeros_like(v) for k, v in made.items()}
@@ -329,8 +328,9 @@ def prepare(
             flush()
     if batch:
         flush()
-    tensors = conditions(checkpoint, captions)
-    tensors |= {f"empty.{k}": v for k, v in empty_conditions(checkpoint).items()}
+    encoder = LocalTextEncoder(checkpoint.path)
+    tensors = conditions(encoder, captions)
+    tensors |= {f"empty.{k}": v for k, v in empty_conditions(checkpoint, encoder).items()}
     tensors["latents"] = torch.cat(latents).contiguous()
     keep(folder, tensors, essence | {"captions": captions})
     return Prepared(folder)

@@ -58,9 +58,9 @@ class Loop(Model):
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
 
-    def rate(self, step: int) -> float:
+    def rate(self, step: int, *, warm_up: bool = True) -> float:
         """Return the learning rate's factor: linear warm-up, constant, cosine to zero."""
-        warm = min(1.0, (step + 1) / (self.warmup + 1))
+        warm = min(1.0, (step + 1) / (self.warmup + 1)) if warm_up else 1.0
         start = self.decay_from * self.steps
         done = 0.0 if step < start else (step - start) / max(1.0, self.steps - start)
         return warm * 0.5 * (1 + math.cos(math.pi * done))
@@ -304,7 +304,7 @@ class Trainer:
             )
         part, optimizer = self._parts[key], self._optimizers[key]
         for group in optimizer.param_groups:
-            group["lr"] = part.lr * self.loop.rate(self.step)
+            group["lr"] = part.lr * self.loop.rate(self.step, warm_up=key == self.main)
         self.accelerator.backward(loss)
         parameters = [p for p in self.models[key].parameters() if p.grad is not None]
         torch.nn.utils.clip_grad_norm_(parameters, part.clip, foreach=False)

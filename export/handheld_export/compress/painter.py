@@ -14,6 +14,7 @@ from handheld_export.compress import diffusion
 from handheld_export.compress.data import conditions, empty_conditions
 from handheld_export.compress.diffusion import Condition
 from handheld_export.compress.step import build_unet
+from handheld_export.text import LocalTextEncoder
 
 
 class Painter:
@@ -38,6 +39,7 @@ class Painter:
         self.checkpoint, self.settings = checkpoint, checkpoint.settings
         own = weights(checkpoint.unet) if unet is None else unet
         self.unet: Any = build_unet(checkpoint.unet.config, own).eval().requires_grad_(False)
+        self._encoder = LocalTextEncoder(checkpoint.path)
         self.decoder, self.factor = _decoder(checkpoint.vae)
         scale = 2 ** (len(_channels(checkpoint.vae.config)) - 1)
         self.size = int(self.settings.get("size") or self.unet.config["sample_size"] * scale)
@@ -54,11 +56,11 @@ class Painter:
     def latents(self, captions: Sequence[str], noise: Tensor, batch: int = 32) -> Tensor:
         """Draw clean, scaled latents, [n, C, h, w], from noise of that shape."""
         ids = torch.tensor([[self.size, self.size, 0, 0, self.size, self.size]]).float()
-        empty = empty_conditions(self.checkpoint)
+        empty = empty_conditions(self.checkpoint, self._encoder)
         nothing = Condition(empty["states"], empty.get("pooled"), ids).to("cpu")
         made = []
         for at in range(0, len(captions), batch):
-            part = conditions(self.checkpoint, captions[at : at + batch])
+            part = conditions(self._encoder, captions[at : at + batch])
             n = len(part["states"])
             condition = Condition(part["states"], part.get("pooled"), ids.expand(n, -1)).to("cpu")
             made.append(
@@ -82,8 +84,8 @@ class Painter:
 
 def weights(component: Component) -> dict[str, Tensor]:
     """Read all weights in float32, those with codes dequantized."""
-    held = {f"{layer}.weight" for layer in component.quantized}
-    found = component.tensors([n for n in component.store if n not in held])
+    coded = tuple(f"{layer}.weight." for layer in component.quantized)
+    found = component.tensors([n for n in component.store if not n.startswith(coded)])
     for layer in component.quantized:
         found[f"{layer}.weight"] = torch.from_numpy(component.quantized_weight(layer).dequantize())
     return found

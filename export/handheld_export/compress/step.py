@@ -121,8 +121,9 @@ class Context:
     def frozen(self, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> nn.Module:
         """Make a U-Net that only runs forward, on a GPU in the precision it computes in."""
         unet: nn.Module = build_unet(config, weights).eval().requires_grad_(False)
-        half = self.device.type != "cpu" and self.machine.precision == "bf16"
-        return unet.to(self.device, torch.bfloat16 if half else torch.float32)
+        if self.device.type != "cpu" and self.machine.precision == "bf16":
+            unet = unet.bfloat16()
+        return unet.to(self.device)
 
     def guidance(self, wanted: float | None) -> float:
         """Return the teacher's guidance where the recipe gives none."""

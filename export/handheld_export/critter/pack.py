@@ -18,7 +18,7 @@ SETTINGS: dict[str, Any] = {
     "size": 128,
     "sampler": "ddim",
     "steps": 6,
-    "guidance": 2.0,
+    "guidance": 1.75,
     "timestep_spacing": "trailing",
     "prompts": [
         "a purple horned creature",

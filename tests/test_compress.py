@@ -1,0 +1,409 @@
+"""Running recipes: whole ones, stopped ones, ones in two processes, ones that cannot work."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("accelerate")
+
+import torch
+
+import recipes
+import train_worker
+from handheld.errors import CheckpointError, HandheldError, OutputError, UsageError
+from handheld_export.checkpoint import Checkpoint
+from handheld_export.compress import recipe, run
+from handheld_export.compress.data import Folder
+from handheld_export.compress.engine import Machine, TrainingError, Watch, read_log
+from handheld_export.compress.painter import Painter, weights
+
+WORKER = Path(train_worker.__file__)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return recipes.pictures(tmp_path_factory.mktemp("pictures") / "data")
+
+
+@pytest.fixture(scope="module")
+def machine():
+    return Machine(precision="no", cpu=True)
+
+
+@pytest.fixture
+def compress(tmp_path, sdxl, pictures, machine):
+    def compress(*steps, output="student", checkpoint=None, data=None, **more):
+        path = recipes.write(tmp_path / "recipe.toml", *steps)
+        return run.compress(
+            checkpoint or Checkpoint(sdxl),
+            recipe.read(path),
+            tmp_path / output,
+            dataset=Folder(data or pictures),
+            machine=machine,
+            work=tmp_path / "work",
+            **more,
+        )
+
+    return compress
+
+
+def losses(work: Path, kind: str) -> list[dict[str, float]]:
+    """Entries of a step's log, the last one of each training step."""
+    (folder,) = (p for p in work.glob(f"*{kind}-*") if (p / "log.jsonl").exists())
+    found = {int(e["step"]): e for e in read_log(folder)}
+    return [{k: v for k, v in found[i].items() if k != "seconds_per_step"} for i in sorted(found)]
+
+
+# --- whole recipes ---------------------------------------------------------------------------
+
+
+def test_a_student_records_its_history_and_draws_what_was_trained(compress, tmp_path, sdxl):
+    student = compress(recipes.warmup(), recipes.dmd(), recipes.quantize(), recipes.distill())
+    assert student.steps == ["warmup", "dmd", "quantize", "distill"]
+    written = Checkpoint(tmp_path / "student")
+    assert [e["step"] for e in written.settings["history"]] == student.steps
+    assert written.settings["recipe"] == "test"
+    assert written.settings["sampler"] == "dmd"
+    assert written.settings["timesteps"] == [399]
+    for entry in written.settings["history"]:
+        assert entry["settings"]
+        assert entry["seconds"] >= 0
+        assert entry["machine"]["torch"]
+    assert written.unet.quantized == set(student.quantized)
+    for layer, codes in student.quantized.items():
+        assert np.array_equal(written.unet.quantized_weight(layer).codes, codes.codes)
+    painter = Painter(written)
+    noise = torch.randn(2, painter.channels, painter.side, painter.side)
+    drawn = painter.draw(["a red robot", "a blue robot"], noise)
+    assert drawn.shape == (2, 3, 16, 16)
+    assert drawn.dtype == torch.uint8
+    assert Checkpoint(sdxl).unet.quantized == frozenset()
+
+
+def test_trimmed_students_keep_the_weights_that_stay(compress, tmp_path, sdxl):
+    student = compress(recipes.trim())
+    teacher = weights(Checkpoint(sdxl).unet)
+    assert student.unet_config["mid_block_type"] is None
+    entry = student.history[-1]
+    assert entry["params"][1] < 0.8 * entry["params"][0]
+    assert entry["macs"][1] < entry["macs"][0]
+    for name, value in student.unet.items():
+        if name.startswith(("down_blocks.0", "conv_in", "time_embedding")):
+            assert torch.equal(value, teacher[name])
+
+
+def test_importance_meets_a_budget(compress):
+    student = compress(recipes.step("trim", "remove = 0.25", "calibration = 2"))
+    before, after = student.history[-1]["params"]
+    assert after <= 0.75 * before
+
+
+def test_distilling_brings_a_trimmed_student_closer_to_its_reference(compress, tmp_path):
+    compress(recipes.trim(), recipes.distill(40))
+    first, *_, last = losses(tmp_path / "work", "distill")
+    assert last["output"] < 0.8 * first["output"]
+
+
+def test_a_tiny_decoder_replaces_the_vae(compress, tmp_path):
+    student = compress(recipes.decoder(30))
+    assert student.vae_config["_class_name"] == "AutoencoderTiny"
+    assert all(k.startswith("decoder.") for k in student.vae)
+    whole, own = student.history[-1]["macs"]
+    assert own < whole
+    first, *_, last = losses(tmp_path / "work", "decoder")
+    assert last["loss"] < first["loss"]
+    painter = Painter(Checkpoint(tmp_path / "student"))
+    assert painter.decode(torch.randn(1, 4, 8, 8)).shape == (1, 3, 16, 16)
+
+
+def test_bits_follow_a_budget(compress, tmp_path):
+    student = compress(
+        recipes.quantize(
+            'linear = ["int2", "int4"]', 'convolution = ["int4", "int8"]', "bits = 6.0"
+        )
+    )
+    entry = student.history[-1]
+    assert entry["bits_per_weight"] <= 6.0
+    assert len(entry["layers"]) > 1
+
+
+def test_students_of_several_steps_are_trained_on_their_own_latents(compress):
+    student = compress(recipes.dmd(timesteps="[999, 499]"))
+    assert student.settings["timesteps"] == [999, 499]
+    assert student.settings["steps"] == 2
+
+
+def test_a_multi_step_student_is_trained_where_its_error_is(compress):
+    student = compress(recipes.quantize(), recipes.distill(2, "error_aware = true"))
+    assert student.steps == ["quantize", "distill"]
+
+
+def test_finished_steps_are_not_run_again_and_recipes_share_them(compress, tmp_path):
+    said: list[str] = []
+    watch = Watch(stage=said.append)
+    compress(recipes.warmup(), recipes.trim(), watch=watch)
+    compress(recipes.warmup(), recipes.quantize(), watch=watch, output="other")
+    assert "warmup: done before" in said
+    one, other = (Checkpoint(tmp_path / n) for n in ("student", "other"))
+    assert one.settings["history"][0] == other.settings["history"][0]
+
+
+def test_grids_of_pictures_are_drawn_on_the_way(compress, tmp_path):
+    compress(recipes.warmup(4), sample_every=2)
+    drawn = sorted(p.name for p in (tmp_path / "work").glob("1-warmup-*/samples/*"))
+    assert drawn == ["000002.png", "000004.png"]
+
+
+def test_logs_are_written_for_tensorboard_too(compress, tmp_path):
+    pytest.importorskip("tensorboard")
+    compress(recipes.warmup(2))
+    assert list((tmp_path / "work").glob("1-warmup-*/tensorboard/events*"))
+
+
+# --- what cannot work ------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(compress, tmp_path):
+    with pytest.raises(TrainingError, match=r"loss of 'generator' is (nan|inf)") as error:
+        compress(
+            recipes.warmup(400, lr=1e30)
+        )
+    assert error.value.exit_code == 1
+    (kept,) = (tmp_path / "work").glob("1-warmup-*/checkpoint.pt")
+    state = torch.load(kept, weights_only=True)
+    assert state["step"] >= 1
+    assert not (tmp_path / "student").exists()
+
+
+def test_budgets_that_cannot_be_met_name_what_would_do(compress):
+    with pytest.raises(UsageError, match=r"cannot be met.*bits per weight") as error:
+        compress(recipes.quantize("bits = 1.0"))
+    assert error.value.field == "quantize.bits"
+    with pytest.raises(UsageError, match="nothing is left to trim"):
+        compress(recipes.step("trim", "remove = 0.99", "calibration = 1"))
+
+
+def test_trims_that_do_not_fit_are_refused(compress):
+    with pytest.raises(UsageError, match="does not fit") as error:
+        compress(recipes.step("trim", "pairs = [9, 1]"))
+    assert error.value.field == "trim.pairs"
+
+
+def test_a_picture_without_a_caption_is_named(compress, tmp_path):
+    data = recipes.pictures(tmp_path / "data")
+    (data / "03.txt").unlink()
+    with pytest.raises(UsageError, match=r"03\.png.*no caption"):
+        compress(recipes.warmup(), data=data)
+
+
+@pytest.mark.parametrize("raw", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n broken"])
+def test_a_picture_that_does_not_decode_is_named(compress, tmp_path, raw):
+    data = recipes.pictures(tmp_path / "data")
+    (data / "05.png").write_bytes(raw)
+    with pytest.raises(UsageError, match=r"05\.png.*decoded"):
+        compress(recipes.warmup(), data=data)
+
+
+def test_shards_are_read_like_folders(compress, tmp_path, pictures):
+    import tarfile
+
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    with tarfile.open(shards / "0000.tar", "w") as tar:
+        for path in sorted(pictures.iterdir()):
+            tar.add(path, path.name)
+    plain = list(Folder(pictures).items(12, 16))
+    packed = list(Folder(shards).items(12, 16))
+    assert [c for _, c in plain] == [c for _, c in packed]
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(plain, packed, strict=True))
+    (shards / "0001.tar").write_bytes(b"no tar")
+    with pytest.raises(UsageError, match=r"0001\.tar"):
+        list(Folder(shards).items(20, 16))
+
+
+def test_quantized_checkpoints_are_refused(compress, tmp_path):
+    compress(recipes.quantize())
+    with pytest.raises(CheckpointError, match="quantized already"):
+        compress(recipes.warmup(), checkpoint=Checkpoint(tmp_path / "student"), output="again")
+
+
+def test_what_is_in_the_way_is_not_overwritten(compress, tmp_path):
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="in the way"):
+        compress(recipes.trim())
+    assert (tmp_path / "student" / "thesis.txt").exists()
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_broken_training_checkpoint_is_named(compress, tmp_path):
+    with pytest.raises(TrainingError):
+        compress(
+            recipes.warmup(400, lr=1e30)
+        )
+    (kept,) = (tmp_path / "work").glob("1-warmup-*/checkpoint.pt")
+    kept.write_bytes(b"half")
+    with pytest.raises(HandheldError, match=r"checkpoint\.pt.*remove it"):
+        compress(
+            recipes.warmup(400, lr=1e30)
+        )
+
+
+# --- stopping and going on -------------------------------------------------------------------
+
+KINDS = {
+    "warmup": (recipes.warmup(8),),
+    "dmd": (recipes.dmd(6),),
+    "distill": (recipes.trim(), recipes.distill(8)),
+    "quantized": (recipes.dmd(1), recipes.quantize(), recipes.distill(6, matching=1.0)),
+    "decoder": (recipes.decoder(8),),
+}
+
+
+def spawn(tmp_path, steps, checkpoint, pictures, work, *flags, processes=1):
+    path = recipes.write(tmp_path / "recipe.toml", *steps)
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        launcher += [
+            "--master_port",
+            "0",
+            "--rdzv_backend",
+            "c10d",
+            "--rdzv_endpoint",
+            "localhost:0",
+        ]
+    given = [path, checkpoint, pictures, tmp_path / work, tmp_path / f"{work}-student"]
+    return subprocess.Popen(
+        [*launcher, str(WORKER), *map(str, given), *flags],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process):
+    said, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, said[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_was_killed_goes_on_to_the_bit(tmp_path, sdxl, pictures, kind):
+    steps = KINDS[kind]
+    name = "distill" if kind == "quantized" else kind
+    finish(spawn(tmp_path, steps, sdxl, pictures, "whole"))
+    wanted = losses(tmp_path / "whole", name)
+    process = spawn(tmp_path, steps, sdxl, pictures, "cut")
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        logs = list((tmp_path / "cut").glob(f"*{name}-*/log.jsonl"))
+        if logs and len(logs[0].read_text().splitlines()) >= 3:
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "cut-student").exists()
+    finish(spawn(tmp_path, steps, sdxl, pictures, "cut"))
+    assert losses(tmp_path / "cut", name) == wanted
+    one, other = (Checkpoint(tmp_path / f"{w}-student") for w in ("whole", "cut"))
+    assert one.unet_sha256 == other.unet_sha256
+    assert one.vae_sha256 == other.vae_sha256
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("fsdp",)], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["dmd", "quantized"])
+def test_two_processes_train_as_one_does(tmp_path, sdxl, pictures, kind, flags):
+    steps = {
+        "dmd": (recipes.dmd(20),),
+        "quantized": (recipes.trim(), recipes.quantize(), recipes.distill(20)),
+    }[kind]
+    name = "distill" if kind == "quantized" else kind
+    finish(spawn(tmp_path, steps, sdxl, pictures, "one"))
+    finish(spawn(tmp_path, steps, sdxl, pictures, "two", *flags, processes=2))
+    one, two = losses(tmp_path / "one", name), losses(tmp_path / "two", name)
+    assert len(one) == len(two) == 20
+    worst = max(
+        abs(a[k] - b[k]) / max(1.0, abs(a[k])) for a, b in zip(one, two, strict=True) for k in a
+    )
+    assert worst <= 1e-4
+
+
+# --- dry runs --------------------------------------------------------------------------------
+
+
+def dry(*arguments):
+    from handheld.cli import run as cli
+
+    return cli(["compress", *arguments, "--dry-run"])
+
+
+@pytest.mark.parametrize("stack", recipe.STACKS)
+def test_sdxl_is_planned_without_weights(stack, capsys):
+    code = dry("sdxl", "--stack", stack, "--devices", "8", "--fsdp", "--json")
+    report = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert report["estimate"] is True
+    assert report["before"]["unet_params"] == 2_567_463_684
+    last = report["steps"][-1]
+    if stack == "stack2":
+        assert 0.5 <= last["unet_params"] / 2_567_463_684 <= 0.6
+        assert 0.5 <= last["unet_macs"] / report["before"]["unet_macs"] <= 0.6
+    if stack == "stack3":
+        assert last["times_smaller_than_fp16"] >= 7.5
+    assert set(last["target_bytes"]) == {"litert-cpu", "executorch-xnnpack"}
+    assert all(r["device_bytes"] > 0 for r in report["steps"])
+
+
+def test_what_does_not_fit_is_refused_with_what_would(capsys):
+    assert dry("sdxl", "--stack", "stack1") == 2
+    assert "--devices 4 --fsdp" in capsys.readouterr().err
+    assert dry("sdxl", "--stack", "stack1", "--devices", "7") == 2
+    assert "does not divide" in capsys.readouterr().err
+    assert dry("nowhere", "--stack", "stack1") == 2
+    assert "no configurations" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("--stack", "stack1", "--recipe", "r.toml"),
+        ("--stack", "stack7"),
+        ("--stack", "stack1", "--devices", "0"),
+        ("--stack", "stack1", "--tflops", "nan"),
+        ("--stack", "stack1", "--precision", "fp8"),
+        ("--stack", "stack1", "--size", "511"),
+        ("--recipe", "missing.toml"),
+    ],
+)
+def test_bad_arguments_exit_with_two(arguments, capsys):
+    assert dry("sdxl", *arguments) == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_the_command_makes_a_student(tmp_path, sdxl, pictures, capsys):
+    from handheld.cli import run as cli
+
+    path = recipes.write(tmp_path / "r.toml", recipes.warmup(2), recipes.quantize())
+    code = cli(
+        ["compress", str(sdxl), "--recipe", str(path), "-o", str(tmp_path / "out"), "--data",
+         str(pictures), "--work", str(tmp_path / "work"), "--cpu", "--precision", "no", "--json"]
+    )  # fmt: skip
+    report = json.loads(capsys.readouterr().out)
+    assert code == 0, report
+    assert [e["step"] for e in report["history"]] == ["warmup", "quantize"]
+    assert Checkpoint(tmp_path / "out").unet.quantized
