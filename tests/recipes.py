@@ -47,10 +47,10 @@ def quantize(*lines):
     return step("quantize", "calibration = 2", *given)
 
 
-def distill(steps=4, *lines, matching=0.0):
+def distill(steps=4, *lines, matching=0.0, lr=1e-3):
     return step(
         "distill", "features = 0.1", "attention = 0.1", f"matching = {matching}",
-        "guidance = 2.0", *lines, train(steps),
+        "guidance = 2.0", *lines, train(steps, lr),
     )  # fmt: skip
 
 

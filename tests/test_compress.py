@@ -175,9 +175,7 @@ def test_logs_are_written_for_tensorboard_too(compress, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(compress, tmp_path):
     with pytest.raises(TrainingError, match=r"loss of 'generator' is (nan|inf)") as error:
-        compress(
-            recipes.warmup(400, lr=1e30)
-        )
+        compress(recipes.warmup(400, lr=1e30))
     assert error.value.exit_code == 1
     (kept,) = (tmp_path / "work").glob("1-warmup-*/checkpoint.pt")
     state = torch.load(kept, weights_only=True)
@@ -248,15 +246,11 @@ def test_what_is_in_the_way_is_not_overwritten(compress, tmp_path):
 
 def test_a_broken_training_checkpoint_is_named(compress, tmp_path):
     with pytest.raises(TrainingError):
-        compress(
-            recipes.warmup(400, lr=1e30)
-        )
+        compress(recipes.warmup(400, lr=1e30))
     (kept,) = (tmp_path / "work").glob("1-warmup-*/checkpoint.pt")
     kept.write_bytes(b"half")
     with pytest.raises(HandheldError, match=r"checkpoint\.pt.*remove it"):
-        compress(
-            recipes.warmup(400, lr=1e30)
-        )
+        compress(recipes.warmup(400, lr=1e30))
 
 
 # --- stopping and going on -------------------------------------------------------------------
@@ -329,7 +323,8 @@ def test_a_run_that_was_killed_goes_on_to_the_bit(tmp_path, sdxl, pictures, kind
 def test_two_processes_train_as_one_does(tmp_path, sdxl, pictures, kind, flags):
     steps = {
         "dmd": (recipes.dmd(20),),
-        "quantized": (recipes.trim(), recipes.quantize(), recipes.distill(20)),
+        # At rates that train well: at higher ones a rounding error flips a code and grows.
+        "quantized": (recipes.trim(), recipes.quantize(), recipes.distill(20, lr=2e-5)),
     }[kind]
     name = "distill" if kind == "quantized" else kind
     finish(spawn(tmp_path, steps, sdxl, pictures, "one"))

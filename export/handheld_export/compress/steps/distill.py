@@ -78,7 +78,7 @@ class Distill(Step):
         if self.matching and timesteps:
             teacher = context.load_teacher()
             score = {k: v.float().cpu() for k, v in teacher.state_dict().items()}
-            fake = FakeScore(build_unet(context.teacher.unet.config, score))
+            fake = FakeScore(build_unet(context.teacher.unet.config, score), self.train.seed)
             lr = self.fake_lr or self.train.lr
             networks["fake"] = Trained(fake, lr, self.train.clip)
             matching = Matching(
@@ -220,12 +220,12 @@ class Taps:
         return keep
 
     def distance(self, kind: str) -> Tensor:
-        """Mean over layers of the squared distance, relative to the reference's mean square."""
+        """Mean over layers and pictures of the squared distance, relative to the mean square."""
         found = []
         for name, source in self._pairs[kind].items():
             wanted = self._kept[True, source].float()
-            error = functional.mse_loss(self._kept[False, name].float(), wanted)
-            found.append(error / wanted.square().mean().clamp_min(1e-6))
+            error = (self._kept[False, name].float() - wanted).square().flatten(1).mean(dim=1)
+            found.append((error / wanted.square().flatten(1).mean(dim=1).clamp_min(1e-6)).mean())
         return torch.stack(found).mean()
 
     def close(self) -> None:

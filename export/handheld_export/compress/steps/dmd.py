@@ -29,10 +29,13 @@ class FakeScore(nn.Module):
     ----------
     unet : UNet2DConditionModel
         Starts as the teacher.
+    seed : int
+        Of the head's first weights.
     """
 
-    def __init__(self, unet: Any) -> None:
+    def __init__(self, unet: Any, seed: int = 0) -> None:
         super().__init__()
+        torch.manual_seed(seed)
         self.unet = unet
         channels = int(unet.config["block_out_channels"][-1])
         groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0)
@@ -143,7 +146,8 @@ class DMD(Step):
             build_unet(
                 context.teacher.unet.config,
                 {k: v.float().cpu() for k, v in teacher.state_dict().items()},
-            )
+            ),
+            loop.seed,
         )
         trainer = Trainer(
             self.kind,
