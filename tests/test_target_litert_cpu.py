@@ -306,11 +306,24 @@ def test_a_planted_mismatch_is_found(what: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("grid", ["int4", "int2"])
-def test_narrow_convolutions_are_refused(grid: str, tmp_path: Path) -> None:
-    module, examples = _make("downsample")
+@pytest.mark.parametrize("kind", ["downsample", "resnet"])
+def test_narrow_convolutions_are_held_as_int8_with_the_same_codes(
+    grid: str, kind: str, tmp_path: Path
+) -> None:
+    module, examples = _make(kind)
     module = _quantized(module, INT8, (grid, None))
-    with pytest.raises(TargetError, match=rf"{grid} convolutions"):
-        TARGET.lower(_segment(module, examples), tmp_path / "a.tflite")
+    path = tmp_path / "a.tflite"
+    lowered, snr = _lower(module, examples, path)
+    assert snr > 38
+    assert lowered.partitions == 1
+    stored = _stored(path)
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            bits, codes, scales = next(v for k, v in stored.items() if f"{name}.weight" in k)
+            assert bits == 8
+            np.testing.assert_array_equal(codes.transpose(0, 3, 1, 2), layer.quantized.codes)
+            np.testing.assert_array_equal(scales, layer.quantized.scales)
+            assert TARGET.container(layer.quantized) == "int8"
 
 
 @pytest.mark.parametrize(("grid", "group"), [("int2", 32), ("int8", 32), ("int4", 16)])

@@ -734,6 +734,7 @@ def _manifest(
                 units=tuple(u.name for u in segment.units),
                 component=segment.graph.component,
                 weights=meta["weights"],
+                held=meta["held"],
                 macs=macs.get(segment.id),
                 partitions=meta["partitions"],
                 tools=meta["tools"],

@@ -43,7 +43,7 @@ from handheld_export.segments import (
     release,
     unet_graph,
 )
-from handheld_export.targets.base import SegmentInput
+from handheld_export.targets.base import SegmentInput, Target
 
 _TOOLS = (
     "torch",
@@ -242,6 +242,7 @@ def lower(task: Task) -> dict[str, Any]:
                 "partitions": lowered.partitions,
                 "notes": list(lowered.notes),
                 "weights": storage,
+                "held": _held(target, quantized),
                 "tools": dict(lowered.tools) or target.versions(),
                 "engine_version": next(iter(target.versions().values())),
                 "verification": {
@@ -303,6 +304,16 @@ def _worst(reference: list[Any], outputs: tuple[Any, ...] | list[Any]) -> float:
     if len(reference) != len(outputs):
         raise TargetError(f"the artifact gives {len(outputs)} results, not {len(reference)}")
     return min(measure.snr_db(a, b) for a, b in zip(reference, outputs, strict=True))
+
+
+def _held(target: Target, quantized: dict[str, QuantizedWeight]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for weight in quantized.values():
+        wider = target.container(weight)
+        if wider != weight.grid:
+            name = f"{weight.grid} as {wider}"
+            counts[name] = counts.get(name, 0) + weight.codes.size
+    return dict(sorted(counts.items()))
 
 
 def _storage(segment: Segment, quantized: dict[str, QuantizedWeight]) -> dict[str, int]:

@@ -70,6 +70,9 @@ class Artifact(Model):
     component: Literal["unet", "decoder"]
     weights: dict[str, int] = {}
     """Number of weights by storage, for example ``{"int4": 1000, "float32": 10}``."""
+    held: dict[str, int] = {}
+    """Number of weights whose grid the target's kernels cannot read, by that grid and the wider
+    one that holds the same codes, for example ``{"int2 as int8": 1000}``."""
     macs: int | None = None
     partitions: int | None = None
     """Delegate partitions in the artifact; null where the engine has no such notion."""

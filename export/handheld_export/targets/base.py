@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from handheld.planning import CONTAINERS
 from handheld.program import Ports
+from handheld_export.quantization import Grid, QuantizedWeight
 
 Array = NDArray[np.generic]
 
@@ -74,6 +76,12 @@ class Target(ABC):
 
     needs_ranges: ClassVar[bool] = False
     """Whether quantized layers need calibrated activation ranges."""
+
+    def container(self, weight: QuantizedWeight) -> Grid:
+        """Return the grid that holds a weight's codes, wider where no kernel reads its own."""
+        shape = weight.codes.shape
+        kind = "linear" if len(shape) == 2 else "conv1x1" if shape[2:] == (1, 1) else "conv3x3"
+        return CONTAINERS.get(self.name, {}).get((kind, weight.grid), weight.grid)
 
     @abstractmethod
     def missing(self) -> str | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import logging
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from handheld.errors import TargetError
 from handheld.program import Ports
 from handheld_export.quantization import QuantizedWeight
 from handheld_export.targets.base import Array, Lowered, Runner, SegmentInput, Target
+
+if TYPE_CHECKING:
+    from handheld_export import tflite
 
 _PACKAGES = {"ai-edge-litert": "ai_edge_litert", "litert-torch": "litert_torch"}
 
@@ -41,7 +45,8 @@ class LiteRTCPU(Target):
         """Write the artifact of a segment.
 
         The scales of groups are rounded to bfloat16, because that is all the kernels take;
-        codes and all other scales are the student's.
+        codes and all other scales are the student's. Convolutions of fewer than 8 bits are held
+        as int8: XNNPACK reads no narrower ones, int4 runs outside it, and int2 gives NaN.
 
         Raises
         ------
@@ -55,12 +60,19 @@ class LiteRTCPU(Target):
 
         module = rewrite(segment.module, REPLACEMENTS)
         opened = tflite.Open(module, len(segment.ports.inputs)).eval()
+        opened.layers = [self._held(layer) for layer in opened.layers]
         checked = [_check(x.name, x.quantized) for x in opened.layers if x.quantized is not None]
         notes = [note for note in checked if note]
         flatbuffer = _convert(opened, segment, [layer.weight for layer in opened.layers])
         tflite.graft(flatbuffer, opened.layers, segment.ports, path)
         tflite.check(path, opened.layers)
         return Lowered(path, _partitions(path), self.versions(), tuple(notes))
+
+    def _held(self, layer: tflite.Layer) -> tflite.Layer:
+        weight = layer.quantized
+        if weight is None:
+            return layer
+        return replace(layer, quantized=replace(weight, grid=self.container(weight)))
 
     def load(self, path: Path, ports: Ports) -> Runner:
         """Open an artifact with the engine's Python runtime."""
@@ -73,12 +85,6 @@ def _check(name: str, weight: QuantizedWeight) -> str | None:
 
     if weight.grid == "palette":
         raise refuse("palettes do not run on LiteRT's CPU kernels")
-    if weight.codes.ndim == 4 and weight.grid != "int8":
-        raise refuse(
-            f"{weight.grid} convolutions "
-            + ("give NaN on LiteRT" if weight.grid == "int2" else "run outside XNNPACK on LiteRT")
-            + "; use int8"
-        )
     if weight.group_size is None:
         return None
     if weight.grid != "int4":

@@ -68,8 +68,10 @@ def describe(opened: Bundle) -> dict[str, Any]:
     """Return what a bundle holds as JSON values."""
     manifest = opened.manifest
     weights: Counter[str] = Counter()
+    held: Counter[str] = Counter()
     for item in manifest.artifacts:
         weights.update(item.weights)
+        held.update(item.held)
     macs = [a.macs for a in manifest.artifacts]
     prefetched = manifest.text.prefetched
     return {
@@ -84,6 +86,7 @@ def describe(opened: Bundle) -> dict[str, Any]:
         "bytes": opened.nbytes,
         "engines": sorted({f"{a.engine} {a.engine_version}" for a in manifest.artifacts}),
         "weights": dict(weights),
+        "held": dict(held),
         "macs": sum(m for m in macs if m is not None) if None not in macs else None,
         "sizes": {
             name: {
