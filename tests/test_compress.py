@@ -402,3 +402,22 @@ def test_the_command_makes_a_student(tmp_path, sdxl, pictures, capsys):
     assert code == 0, report
     assert [e["step"] for e in report["history"]] == ["warmup", "quantize"]
     assert Checkpoint(tmp_path / "out").unet.quantized
+
+
+# --- what ships ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["litert-cpu", "executorch-xnnpack"])
+def test_what_was_trained_is_what_ships(compress, tmp_path, target):
+    """Low-bit convolutions and a tiny decoder included."""
+    from handheld_export.export import Options, export
+
+    grids = ('linear = ["int2"]', 'convolution = ["int2"]', 'embedding = ["int8"]')
+    compress(recipes.dmd(2), recipes.quantize(*grids), recipes.decoder(4))
+    student = Checkpoint(tmp_path / "student")
+    manifest = export(student, Options(target=target, precision="int8"), tmp_path / "bundle")
+    assert manifest.verification.student_snr_db >= 35
+    assert {a.component for a in manifest.artifacts} == {"unet", "decoder"}
+    held = [a.held for a in manifest.artifacts if a.held]
+    assert held
+    assert all(name.startswith("int2 as int") for h in held for name in h)
