@@ -237,7 +237,7 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
         ) from None
 
 
-def _component_files(folder: Path) -> list[Path]:
+def component_files(folder: Path) -> list[Path]:
     for stem in ("diffusion_pytorch_model", "model"):
         for variant in ("", ".fp16"):
             index = folder / f"{stem}.safetensors.index{variant}.json"
@@ -432,7 +432,7 @@ class Checkpoint:
             return open_component(self.path, kind)
         folder = self.path / kind
         config = read_json(folder / "config.json")
-        store = TensorStore.open(_component_files(folder), str(folder))
+        store = TensorStore.open(component_files(folder), str(folder))
         if kind == "vae":
             store = TensorStore(dict(map(_modern, store.places.items())), str(folder))
         return Component(kind, config, store, folder / "config.json")

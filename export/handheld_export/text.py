@@ -76,6 +76,7 @@ class LocalTextEncoder:
         import transformers
 
         transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         logging.getLogger("transformers").setLevel(logging.ERROR)
         loaded = []
         for tokenizer, encoder in self._parts:

@@ -243,7 +243,8 @@ class Trainer:
                 if enable is not None:
                     enable()
         if fsdp:
-            module = module.to(memory_format=torch.contiguous_format)  # all that it can shard
+            whole: Any = module
+            module = whole.to(memory_format=torch.contiguous_format)  # all that it can shard
         if fsdp and acc.distributed_type == DistributedType.MULTI_CPU:
             # accelerate shards on accelerators only; this is the call that it makes there.
             from torch.distributed.fsdp import fully_shard
