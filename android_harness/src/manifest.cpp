@@ -57,7 +57,7 @@ std::vector<std::pair<std::string, TensorSpec>> read_port_list(const json::Node&
 
 Artifact read_artifact(const json::Node& node) {
   node.only({"id", "target", "engine", "engine_version", "file", "ports", "units", "component",
-             "weights", "macs", "partitions", "tools", "verification"});
+             "weights", "held", "macs", "partitions", "tools", "verification"});
   Artifact artifact;
   artifact.field = node.path();
   artifact.id = read_name(node.at("id"));
