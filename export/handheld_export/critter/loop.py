@@ -51,9 +51,9 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 def learning_rate(config: LoopConfig, step: int) -> float:
     """Return the learning rate of a step: linear warm-up, constant, cosine to zero."""
     peak, begin = config.lr, 0
-    ends = [at for at, _ in config.restarts]
-    length = config.schedule or [*ends, config.steps][0]
-    for (at, again), end in zip(config.restarts, [*ends[1:], config.steps], strict=True):
+    ends = [*(at for at, _ in config.restarts), config.steps]
+    length = config.schedule or ends[0]
+    for (at, again), end in zip(config.restarts, ends[1:], strict=True):
         if step >= at:
             peak, begin, length = again, at, end - at
     step -= begin
