@@ -50,7 +50,7 @@ def at_least(what: str, where: str, value: float, least: float | None, unit: str
 def accuracy(bundle: Bundle) -> Iterator[Line]:
     """Compare what the export measured with torch."""
     manifest = bundle.manifest
-    where, precision = f"{manifest.target} {manifest.precision}", manifest.precision
+    where, precision = bundle.path.name, manifest.precision
     found = [(a.verification.snr_db, a.id) for a in manifest.artifacts if a.verification]
     worst, name = min((db, id_) for db, id_ in found if db is not None)
     yield at_least(f"worst artifact ({name})", where, worst, ARTIFACT_DB.get(precision), " dB")
@@ -64,7 +64,7 @@ def runs(found: Iterable[records.RunRecord]) -> Iterator[Line]:
     """Check what the harness did, per target and precision."""
     pictures: dict[str, set[str]] = {}
     for record in found:
-        where = f"{record.bundle.target} {record.bundle.precision}"
+        where = f"{record.bundle.model} {record.bundle.target} {record.bundle.precision}"
         here = f"{where} {record.settings.residency}"
         for p in record.passes:
             pictures.setdefault(where, set()).update(o.sha256 for o in p.outputs)
@@ -93,7 +93,7 @@ def main() -> int:
     summary: dict[str, Any] = json.loads(path.read_text())
     wanted = [r["record"] for r in summary["rows"]]
     known = {r.id: r for r in records.read(ROOT / summary["records"])}
-    folders = sorted({f"{r['target']}-{r['precision']}" for r in summary["rows"]})
+    folders = sorted({r["bundle"] for r in summary["rows"]})
     lines = [x for f in folders for x in accuracy(Bundle.open(path.parent / "bundles" / f))]
     lines += runs(known[i] for i in wanted)
     table = Table(title=str(path))

@@ -25,6 +25,7 @@ from rich.table import Table
 import stages
 from handheld.files import write_file
 from handheld_export.checkpoint import Checkpoint
+from handheld_export.compress import card
 from handheld_export.compress.painter import Painter, weights
 from handheld_export.critter import data, evaluate, judge
 from handheld_export.quantization import round_to_nearest
@@ -198,10 +199,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, default=Path("build/quality.json"))
     parser.add_argument("--grid", type=Path, default=Path("build/quality.png"))
+    parser.add_argument(
+        "--cards", action="store_true", help="write each student's figures into its card"
+    )
     parser.add_argument("--page", type=Path, help="Markdown page whose table is written again")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    stages.quiet() if hasattr(stages, "quiet") else None
     n = arguments.pictures
     creatures, asked, captions = prompts(n)
     teacher = Checkpoint(arguments.teacher)
@@ -265,6 +268,11 @@ def main() -> None:
         before, _, rest = arguments.page.read_text().partition(BEGIN)
         _, _, after = rest.partition(END)
         write_file(arguments.page, f"{before}{BEGIN}\n{table(report)}{END}{after}".encode())
+    if arguments.cards:
+        for name in arguments.names.split(","):
+            if name in report["models"]:
+                own = report | {"models": {k: report["models"][k] for k in (first, name)}}
+                card.add_figures(arguments.students / name, table(own))
     show(report)
 
 

@@ -104,14 +104,15 @@ def export(checkpoint: Path, target: str, precision: str, folder: Path, stages: 
     from handheld_export.export import Options, Progress
     from handheld_export.export import export as run
 
-    path = folder / f"{target}-{precision}"
+    path = folder / f"{checkpoint.name}-{target}-{precision}"
     cached = 0
 
     def count(segment: str, weights: int, meta: dict[str, Any] | None) -> None:
         nonlocal cached
         cached += meta is None
 
-    with stages(f"exporting for {target}, {precision}") as end, stderr_to(folder / "export.log"):
+    name = f"exporting {checkpoint.name} for {target}, {precision}"
+    with stages(name) as end, stderr_to(folder / "export.log"):
         manifest = run(
             Checkpoint(checkpoint), Options(target, precision), path, progress=Progress(done=count)
         )
@@ -147,9 +148,7 @@ def measure(
     **options: Any,
 ) -> RunRecord:
     """Make a run record of a bundle and append it to a file."""
-    manifest = bundle.manifest
-    name = f"measuring {manifest.target}, {manifest.precision}, {residency}"
-    with stages(name) as end:
+    with stages(f"measuring {bundle.path.name}, {residency}") as end:
         record = bench.run(
             bundle,
             device,
@@ -171,6 +170,8 @@ def row(record: RunRecord, bundle: Bundle) -> dict[str, Any]:
     memory = record.memory
     check = record.check
     return {
+        "model": bundle.manifest.model.id,
+        "bundle": bundle.path.name,
         "target": record.bundle.target,
         "precision": record.bundle.precision,
         "residency": record.settings.residency,
@@ -201,6 +202,7 @@ def _mb(value: int | None) -> float | None:
 
 
 COLUMNS = {
+    "model": "model",
     "target": "target",
     "precision": "precision",
     "residency": "residency",
@@ -233,7 +235,7 @@ def print_table(rows: Sequence[dict[str, Any]], title: str) -> None:
     """Print rows as a table."""
     table = Table(title=title)
     for i, heading in enumerate(COLUMNS.values()):
-        table.add_column(heading, justify="left" if i < 3 else "right", overflow="fold")
+        table.add_column(heading, justify="left" if i < 4 else "right", overflow="fold")
     for one in rows:
         table.add_row(*cells(one))
     console = Console()

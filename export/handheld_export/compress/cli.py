@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -138,6 +139,7 @@ def compress(
             work=work,
             watch=bars.watch,
             sample_every=sample_every,
+            command=_again(checkpoint, stack, recipe, data, lora),
         )
     if not main:
         return
@@ -152,6 +154,22 @@ def compress(
     else:
         Console().print(f"{output}: {' > '.join(student.steps)}", highlight=False)
         Console().print(f"next: handheld export {output} -o BUNDLE", highlight=False)
+
+
+def _again(
+    checkpoint: str,
+    stack: str | None,
+    recipe: Path | None,
+    data: Path | None,
+    lora: list[str] | None,
+) -> str:
+    """Return the command without places that only this machine has."""
+    words = ["handheld", "compress", Path(checkpoint).name]
+    words += ["--stack", stack] if stack else ["--recipe", recipe.name if recipe else ""]
+    words += ["--data", data.name] if data else []
+    for one in lora or ():
+        words += ["--lora", Path(one).name]
+    return shlex.join([*words, "--output", "STUDENT"])
 
 
 def _dry_run(

@@ -38,6 +38,11 @@ class Dataset(Protocol):
         """A short name for folders."""
         ...
 
+    @property
+    def about(self) -> str:
+        """What it is, where from and under which licence, for cards."""
+        ...
+
     def key(self) -> str:
         """Return what names the contents, for caches."""
         ...
@@ -54,6 +59,14 @@ class Creatures:
     seed: int = 0
     empty_rate: float = 0.0
     name: str = "creatures"
+
+    @property
+    def about(self) -> str:
+        """Say whose pictures these are."""
+        return (
+            "robohash 2.0's monsters (artwork by Hrvoje Novakovic, CC-BY-3.0), combinations of "
+            f"the training split, seed {self.seed}"
+        )
 
     def key(self) -> str:
         """Return seed and split."""
@@ -120,6 +133,11 @@ class Folder:
                 remedy=f"put {', '.join(PICTURES)} files with .txt captions there, or .tar shards",
             )
         return kept
+
+    @property
+    def about(self) -> str:
+        """Count the folder's files."""
+        return f"a folder of captioned pictures ({len(self._files())} pictures and shards)"
 
     def key(self) -> str:
         """Return a hash of names, sizes and times of change."""

@@ -17,6 +17,7 @@ from handheld import __version__
 from handheld.errors import OutputError
 from handheld.files import cache_root, replaced_folder
 from handheld_export.checkpoint import Checkpoint, write_student_component
+from handheld_export.compress import card
 from handheld_export.compress.data import Dataset
 from handheld_export.compress.engine import Machine, Watch, save_atomic
 from handheld_export.compress.recipe import Recipe
@@ -55,6 +56,7 @@ def compress(
     work: Path | None = None,
     watch: Watch | None = None,
     sample_every: int = 0,
+    command: str = "",
 ) -> Student:
     """Make a student.
 
@@ -72,6 +74,8 @@ def compress(
     watch : Watch, optional
     sample_every : int
         Draw a grid of pictures this often while training; 0 leaves it to the recipe.
+    command : str
+        What makes the student again, for its card.
 
     Raises
     ------
@@ -114,7 +118,13 @@ def compress(
             save_atomic(_dump(student), done)
         machine.accelerator.wait_for_everyone()
     assert student is not None
-    student.settings["recipe"] = recipe.name
+    student.settings |= {
+        "name": recipe.name,
+        "recipe": recipe.name,
+        "made_from": {"name": checkpoint.name, "sha256": checkpoint.sha256},
+        "data": f"{recipe.data.pictures} of {dataset.about}",
+        "command": command,
+    }
     if machine.accelerator.is_main_process:
         watch.stage("writing the student")
         write(student, checkpoint, output)
@@ -137,7 +147,7 @@ def machine_summary(machine: Machine) -> dict[str, Any]:
 
 
 def write(student: Student, checkpoint: Checkpoint, output: Path) -> None:
-    """Write a student in diffusers layout, float weights in fp16.
+    """Write a student in diffusers layout with its card, float weights in fp16.
 
     Raises
     ------
@@ -165,6 +175,7 @@ def write(student: Student, checkpoint: Checkpoint, output: Path) -> None:
             write_student_component(work / kind, config, float_weights, codes)
         settings = student.settings | {"history": student.history}
         (work / "handheld.json").write_text(json.dumps(settings, indent=2) + "\n")
+        (work / "README.md").write_text(card.text(settings), encoding="utf-8")
 
 
 def check_output(output: Path) -> None:

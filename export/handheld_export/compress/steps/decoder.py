@@ -9,13 +9,13 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from handheld import counting
 from handheld.errors import UsageError
 from handheld.planning import Shape
-from handheld_export.compress.data import Prepared
+from handheld_export.compress.data import Prepared, keep
 from handheld_export.compress.engine import Loop, Trained, Trainer
 from handheld_export.compress.load import Load, outputs, passes
 from handheld_export.compress.step import Context, Step, Student, load_vae
@@ -37,6 +37,9 @@ class Decoder(Step):
     """Weight of the error of 8x8 areas' mean color."""
     held_out: int = Field(default=64, ge=1)
     """Latents that training never sees, on which the PSNR is measured."""
+    keep: bool = False
+    """Decode every latent once and keep the pictures, 3 bytes a pixel, in place of decoding the
+    same latents again and again."""
 
     def config(self, vae: dict[str, Any]) -> dict[str, Any]:
         """Return the tiny autoencoder's configuration."""
@@ -94,6 +97,7 @@ class Decoder(Step):
         config = self.config(student.vae_config)
         torch.manual_seed(self.train.seed)
         tiny = AutoencoderTiny.from_config(config).decoder.to(memory_format=torch.channels_last)
+        initialize(tiny)
         vae = load_vae(context.teacher).to(context.device)
         factor = float(vae.config["scaling_factor"])
         # It depends on nothing that other steps change, so recipes share it wherever they have it.
@@ -109,12 +113,17 @@ class Decoder(Step):
             context.watch,
         )
 
+        kept = pictures(context, vae) if self.keep else None
+
         def one(trainer: Trainer) -> dict[str, Tensor]:
             rows = trainer.draws().integers(0, len(data) - self.held_out).cpu()
             latents = data.rows("latents", rows).to(trainer.device)
             with trainer.accelerator.autocast():
-                with torch.no_grad():
-                    wanted = vae.decode(latents / factor).sample.float()
+                if kept is None:
+                    with torch.no_grad():
+                        wanted = vae.decode(latents / factor).sample.float()
+                else:
+                    wanted = kept.rows("pictures", rows).to(trainer.device).div(127.5).sub(1)
                 made = trainer.models["decoder"](latents).float()
             error = made - wanted
             mse = error.square().mean()
@@ -139,6 +148,49 @@ class Decoder(Step):
             {"step": self.kind, "settings": self.model_dump(), "macs": macs, **figures}
         )
         return student
+
+
+@torch.no_grad()
+def initialize(tiny: nn.Module, branch: float = 0.3) -> None:
+    """Keep the size of activations from layer to layer, and start from gray.
+
+    He initialisation (arXiv 1502.01852), residual branches scaled by ``branch``. PyTorch's own
+    shrinks activations at each of the layers without a nonlinearity, and training starts slowly.
+    """
+    from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
+
+    for module in tiny.modules():
+        if isinstance(module, AutoencoderTinyBlock):
+            inner = [m for m in module.conv if isinstance(m, nn.Conv2d)]
+            for layer in inner:
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            inner[-1].weight.mul_(branch)
+    layers = [m for m in tiny.layers if isinstance(m, nn.Conv2d)]
+    for layer in layers:
+        # After the first one comes a ReLU, after the others nothing.
+        gain = "relu" if layer is layers[0] else "linear"
+        nn.init.kaiming_normal_(layer.weight, nonlinearity=gain)
+    layers[-1].weight.mul_(0.1)
+    layers[-1].bias.fill_(0.5)
+
+
+@torch.no_grad()
+def pictures(context: Context, vae: Any) -> Prepared:
+    """Decode all latents, or read what was decoded before: ``pictures`` uint8 [n, 3, H, W]."""
+    data, acc = context.data, context.machine.accelerator
+    folder = context.cache / f"pictures-{data.folder.name}-{context.teacher.vae_sha256[:12]}"
+    if not (folder / "meta.json").is_file() and acc.is_main_process:
+        factor = float(vae.config["scaling_factor"])
+        made = []
+        for rows in torch.split(torch.arange(len(data)), 32):
+            latents = data.rows("latents", rows).to(context.device)
+            with acc.autocast():
+                drawn = vae.decode(latents / factor).sample.float()
+            made.append(drawn.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).cpu())
+            context.watch.step("decoding", int(rows[-1]) + 1, len(data), {})
+        keep(folder, {"pictures": torch.cat(made).contiguous()}, {"count": len(data)})
+    acc.wait_for_everyone()
+    return Prepared(folder)
 
 
 @torch.no_grad()

@@ -44,6 +44,7 @@ class Distill(Step):
     fake_updates: int = Field(default=2, ge=1)
     fake_first: int = Field(default=0, ge=0)
     fake_lr: float | None = Field(default=None, gt=0)
+    fake_weight: float = Field(default=1.0, ge=1)
     guidance: float | None = None
     gan_generator: float = Field(default=5e-3, ge=0)
     gan_head: float = Field(default=1e-2, ge=0)
@@ -89,6 +90,7 @@ class Distill(Step):
                 guidance=context.guidance(self.guidance),
                 gan_generator=self.gan_generator,
                 gan_head=self.gan_head,
+                fake_weight=self.fake_weight,
             )
         trainer = Trainer(
             self.kind,

@@ -106,6 +106,10 @@ class DMD(Step):
     fake_first: int = Field(default=0, ge=0)
     """Updates of the fake score before the first of the generator: it starts as the teacher, whose
     pictures are not the generator's."""
+    fake_weight: float = Field(default=1.0, ge=1)
+    """Largest weight of a timestep in the fake score's loss; weights are ``1 / SNR``, and 1 is the
+    plain loss. A small error of the noise is a large one of the picture where little signal is
+    left, and colors are decided there; give what the teacher was trained with."""
     guidance: float | None = None
     """Of the real score."""
     gan_generator: float = Field(default=5e-3, ge=0)
@@ -171,6 +175,7 @@ class DMD(Step):
             guidance=guidance,
             gan_generator=self.gan_generator,
             gan_head=self.gan_head,
+            fake_weight=self.fake_weight,
             low=self.low,
             high=self.high,
         )
@@ -222,6 +227,8 @@ class Matching:
         The real score.
     empty : Condition
         Of one empty prompt, for guidance.
+    fake_weight : float
+        Largest weight of a timestep in the fake score's loss.
     """
 
     def __init__(
@@ -234,6 +241,7 @@ class Matching:
         guidance: float,
         gan_generator: float,
         gan_head: float,
+        fake_weight: float = 1.0,
         low: float = 0.02,
         high: float = 0.98,
     ) -> None:
@@ -244,6 +252,7 @@ class Matching:
         self.guidance = guidance
         self.gan_generator = gan_generator
         self.gan_head = gan_head
+        self.fake_weight = fake_weight
         count = len(schedule)
         self.range = (int(low * count), int(high * count))
 
@@ -288,7 +297,7 @@ class Matching:
         if self.gan_head == 0:
             with trainer.accelerator.autocast():
                 eps, _ = _call(trainer.models["fake"], noisy, t, condition)
-            loss = functional.mse_loss(eps, noise)
+            loss = self._denoising(eps, noise, t)
             trainer.update("fake", loss)
             return {"fake": loss}
         other = self.schedule.add_noise(real, draws.normal(self._shape), t)
@@ -297,11 +306,15 @@ class Matching:
             eps, logits = _call(
                 trainer.models["fake"], torch.cat([noisy, other]), torch.cat([t, t]), both
             )
-        denoising = functional.mse_loss(eps[:n], noise)
+        denoising = self._denoising(eps[:n], noise, t)
         head = functional.softplus(logits[:n]).mean() + functional.softplus(-logits[n:]).mean()
         trainer.update("fake", denoising + self.gan_head * head)
         right = torch.cat([logits[:n] < 0, logits[n:] > 0]).float().mean()
         return {"fake": denoising, "head": head, "head_right": right}
+
+    def _denoising(self, eps: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        weight = (self.schedule.noise(t) / self.schedule.signal(t)).square()
+        return (weight.clamp(1.0, self.fake_weight) * (eps - noise).square()).mean()
 
     def generator_loss(
         self,
