@@ -48,6 +48,8 @@ class Distill(Step):
     guidance: float | None = None
     gan_generator: float = Field(default=5e-3, ge=0)
     gan_head: float = Field(default=1e-2, ge=0)
+    low: float = Field(default=0.02, ge=0, lt=1)
+    high: float = Field(default=0.98, gt=0, le=1)
     error_aware: bool = False
 
     def load(self, after: Shape, reference: Shape, teacher: Shape) -> Load:
@@ -91,6 +93,8 @@ class Distill(Step):
                 gan_generator=self.gan_generator,
                 gan_head=self.gan_head,
                 fake_weight=self.fake_weight,
+                low=self.low,
+                high=self.high,
             )
         trainer = Trainer(
             self.kind,

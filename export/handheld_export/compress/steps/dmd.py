@@ -116,7 +116,8 @@ class DMD(Step):
     gan_head: float = Field(default=1e-2, ge=0)
     low: float = Field(default=0.02, ge=0, lt=1)
     high: float = Field(default=0.98, gt=0, le=1)
-    """Fractions of the schedule between which scores are compared."""
+    """Fractions of the schedule between which scores are compared. What the student draws must be
+    right in its large parts before the upper one can be low: little noise hides little."""
 
     @field_validator("timesteps")
     @classmethod
@@ -255,6 +256,8 @@ class Matching:
         self.fake_weight = fake_weight
         count = len(schedule)
         self.range = (int(low * count), int(high * count))
+        # The fake score learns a little beyond where it is asked, as published: all of it.
+        self.reach = min(count, int((high + 0.02) * count))
 
     def generate(
         self, trainer: Trainer, generator: nn.Module, draws: Draws, condition: Condition
@@ -291,7 +294,7 @@ class Matching:
         with torch.no_grad():
             made = self.generate(trainer, trainer.models["generator"], draws, condition)
         n = len(made)
-        t = draws.integers(0, len(self.schedule))
+        t = draws.integers(0, self.reach)
         noise = draws.normal(self._shape)
         noisy = self.schedule.add_noise(made, noise, t)
         if self.gan_head == 0:
@@ -339,7 +342,7 @@ class Matching:
         if self.gan_generator:
             # Only the pictures' gradient is wanted, so the fake score's weights get none.
             point = x0.detach().requires_grad_()
-            t = draws.integers(0, len(self.schedule))
+            t = draws.integers(0, self.reach)
             with torch.enable_grad(), trainer.accelerator.autocast():
                 noisy = self.schedule.add_noise(point, draws.normal(self._shape), t)
                 _, logits = _call(fake, noisy, t, condition)
