@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 from pydantic import Field
@@ -151,7 +151,7 @@ class Decoder(Step):
 
 
 @torch.no_grad()
-def initialize(tiny: nn.Module, branch: float = 0.3) -> None:
+def initialize(tiny: Any, branch: float = 0.3) -> None:
     """Keep the size of activations from layer to layer, and start from gray.
 
     He initialisation (arXiv 1502.01852), residual branches scaled by ``branch``. PyTorch's own
@@ -161,17 +161,22 @@ def initialize(tiny: nn.Module, branch: float = 0.3) -> None:
 
     for module in tiny.modules():
         if isinstance(module, AutoencoderTinyBlock):
-            inner = [m for m in module.conv if isinstance(m, nn.Conv2d)]
+            layers = list(cast(nn.Sequential, module.conv))
+            inner = [m for m in layers if isinstance(m, nn.Conv2d)]
             for layer in inner:
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             inner[-1].weight.mul_(branch)
     layers = [m for m in tiny.layers if isinstance(m, nn.Conv2d)]
     for layer in layers:
         # After the first one comes a ReLU, after the others nothing.
-        gain = "relu" if layer is layers[0] else "linear"
-        nn.init.kaiming_normal_(layer.weight, nonlinearity=gain)
-    layers[-1].weight.mul_(0.1)
-    layers[-1].bias.fill_(0.5)
+        if layer is layers[0]:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        else:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+    last = layers[-1]
+    last.weight.mul_(0.1)
+    if last.bias is not None:
+        last.bias.fill_(0.5)
 
 
 @torch.no_grad()

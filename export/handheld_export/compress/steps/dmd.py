@@ -17,9 +17,10 @@ from torch.nn import functional
 from handheld.planning import Shape
 from handheld_export.compress import diffusion, samples
 from handheld_export.compress.diffusion import Condition, Schedule
-from handheld_export.compress.engine import Draws, Loop, Trained, Trainer
+from handheld_export.compress.engine import STREAMS, Draws, Loop, Trained, Trainer
 from handheld_export.compress.load import Load, macs, outputs, params, passes
 from handheld_export.compress.step import Context, Step, Student, build_unet
+from handheld_export.compress.steps.warmup import Regression
 
 
 class FakeScore(nn.Module):
@@ -112,6 +113,9 @@ class DMD(Step):
     left, and colors are decided there; give what the teacher was trained with."""
     guidance: float | None = None
     """Of the real score."""
+    regression: float = Field(default=0.0, ge=0)
+    """Weight of the warm-up's loss, on its pairs, which DMD kept on and DMD2 did without: it holds
+    the student where batches are small and the distribution loss is noisy."""
     gan_generator: float = Field(default=5e-3, ge=0)
     gan_head: float = Field(default=1e-2, ge=0)
     low: float = Field(default=0.02, ge=0, lt=1)
@@ -135,6 +139,8 @@ class DMD(Step):
         loop, own, whole = self.train, macs(after), macs(teacher)
         updates = self.fake_updates + self.fake_first / loop.steps
         turns = matching_macs(own, whole, updates, passes(loop), len(self.timesteps))
+        if self.regression:
+            turns += passes(loop) * own
         trained = (params(after), params(teacher))
         saved = max(outputs(after.layers), 2 * outputs(teacher.layers))
         return Load(trained, (params(teacher),), saved, turns * loop.batch * loop.steps, loop)
@@ -181,6 +187,8 @@ class DMD(Step):
             high=self.high,
         )
 
+        regression = Regression.of(student, context) if self.regression else None
+
         def one(trainer: Trainer) -> dict[str, Tensor]:
             losses: dict[str, Tensor] = {}
             first = self.fake_first if trainer.step == 0 else 0
@@ -192,7 +200,13 @@ class DMD(Step):
                 losses |= matching.update_fake(trainer, draws, condition, real)
             draws = trainer.draws()
             condition = data.condition(draws.integers(0, len(data)).cpu()).to(trainer.device)
-            return losses | matching.update_generator(trainer, draws, condition)
+            generator = trainer.models["generator"]
+            loss, _, figures = matching.generator_loss(trainer, generator, draws, condition)
+            if regression is not None:
+                figures["regression"] = regression.loss(trainer, trainer.draws(STREAMS - 1))
+                loss = loss + self.regression * figures["regression"]
+            trainer.update("generator", loss)
+            return losses | {"loss": loss} | figures
 
         losses = trainer.run(
             one,
@@ -353,16 +367,6 @@ class Matching:
             figures["gan"] = gan.detach().mean()
         wanted = (x0 - direction).detach()
         return 0.5 * functional.mse_loss(x0, wanted), x0, figures
-
-    def update_generator(
-        self, trainer: Trainer, draws: Draws, condition: Condition
-    ) -> dict[str, Tensor]:
-        """Move the generator towards the teacher's distribution."""
-        loss, _, figures = self.generator_loss(
-            trainer, trainer.models["generator"], draws, condition
-        )
-        trainer.update("generator", loss)
-        return {"loss": loss} | figures
 
 
 def _call(fake: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from handheld.errors import UsageError
 from handheld.planning import Shape
 from handheld_export import sampling
 from handheld_export.compress import diffusion, samples
 from handheld_export.compress.data import Prepared, keep
-from handheld_export.compress.engine import Loop, Trained, Trainer
+from handheld_export.compress.engine import Draws, Loop, Trained, Trainer
 from handheld_export.compress.load import Load, macs, outputs, params, passes
 from handheld_export.compress.step import Context, Step, Student, build_unet
 
@@ -50,10 +51,7 @@ class Warmup(Step):
 
     def run(self, student: Student, context: Context) -> Student:
         """Make the pairs, or read them from the cache, and train."""
-        pairs = teacher_pairs(
-            context, self.pairs, self.sampler, self.teacher_steps, self.guidance, self.train.seed
-        )
-        data, schedule = context.data, context.schedule
+        regression = Regression(self, context)
         unet = build_unet(student.unet_config, student.unet)
         network = Trained(unet, self.train.lr, self.train.clip)
         trainer = Trainer(
@@ -67,15 +65,7 @@ class Warmup(Step):
         )
 
         def one(trainer: Trainer) -> dict[str, Tensor]:
-            picked = trainer.draws().integers(0, len(pairs)).cpu()
-            noise = pairs.rows("noise", picked).to(trainer.device)
-            wanted = pairs.rows("latents", picked).to(trainer.device)
-            condition = data.condition(pairs.rows("caption", picked).long()).to(trainer.device)
-            t = torch.full((len(noise),), self.timestep, device=trainer.device)
-            with trainer.accelerator.autocast():
-                eps = diffusion.predict(trainer.models["generator"], noise, t, condition)
-            x0 = schedule.denoise(noise, eps, t)
-            loss = torch.nn.functional.mse_loss(x0, wanted)
+            loss = regression.loss(trainer, trainer.draws())
             trainer.update("generator", loss)
             return {"loss": loss}
 
@@ -91,6 +81,52 @@ class Warmup(Step):
             {"step": self.kind, "settings": self.model_dump(), "loss": _mean(losses)}
         )
         return student
+
+
+class Regression:
+    """The loss of a warm-up, on the pairs that it made or finds in the cache."""
+
+    def __init__(self, warmup: Warmup, context: Context) -> None:
+        self._pairs = teacher_pairs(
+            context,
+            warmup.pairs,
+            warmup.sampler,
+            warmup.teacher_steps,
+            warmup.guidance,
+            warmup.train.seed,
+        )
+        self._data, self._schedule = context.data, context.schedule
+        self._timestep = warmup.timestep
+
+    @classmethod
+    def of(cls, student: Student, context: Context) -> Regression:
+        """Go on with the student's own warm-up.
+
+        Raises
+        ------
+        UsageError
+            If it had none.
+        """
+        for entry in reversed(student.history):
+            if entry["step"] == Warmup.kind:
+                return cls(Warmup.model_validate(entry["settings"]), context)
+        raise UsageError(
+            "no warm-up made pairs of noise and picture",
+            field="dmd.regression",
+            remedy="put a warmup step before, or leave regression out",
+        )
+
+    def loss(self, trainer: Trainer, draws: Draws) -> Tensor:
+        """Mean squared error of the generator's latents on one batch of pairs."""
+        picked = draws.integers(0, len(self._pairs)).cpu()
+        noise = self._pairs.rows("noise", picked).to(trainer.device)
+        wanted = self._pairs.rows("latents", picked).to(trainer.device)
+        rows = self._pairs.rows("caption", picked).long()
+        condition = self._data.condition(rows).to(trainer.device)
+        t = torch.full((len(noise),), self._timestep, device=trainer.device)
+        with trainer.accelerator.autocast():
+            eps = diffusion.predict(trainer.models["generator"], noise, t, condition)
+        return torch.nn.functional.mse_loss(self._schedule.denoise(noise, eps, t), wanted)
 
 
 def _mean(losses: list[dict[str, float]]) -> float | None:
