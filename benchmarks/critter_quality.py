@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from handheld.files import replace_between
 from handheld_export.critter import data, evaluate, sample
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
@@ -82,9 +83,7 @@ def main() -> None:
     figures = evaluate.evaluate(arguments.model, arguments.pictures)
     evaluate.write_json(arguments.model / "quality.json", figures)
     readme = arguments.model / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n{card(figures)}{END}{after}", encoding="utf-8")
+    replace_between(readme, BEGIN, END, card(figures))
     arguments.grid.parent.mkdir(parents=True, exist_ok=True)
     evaluate.samples(arguments.model).save(arguments.grid, optimize=True)
     print(json.dumps(figures, indent=2))

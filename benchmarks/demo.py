@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from handheld.bundle import Bundle
-from handheld.errors import HandheldError, HarnessError, UsageError
+from handheld.errors import HarnessError, UsageError
+from handheld.files import replace_between
 from stages import (
     COLUMNS,
     RESIDENCIES,
@@ -160,12 +161,7 @@ def update_readme(summary: Path, readme: Path) -> int:
         found = json.loads(summary.read_text())
     except OSError:
         raise UsageError("there is no summary", path=summary, remedy="run `make demo`") from None
-    text = readme.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise HandheldError(f"lacks the marks {BEGIN} and {END}", path=readme)
-    readme.write_text(f"{before}{BEGIN}\n{_markdown(found)}{END}{after}", encoding="utf-8")
+    replace_between(readme, BEGIN, END, _markdown(found))
     say(f"{inside(readme)}: {len(found['rows'])} rows")
     return 0
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import stages
-from handheld.files import write_file
+from handheld.files import replace_between, write_file
 from handheld_export.checkpoint import Checkpoint
 from handheld_export.compress import card
 from handheld_export.compress.painter import Painter, weights
@@ -36,10 +36,10 @@ PROMPT = evaluate.PROMPT
 BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
 
 
-def prompts(n: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+def prompts(n: int, seed: int = 51) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Held-out combinations, each at most once in a thousand prompts."""
     parts = [
-        evaluate.prompts(min(1000, n - at), "test", seed=51 + i)
+        evaluate.prompts(min(1000, n - at), "test", seed=seed + i)
         for i, at in enumerate(range(0, n, 1000))
     ]
     creatures, asked, captions = zip(*parts, strict=True)
@@ -210,7 +210,7 @@ def main() -> None:
     teacher = Checkpoint(arguments.teacher)
     classifier = judge.load(arguments.teacher)
     real = data.compose(creatures)
-    other, _, _ = prompts(n)
+    other, _, _ = prompts(n, seed=151)
     reference = features(classifier, data.compose(other))
     cache = Path("build/quality")
     models: dict[str, tuple[Painter, Checkpoint, str]] = {
@@ -265,9 +265,7 @@ def main() -> None:
     write_file(arguments.json, (json.dumps(report, indent=2) + "\n").encode())
     sheet(rows).save(arguments.grid, optimize=True)
     if arguments.page:
-        before, _, rest = arguments.page.read_text().partition(BEGIN)
-        _, _, after = rest.partition(END)
-        write_file(arguments.page, f"{before}{BEGIN}\n{table(report)}{END}{after}".encode())
+        replace_between(arguments.page, BEGIN, END, table(report))
     if arguments.cards:
         for name in arguments.names.split(","):
             if name in report["models"]:

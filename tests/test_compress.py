@@ -174,19 +174,20 @@ def test_logs_are_written_for_tensorboard_too(compress, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(compress, tmp_path):
-    with pytest.raises(TrainingError, match=r"loss of 'generator' is (nan|inf)") as error:
+    with pytest.raises(TrainingError, match=r"of 'generator' is (nan|inf)") as error:
         compress(recipes.warmup(400, lr=1e30))
     assert error.value.exit_code == 1
     (kept,) = (tmp_path / "work").glob("1-warmup-*/checkpoint.pt")
     state = torch.load(kept, weights_only=True)
     assert state["step"] >= 1
+    assert all(torch.isfinite(v).all() for v in state["models"]["generator"].values())
     assert not (tmp_path / "student").exists()
 
 
 def test_budgets_that_cannot_be_met_name_what_would_do(compress):
     with pytest.raises(UsageError, match=r"cannot be met.*bits per weight") as error:
         compress(recipes.quantize("bits = 1.0"))
-    assert error.value.field == "quantize.bits"
+    assert error.value.field == "steps[0]: quantize.bits"
     with pytest.raises(UsageError, match="nothing is left to trim"):
         compress(recipes.step("trim", "remove = 0.99", "calibration = 1"))
 
@@ -194,7 +195,7 @@ def test_budgets_that_cannot_be_met_name_what_would_do(compress):
 def test_trims_that_do_not_fit_are_refused(compress):
     with pytest.raises(UsageError, match="does not fit") as error:
         compress(recipes.step("trim", "pairs = [9, 1]"))
-    assert error.value.field == "trim.pairs"
+    assert error.value.field == "steps[0]: trim.pairs"
 
 
 def test_a_picture_without_a_caption_is_named(compress, tmp_path):
@@ -242,6 +243,71 @@ def test_what_is_in_the_way_is_not_overwritten(compress, tmp_path):
         compress(recipes.trim())
     assert (tmp_path / "student" / "thesis.txt").exists()
     assert not (tmp_path / "work").exists()
+
+
+def test_other_checkpoints_are_not_overwritten_the_teacher_least(compress, tmp_path, sdxl):
+    import shutil
+
+    teacher = shutil.copytree(sdxl, tmp_path / "teacher")
+    with pytest.raises(OutputError, match="the checkpoint to compress"):
+        compress(recipes.trim(), checkpoint=Checkpoint(teacher), output="teacher")
+    shutil.copytree(sdxl, tmp_path / "other")
+    with pytest.raises(OutputError, match="no student"):
+        compress(recipes.trim(), output="other")
+    compress(recipes.trim())
+    compress(recipes.trim())
+
+
+def test_a_checkpoint_without_settings_gives_a_student(compress, tmp_path, sdxl):
+    import shutil
+
+    plain = shutil.copytree(sdxl, tmp_path / "plain")
+    (plain / "handheld.json").unlink()
+    compress(recipes.trim(), checkpoint=Checkpoint(plain))
+    assert "20 step(s)" in (tmp_path / "student" / "README.md").read_text()
+
+
+def test_what_configurations_tell_is_told_before_training(compress, tmp_path):
+    with pytest.raises(UsageError, match="cannot be met"):
+        compress(recipes.warmup(), recipes.quantize("bits = 1.0"))
+    assert not (tmp_path / "work").exists()
+
+
+def test_one_run_trains_in_a_folder(compress, tmp_path):
+    from handheld.files import locked
+
+    compress(recipes.warmup(2))
+    (folder,) = (tmp_path / "work").glob("1-warmup-*")
+    (folder / "student.pt").unlink()
+    with locked(folder), pytest.raises(UsageError, match="another run"):
+        compress(recipes.warmup(2))
+    compress(recipes.warmup(2))
+
+
+def test_fewer_pictures_than_asked_for_are_counted_as_they_are(compress, tmp_path):
+    data = recipes.pictures(tmp_path / "few", count=5)
+    said: list[str] = []
+    compress(recipes.warmup(2), data=data, watch=Watch(stage=said.append))
+    assert any("5 pictures, fewer than the recipe's 12" in s for s in said)
+    with pytest.raises(UsageError, match="leave none"):
+        compress(recipes.decoder().replace("held_out = 4", "held_out = 5"), data=data)
+
+
+def test_a_shard_without_pictures_is_refused(compress, tmp_path):
+    import tarfile
+
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    tarfile.open(folder / "0000.TAR", "w").close()
+    with pytest.raises(UsageError, match="no captioned picture"):
+        compress(recipes.warmup(2), data=folder)
+
+
+def test_matching_and_error_aware_need_a_student_that_has_them(compress):
+    with pytest.raises(UsageError, match="only a student of DMD"):
+        compress(recipes.trim(), recipes.distill(2, matching=1.0))
+    with pytest.raises(UsageError, match="one timestep"):
+        compress(recipes.warmup(1), recipes.trim(), recipes.distill(2, "error_aware = true"))
 
 
 def test_a_broken_training_checkpoint_is_named(compress, tmp_path):
@@ -315,6 +381,26 @@ def test_a_run_that_was_killed_goes_on_to_the_bit(tmp_path, sdxl, pictures, kind
     one, other = (Checkpoint(tmp_path / f"{w}-student") for w in ("whole", "cut"))
     assert one.unet_sha256 == other.unet_sha256
     assert one.vae_sha256 == other.vae_sha256
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_ends_its_step_and_goes_on_to_the_bit(tmp_path, sdxl, pictures, number):
+    steps = (recipes.dmd(12).replace("save_seconds = 0.001", "save_seconds = 1000"),)
+    finish(spawn(tmp_path, steps, sdxl, pictures, "whole"))
+    process = spawn(tmp_path, steps, sdxl, pictures, "cut")
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        if list((tmp_path / "cut").glob("*dmd-*/log.jsonl")):
+            break
+        time.sleep(0.005)
+    process.send_signal(number)
+    process.wait()
+    assert process.returncode not in (0, -signal.SIGTERM)
+    (kept,) = (tmp_path / "cut").glob("*dmd-*/checkpoint.pt")
+    assert 1 <= torch.load(kept, weights_only=True)["step"] < 12
+    finish(spawn(tmp_path, steps, sdxl, pictures, "cut"))
+    assert losses(tmp_path / "cut", "dmd") == losses(tmp_path / "whole", "dmd")
 
 
 @pytest.mark.slow

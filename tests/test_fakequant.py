@@ -60,6 +60,19 @@ def test_inserting_changes_nothing_but_the_rounding(choice):
         assert np.allclose(weight.scales, start[name].scales, rtol=1e-6)
 
 
+@pytest.mark.parametrize("choice", CHOICES)
+def test_training_starts_from_codes_that_are_not_the_nearest(choice):
+    net = model()
+    start = coded(net, choice)
+    low, high = LIMITS[choice.grid]
+    for weight in start.values():
+        moved = np.random.default_rng(1).integers(-1, 2, weight.codes.shape)
+        weight.codes[:] = np.clip(weight.codes + moved, low, high)
+    insert(net, start)
+    for name, weight in extract(net).items():
+        assert np.array_equal(weight.codes, start[name].codes)
+
+
 def test_weights_scales_and_biases_learn():
     net = model()
     insert(net, coded(net, Choice("int4")))

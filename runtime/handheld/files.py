@@ -107,7 +107,7 @@ _MARK, _RANDOM, _ASIDE = ".handheld-", "????????", ".old"
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
+def locked(folder: Path) -> Iterator[bool]:
     """Hold a folder's lock, which ends with the process; False if another process holds it."""
     fd = os.open(folder, os.O_RDONLY)
     try:
@@ -119,13 +119,31 @@ def _locked(folder: Path) -> Iterator[bool]:
         os.close(fd)
 
 
+def replace_between(path: Path, begin: str, end: str, text: str) -> None:
+    """Write the text between two marks of a file again, and leave the rest.
+
+    Raises
+    ------
+    OutputError
+        If the file lacks the marks.
+    """
+    whole = path.read_text(encoding="utf-8")
+    before, first, rest = whole.partition(begin)
+    _, last, after = rest.partition(end)
+    if not first or not last:
+        raise OutputError(
+            f"lacks the marks {begin} and {end}", path=path, remedy="put them where the text goes"
+        )
+    write_file(path, f"{before}{begin}\n{text.strip()}\n{end}{after}".encode())
+
+
 def _new_temporary(path: Path, held: contextlib.ExitStack) -> Path:
     """Make a folder beside ``path`` and hold its lock."""
     while True:
         folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}{_MARK}"))
         # Another process may take a folder for a leftover before it is locked.
         with contextlib.suppress(FileNotFoundError):
-            if held.enter_context(_locked(folder)) and folder.exists():
+            if held.enter_context(locked(folder)) and folder.exists():
                 return folder
 
 
@@ -133,7 +151,7 @@ def _clear_leftovers(path: Path) -> None:
     """Remove the temporary folders of :func:`replaced_folder` whose processes are gone."""
     name = f".{glob.escape(path.name)}{_MARK}{_RANDOM}"
     for temporary in path.parent.glob(name):
-        with contextlib.suppress(OSError), _locked(temporary) as gone:
+        with contextlib.suppress(OSError), locked(temporary) as gone:
             old = temporary.with_name(f"{temporary.name}{_ASIDE}")
             if gone and old.exists() and not path.exists():
                 old.rename(path)

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from handheld.errors import CheckpointError
-from handheld.files import write_file
+from handheld.files import replace_between, write_file
 from handheld_export.checkpoint import read_json
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
@@ -40,7 +39,7 @@ def text(settings: Mapping[str, Any]) -> str:
         "data": settings["data"],
         "machine": ", ".join(f"{k} {v}" for k, v in machine.items()),
         "time": f"{minutes:.0f} minutes",
-        "drawn with": f"{settings['steps']} step(s), timesteps {settings.get('timesteps')}",
+        "drawn with": f"{settings.get('steps', 20)} step(s), timesteps {settings.get('timesteps')}",
     }
     lines = [
         f"# {settings['name']}",
@@ -106,18 +105,10 @@ def add_figures(folder: Path, figures: str) -> None:
 
     Raises
     ------
-    CheckpointError
-        If its ``handheld.json`` cannot be read.
+    CheckpointError, OutputError
+        If its ``handheld.json`` cannot be read; if its card lacks the place for figures.
     """
     path = folder / "README.md"
-    try:
-        whole = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        whole = text(read_json(folder / "handheld.json"))
-    before, begin, rest = whole.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise CheckpointError(
-            f"lacks the marks {BEGIN} and {END}", path=path, remedy="remove it and run again"
-        )
-    write_file(path, f"{before}{BEGIN}\n{figures.strip()}\n{END}{after}".encode())
+    if not path.exists():
+        write_file(path, text(read_json(folder / "handheld.json")).encode())
+    replace_between(path, BEGIN, END, figures)

@@ -53,7 +53,7 @@ def compress(
         Path | None,
         typer.Option(help="Folder of training checkpoints and logs; a second run goes on there."),
     ] = None,
-    precision: Annotated[str, typer.Option(help="Of autocast: bf16, fp16 or no.")] = "bf16",
+    precision: Annotated[str, typer.Option(help="Of autocast: bf16 or no.")] = "bf16",
     fsdp: Annotated[
         bool, typer.Option("--fsdp", help="Shard weights and optimizer over the processes.")
     ] = False,
@@ -99,8 +99,8 @@ def compress(
     ):
         if not (math.isfinite(value) and value > 0):
             raise UsageError(f"{name} {value:g} is out of range")
-    if precision not in ("bf16", "fp16", "no"):
-        raise UsageError(f"--precision '{precision}' is unknown", remedy="bf16, fp16 or no")
+    if precision not in ("bf16", "no"):
+        raise UsageError(f"--precision '{precision}' is unknown", remedy="bf16 or no")
     if dry_run:
         _dry_run(
             checkpoint, stack, recipe, size, json_output,
@@ -108,6 +108,8 @@ def compress(
              "fsdp": fsdp},
         )  # fmt: skip
         return
+    if size is not None:
+        raise UsageError("--size is for --dry-run; a run takes the checkpoint's own size")
     if output is None:
         raise UsageError("no place for the student", remedy="give one with --output")
     import torch
@@ -129,7 +131,7 @@ def compress(
     machine = Machine(precision=precision, fsdp=fsdp, cpu=cpu)  # type: ignore[arg-type]
     main = machine.accelerator.is_main_process
     began = time.perf_counter()
-    with _Bars(Console(stderr=True), shown=main and not json_output) as bars:
+    with _Bars(Console(stderr=True), shown=main) as bars:
         student = run.compress(
             source,
             chosen,
@@ -180,6 +182,7 @@ def _dry_run(
     json_output: bool,
     cluster: Mapping[str, Any],
 ) -> None:
+    from handheld_export.checkpoint import read_json
     from handheld_export.compress import estimate
     from handheld_export.compress import recipe as recipes
     from handheld_export.compress.load import Cluster
@@ -188,7 +191,12 @@ def _dry_run(
     if os.sep not in checkpoint and checkpoint in models.names():
         name = str(models.checkpoint(checkpoint))
     shape = planning.architecture(name, size)
-    chosen = recipes.read(recipe or recipes.builtin(str(stack), checkpoint))
+    settings = Path(name) / "handheld.json"
+    if settings.is_file():
+        family = str(read_json(settings).get("name") or Path(name).stem)
+    else:
+        family = Path(name).stem
+    chosen = recipes.read(recipe or recipes.builtin(str(stack), family))
     rows = estimate.plan(chosen, shape, Cluster(**cluster))
     first = planning.figures(shape)
     report = {

@@ -7,9 +7,10 @@ checkpoint's own VAE and text encoders and keeps the result on disk, memory-mapp
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +26,7 @@ from handheld.errors import UsageError
 from handheld.files import replaced_folder
 from handheld_export.checkpoint import Checkpoint, read_json
 from handheld_export.compress.diffusion import Condition
+from handheld_export.compress.engine import Watch
 from handheld_export.text import LocalTextEncoder, encoders_sha256
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -151,27 +153,24 @@ class Folder:
         return f"folder {h.hexdigest()}"
 
     def items(self, n: int, size: int) -> Iterator[tuple[Tensor, str]]:
-        """Give the first n pictures, again from the start when they run out."""
-        given = 0
-        while given < n:
-            for picture, words in self._once(size):
-                yield picture, words
-                given += 1
-                if given == n:
-                    return
+        """Give the first n pictures, or all if there are fewer."""
+        yield from itertools.islice(self._all(size), n)
 
-    def _once(self, size: int) -> Iterator[tuple[Tensor, str]]:
-        for file in self._files():
-            if file.suffix == ".tar":
-                yield from self._shard(file, size)
-                continue
+    def _all(self, size: int) -> Iterator[tuple[Tensor, str]]:
+        files = self._files()
+        for file in files:
             words = file.with_suffix(".txt")
-            if not words.is_file():
+            if not _is_shard(file) and not words.is_file():
                 raise UsageError(
                     f"has no caption: {words.name} is missing",
                     path=file,
                     remedy="write the caption into a .txt file beside the picture",
                 )
+        for file in files:
+            if _is_shard(file):
+                yield from self._shard(file, size)
+                continue
+            words = file.with_suffix(".txt")
             yield _opened(file, file, size), _caption(words.read_bytes(), words)
 
     def _shard(self, file: Path, size: int) -> Iterator[tuple[Tensor, str]]:
@@ -180,6 +179,7 @@ class Folder:
             with tarfile.open(file, "r|") as shard:
                 for member in shard:
                     stem, _, suffix = member.name.rpartition(".")
+                    suffix = suffix.lower()
                     if not member.isfile() or f".{suffix}" not in (*PICTURES, ".txt"):
                         continue
                     part = shard.extractfile(member)
@@ -200,6 +200,10 @@ class Folder:
             raise UsageError(
                 f"'{stem}' has no {missing}", path=file, remedy="write the shard again"
             )
+
+
+def _is_shard(file: Path) -> bool:
+    return file.suffix.lower() == ".tar"
 
 
 def _caption(raw: bytes, path: str | Path) -> str:
@@ -227,6 +231,11 @@ class Prepared:
 
     def __len__(self) -> int:
         return int(self.meta["count"])
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one picture's latents, [C, h, w]."""
+        return tuple(int(s) for s in self._slices["latents"].get_shape()[1:])
 
     def rows(self, name: str, index: Tensor) -> Tensor:
         """Read rows of a tensor, float32."""
@@ -294,7 +303,7 @@ def prepare(
     dataset: Dataset,
     n: int,
     root: Path,
-    stage: Callable[[str], None] = lambda text: None,
+    watch: Watch,
 ) -> Prepared:
     """Encode n captioned pictures, or open what was encoded before.
 
@@ -306,11 +315,17 @@ def prepare(
         On the device that encodes.
     root : Path
         Cache folder.
+    watch : Watch
+
+    Returns
+    -------
+    Prepared
+        Fewer than n if the dataset has fewer.
 
     Raises
     ------
     UsageError
-        If a caption is missing or a picture cannot be decoded.
+        If there are no pictures, a caption is missing or a picture cannot be decoded.
     """
     scale = 2 ** (len(checkpoint.vae.config["block_out_channels"]) - 1)
     size = int(checkpoint.settings.get("size") or checkpoint.unet.config["sample_size"] * scale)
@@ -326,7 +341,8 @@ def prepare(
     folder = root / f"{dataset.name}-{key}"
     if (folder / "meta.json").is_file():
         return Prepared(folder)
-    stage(f"encoding {n} pictures")
+    watch.stage(f"encoding {n} pictures")
+    encoder = LocalTextEncoder(checkpoint.path)
     device = next(vae.parameters()).device
     factor = float(vae.config["scaling_factor"])
     captions: list[str] = []
@@ -344,13 +360,21 @@ def prepare(
         batch.append(picture)
         if len(batch) == 32:
             flush()
+            watch.step("encoding", len(captions), n, {})
     if batch:
         flush()
-    encoder = LocalTextEncoder(checkpoint.path)
+    if not captions:
+        raise UsageError(
+            "gives no captioned picture",
+            path=dataset.about,
+            remedy="put pictures with .txt captions, or webdataset shards, there",
+        )
+    if len(captions) < n:
+        watch.stage(f"there are {len(captions)} pictures, fewer than the recipe's {n}")
     tensors = conditions(encoder, captions)
     tensors |= {f"empty.{k}": v for k, v in empty_conditions(checkpoint, encoder).items()}
     tensors["latents"] = torch.cat(latents).contiguous()
-    keep(folder, tensors, essence | {"captions": captions})
+    keep(folder, tensors, essence | {"count": len(captions), "captions": captions})
     return Prepared(folder)
 
 

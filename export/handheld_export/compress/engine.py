@@ -10,20 +10,24 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import InitProcessGroupKwargs
 from pydantic import Field
 from torch import Tensor, nn
 
 from handheld.errors import OutputError, UsageError
+from handheld.files import locked, write_file
 from handheld.program import Model
 
 SHARDED = ("BasicTransformerBlock", "ResnetBlock2D")
@@ -82,7 +86,7 @@ class Machine:
 
     Parameters
     ----------
-    precision : {'no', 'bf16', 'fp16'}
+    precision : {'no', 'bf16'}
         Of autocast.
     fsdp : bool
         Shard parameters, gradients and optimizer states over the processes.
@@ -90,23 +94,30 @@ class Machine:
         Do not use a GPU even if there is one.
     """
 
-    precision: Literal["no", "bf16", "fp16"] = "bf16"
+    precision: Literal["no", "bf16"] = "bf16"
     fsdp: bool = False
     cpu: bool = False
 
     @cached_property
     def accelerator(self) -> Accelerator:
-        """The process's accelerator."""
-        plugin = None
-        if self.fsdp and not self.on_cpu:
-            from accelerate import FullyShardedDataParallelPlugin
+        """The process's accelerator.
 
-            plugin = FullyShardedDataParallelPlugin(
-                fsdp_version=2,
-                auto_wrap_policy="transformer_based_wrap",
-                transformer_cls_names_to_wrap=list(SHARDED),
+        Raises
+        ------
+        UsageError
+            If one process alone is to shard.
+        """
+        # The first process encodes data for longer than others wait by default.
+        patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
+        acc = Accelerator(
+            mixed_precision=self.precision, cpu=self.on_cpu, kwargs_handlers=[patient]
+        )
+        if self.fsdp and acc.num_processes == 1:
+            raise UsageError(
+                "--fsdp shards over processes, and there is one",
+                remedy="start several with `accelerate launch --num_processes N -m handheld ...`",
             )
-        return Accelerator(mixed_precision=self.precision, cpu=self.on_cpu, fsdp_plugin=plugin)
+        return acc
 
     @property
     def on_cpu(self) -> bool:
@@ -245,10 +256,12 @@ class Trainer:
         if fsdp:
             whole: Any = module
             module = whole.to(memory_format=torch.contiguous_format)  # all that it can shard
-        if fsdp and acc.distributed_type == DistributedType.MULTI_CPU:
-            # accelerate shards on accelerators only; this is the call that it makes there.
+        if fsdp:
+            # accelerate prepares a sharded model with its optimizer only, and never on CPUs. This
+            # is the call that it makes.
             from torch.distributed.fsdp import fully_shard
 
+            module = module.to(acc.device)
             for child in module.modules():
                 if type(child).__name__ in SHARDED:
                     fully_shard(child)
@@ -256,14 +269,18 @@ class Trainer:
             model = module
         else:
             model = acc.prepare_model(module.to(acc.device))
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        # One tensor at a time: the order of additions is then the same sharded or not.
+        decayed: list[nn.Parameter] = []
+        scales: list[nn.Parameter] = []
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                # A quantized layer's scale is kept as its logarithm: zero is no smaller scale.
+                (scales if name.endswith("log_scale") else decayed).append(parameter)
+        groups = [
+            {"params": decayed, "weight_decay": self.loop.weight_decay},
+            {"params": scales, "weight_decay": 0.0},
+        ]
         optimizer = torch.optim.AdamW(
-            parameters,
-            lr=part.lr,
-            betas=(0.9, 0.99),
-            weight_decay=self.loop.weight_decay,
-            foreach=acc.device.type != "cpu",
+            [g for g in groups if g["params"]], lr=part.lr, betas=(0.9, 0.99), fused=True
         )
         self.models[key] = model
         self._optimizers[key] = optimizer
@@ -296,23 +313,35 @@ class Trainer:
         Raises
         ------
         TrainingError
-            If the loss is not finite; the last checkpoint stays as it is.
+            If the loss or its gradient is not finite; the last checkpoint stays as it is.
         """
-        mean = self.accelerator.reduce(loss.detach(), "mean")
-        if not bool(torch.isfinite(mean)):
-            raise TrainingError(
-                f"{self.name}: the loss of '{key}' is {float(mean)} in step {self.step + 1}",
-                path=self.folder / "checkpoint.pt",
-                remedy="lower the learning rate and run again: it goes on from the checkpoint",
-            )
+        self._expect_finite("loss", key, self.accelerator.reduce(loss.detach(), "mean"))
         part, optimizer = self._parts[key], self._optimizers[key]
         for group in optimizer.param_groups:
             group["lr"] = part.lr * self.loop.rate(self.step, warm_up=key == self.main)
         self.accelerator.backward(loss)
         parameters = [p for p in self.models[key].parameters() if p.grad is not None]
-        torch.nn.utils.clip_grad_norm_(parameters, part.clip, foreach=False)
+        # One tensor at a time: the order of additions is then the same sharded or not.
+        norm = torch.nn.utils.clip_grad_norm_(parameters, part.clip, foreach=False)
+        self._expect_finite("gradient", key, _whole(norm))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+    def _expect_finite(self, what: str, key: str, value: Tensor) -> None:
+        if not bool(torch.isfinite(value)):
+            raise TrainingError(
+                f"{self.name}: the {what} of '{key}' is {float(value)} in step {self.step + 1}",
+                path=self.folder / "checkpoint.pt",
+                remedy="lower the recipe's learning rate; this step then starts afresh, "
+                "and those before it are kept",
+            )
+
+    def _agree(self, *flags: bool) -> list[bool]:
+        """Tell of each flag whether any process has set it: all must save in the same step."""
+        if self.accelerator.num_processes == 1:
+            return list(flags)
+        own = torch.tensor([float(f) for f in flags], device=self.device)
+        return [bool(x > 0) for x in self.accelerator.reduce(own, "sum")]
 
     def run(
         self,
@@ -334,16 +363,40 @@ class Trainer:
         Returns
         -------
         list of dict
-            The losses of the steps that this call ran.
+            The losses of the last steps, at least of those that this call ran.
+
+        Raises
+        ------
+        TrainingError, UsageError
+            If a loss is not finite; if another process trains in the same folder.
+        KeyboardInterrupt
+            After SIGINT or SIGTERM, once the current step has ended and is saved.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.accelerator.is_main_process:
+            return self._run(one, sample, sample_every)
+        with locked(self.folder) as ours:
+            if not ours:
+                raise UsageError(
+                    "another run trains here",
+                    path=self.folder,
+                    remedy="wait for it, or choose another --work folder",
+                )
+            return self._run(one, sample, sample_every)
+
+    def _run(
+        self,
+        one: Callable[[Trainer], Mapping[str, Tensor]],
+        sample: Callable[[Trainer], None] | None,
+        sample_every: int,
+    ) -> list[dict[str, float]]:
         self._start()
         writer = _Writer(self.folder) if self.accelerator.is_main_process else None
         saved = began = time.monotonic()
         first = self.step
         for model in self.models.values():
             model.train()
-        try:
+        with _Interrupt(self.watch) as interrupt:
             while self.step < self.loop.steps:
                 losses = {
                     k: float(self.accelerator.reduce(v.detach().float(), "mean"))
@@ -359,13 +412,16 @@ class Trainer:
                 often = sample_every or self.loop.sample_every
                 if sample and often and self.step % often == 0:
                     sample(self)
-                if time.monotonic() - saved > self.loop.save_seconds:
+                due = time.monotonic() - saved > self.loop.save_seconds
+                due, stop = self._agree(due, interrupt.asked)
+                if due or stop:
                     self._save()
                     saved = time.monotonic()
-        except KeyboardInterrupt:
-            if self.step > first:
-                self._save()
-            raise
+                if stop:
+                    self.watch.stage(
+                        f"{self.name} stopped after step {self.step}; the same command goes on"
+                    )
+                    raise KeyboardInterrupt
         if self.step > first:
             self._save()
         return self.losses
@@ -399,6 +455,9 @@ class Trainer:
                 remedy="choose another --work folder, or remove this one to train afresh",
             )
         self.step = int(state["step"])
+        self.losses = list(state["losses"])
+        if self.accelerator.is_main_process:
+            _cut_log(self.folder, self.step)
         for key in self.models:
             _load(self.bare(key), state["models"][key])
             _load_optimizer(self._optimizers[key], state["optimizers"][key])
@@ -416,6 +475,7 @@ class Trainer:
         state = {
             "step": self.step,
             "essence": self.essence,
+            "losses": self.losses[-50:],
             "models": {k: whole(self.bare(k).state_dict()) for k in self.models},
             "optimizers": {k: whole(o.state_dict()) for k, o in self._optimizers.items()},
             "average": whole(self._average),
@@ -478,6 +538,34 @@ def save_atomic(state: object, path: Path) -> None:
     partial.replace(path)
 
 
+class _Interrupt:
+    """Makes of the first SIGINT or SIGTERM a wish to stop; the second stops at once.
+
+    An optimizer step half done would not be gone on with to the bit.
+    """
+
+    def __init__(self, watch: Watch) -> None:
+        self.asked = False
+        self._watch = watch
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def _ask(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self._watch.stage("stopping after this step; once more stops at once")
+
+
 class _Writer:
     """JSON lines, and TensorBoard's events where it is installed."""
 
@@ -496,6 +584,14 @@ class _Writer:
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+
+
+def _cut_log(folder: Path, step: int) -> None:
+    """Drop what was logged after the checkpoint: it is run again."""
+    path = folder / "log.jsonl"
+    if path.exists():
+        kept = [e for e in read_log(folder) if e["step"] <= step]
+        write_file(path, "".join(json.dumps(e) + "\n" for e in kept).encode())
 
 
 def read_log(folder: Path) -> Iterator[dict[str, float]]:

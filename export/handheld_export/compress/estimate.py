@@ -33,7 +33,7 @@ def plan(recipe: Recipe, first: Shape, cluster: Cluster) -> list[dict[str, Any]]
             e.path, e.field = recipe.name, f"{at}: {e.field}" if e.field else at
             raise
         load = step.load(after, reference, first)
-        if step.kind in ("trim", "quantize"):
+        if step.imitated:
             reference = shape
         shape = after
         need = load.memory(cluster)

@@ -36,9 +36,17 @@ class FakeQuantized(nn.Module):
     group_size: int | None
 
     def set_up(self, start: QuantizedWeight) -> None:
-        """Take grid and scales from a quantized weight."""
+        """Take grid, scales and codes from a quantized weight.
+
+        Where rounding compensated errors, a code is not that of the nearest value; the weight then
+        moves to what its code says, so that training starts from the codes given.
+        """
         self.grid, self.group_size = start.grid, start.group_size
         self.log_scale = nn.Parameter(torch.from_numpy(start.scales).log())
+        same = torch.from_numpy(self.frozen().codes == start.codes).to(self.weight.device)
+        given = torch.from_numpy(start.dequantize()).to(self.weight)
+        with torch.no_grad():
+            self.weight.copy_(torch.where(same, self.weight, given))
 
     def scale(self) -> Tensor:
         """Scales as they ship: float32 [out], or bfloat16 values [out, groups]."""

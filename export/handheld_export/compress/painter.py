@@ -54,7 +54,11 @@ class Painter:
         self.guidance = float(self.settings.get("guidance", 1.0))
 
     def latents(self, captions: Sequence[str], noise: Tensor, batch: int = 32) -> Tensor:
-        """Draw clean, scaled latents, [n, C, h, w], from noise of that shape."""
+        """Draw clean, scaled latents, [n, C, h, w], from noise of that shape.
+
+        What a sampler of several steps adds on its way is always the same.
+        """
+        generator = torch.Generator().manual_seed(0)
         ids = torch.tensor([[self.size, self.size, 0, 0, self.size, self.size]]).float()
         empty = empty_conditions(self.checkpoint, self._encoder)
         nothing = Condition(empty["states"], empty.get("pooled"), ids).to("cpu")
@@ -63,10 +67,10 @@ class Painter:
             part = conditions(self._encoder, captions[at : at + batch])
             n = len(part["states"])
             condition = Condition(part["states"], part.get("pooled"), ids.expand(n, -1)).to("cpu")
+            x = noise[at : at + batch]
+            fresh = [torch.randn(x.shape, generator=generator) for _ in self.plan]
             made.append(
-                diffusion.sample(
-                    self.unet, noise[at : at + batch], condition, nothing, self.plan, self.guidance
-                )
+                diffusion.sample(self.unet, x, condition, nothing, self.plan, self.guidance, fresh)
             )
         return torch.cat(made)
 

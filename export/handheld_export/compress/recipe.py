@@ -15,7 +15,7 @@ from handheld.bundle import describe_validation
 from handheld.errors import UsageError
 from handheld.program import Model
 from handheld_export.compress.data import Creatures, Dataset, Folder
-from handheld_export.compress.step import Step, find, kinds
+from handheld_export.compress.step import Step, essential, find, kinds
 
 STACKS = ("stack1", "stack2", "stack3")
 
@@ -77,7 +77,7 @@ class Recipe(Model):
         """Hash what the result of the first ``upto`` steps depends on."""
         parts = {
             "base": base,
-            "steps": [{"step": s.kind} | s.model_dump() for s in self.steps[:upto]],
+            "steps": [{"step": s.kind} | essential(s) for s in self.steps[:upto]],
             "pictures": self.data.pictures,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import shutil
 import time
@@ -13,16 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from handheld import __version__
-from handheld.errors import OutputError
+from handheld import __version__, planning
+from handheld.errors import HandheldError, OutputError
 from handheld.files import cache_root, replaced_folder
-from handheld_export.checkpoint import Checkpoint, write_student_component
-from handheld_export.compress import card
+from handheld_export.checkpoint import Checkpoint, read_json, write_student_component
+from handheld_export.compress import card, estimate
 from handheld_export.compress.data import Dataset
 from handheld_export.compress.engine import Machine, Watch, save_atomic
+from handheld_export.compress.load import Cluster
 from handheld_export.compress.recipe import Recipe
-from handheld_export.compress.step import Context, Student, read_all
+from handheld_export.compress.step import VERSION, Context, Student, read_all
 from handheld_export.quantization import QuantizedWeight
+from handheld_export.text import encoders_sha256
 
 _COPIED = (
     "text_encoder",
@@ -80,11 +83,17 @@ def compress(
     Raises
     ------
     UsageError, TrainingError, CheckpointError, OutputError
+        What a look at configurations can tell is told before anything trains.
     """
     watch = watch or Watch()
-    check_output(output)
+    check_output(output, checkpoint)
+    name = str(checkpoint.path)
+    shape = planning.shape_of(checkpoint.unet.config, checkpoint.vae.config, None, name)
+    world = machine.accelerator.num_processes
+    estimate.plan(recipe, shape, Cluster(devices=world, memory=math.inf, fsdp=machine.fsdp))
     root = work or cache_root() / "compress"
-    base = f"{checkpoint.sha256} {dataset.key()}"
+    encoders = encoders_sha256(checkpoint.path)
+    base = f"{VERSION} {checkpoint.sha256} {encoders} {dataset.key()} {machine.precision}"
     student = None
     began = time.monotonic()
     for i, step in enumerate(recipe.steps):
@@ -116,7 +125,9 @@ def compress(
         }
         if machine.accelerator.is_main_process:
             save_atomic(_dump(student), done)
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
         machine.accelerator.wait_for_everyone()
+        machine.accelerator.free_memory()  # it keeps every model that it has prepared
     assert student is not None
     student.settings |= {
         "name": recipe.name,
@@ -152,9 +163,9 @@ def write(student: Student, checkpoint: Checkpoint, output: Path) -> None:
     Raises
     ------
     OutputError
-        If the place is taken by something else than a checkpoint, or cannot be written.
+        If the place is taken by something else than a student, or cannot be written.
     """
-    check_output(output)
+    check_output(output, checkpoint)
     output.parent.mkdir(parents=True, exist_ok=True)
     with replaced_folder(output) as work:
         for name in _COPIED:
@@ -178,18 +189,29 @@ def write(student: Student, checkpoint: Checkpoint, output: Path) -> None:
         (work / "README.md").write_text(card.text(settings), encoding="utf-8")
 
 
-def check_output(output: Path) -> None:
-    """Refuse a place that holds something else than a checkpoint, before hours of training.
+def check_output(output: Path, checkpoint: Checkpoint) -> None:
+    """Refuse a place that holds something else than a student, before hours of training.
 
     Raises
     ------
     OutputError
     """
-    taken = output.exists() and not (output / "unet").is_dir()
-    if taken and (output.is_file() or any(output.iterdir())):
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    own = output.resolve() == checkpoint.path.resolve()
+    if own or not _is_student(output):
         raise OutputError(
-            "is in the way and is no checkpoint", path=output, remedy="choose another place"
+            "is the checkpoint to compress" if own else "is in the way and is no student",
+            path=output,
+            remedy="choose another place",
         )
+
+
+def _is_student(folder: Path) -> bool:
+    try:
+        return "made_from" in read_json(folder / "handheld.json")
+    except (HandheldError, OSError):
+        return False
 
 
 def _dump(student: Student) -> dict[str, Any]:

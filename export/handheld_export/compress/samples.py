@@ -33,8 +33,7 @@ def drawer(context: Context, settings: dict[str, Any]) -> Callable[[Trainer], No
     data = context.data
     rows = torch.arange(min(COUNT, len(data)))
     generator = torch.Generator().manual_seed(1)
-    shape = data.rows("latents", rows[:1]).shape[1:]
-    noise = torch.randn(len(rows), *shape, generator=generator)
+    noise = torch.randn(len(rows), *data.latent_shape, generator=generator)
     chosen = settings.get("timesteps") or sampling.timesteps(
         len(context.schedule), int(settings.get("steps", 20)), "trailing"
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 import pkgutil
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -26,6 +28,8 @@ from handheld_export.compress.load import Load
 from handheld_export.quantization import QuantizedWeight
 
 GROUP = "handheld.compress"
+VERSION = 2
+"""Of what steps compute: a new one leaves what older ones cached alone."""
 
 
 @dataclass
@@ -110,9 +114,13 @@ class Context:
         acc = self.machine.accelerator
         with acc.main_process_first():
             vae = load_vae(self.teacher).to(self.device)
-            return prepare(
-                self.teacher, vae, self.dataset, self.pictures, self.cache, self.watch.stage
-            )
+            return prepare(self.teacher, vae, self.dataset, self.pictures, self.cache, self.watch)
+
+    def key(self, **parts: Any) -> str:
+        """Name what steps share by everything that it depends on."""
+        parts |= {"version": VERSION, "precision": self.machine.precision}
+        text = json.dumps(parts, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def load_teacher(self) -> nn.Module:
         """Load the teacher's U-Net, frozen."""
@@ -141,9 +149,12 @@ class Step(Model):
         Kinds of which at least one must come before.
     before : tuple of str
         Kinds that must not have come before.
+    imitated : bool
+        Whether what the step is given is what later steps imitate.
     """
 
     kind: ClassVar[str]
+    imitated: ClassVar[bool] = False
     after: ClassVar[tuple[str, ...]] = ()
     before: ClassVar[tuple[str, ...]] = ()
 
@@ -178,6 +189,15 @@ class Step(Model):
         teacher : Shape
         """
         return Load()
+
+
+def essential(step: Step) -> dict[str, Any]:
+    """Return a step's settings without those that change nothing in its result."""
+    settings = step.model_dump()
+    if isinstance(settings.get("train"), dict):
+        idle = ("save_seconds", "log_every", "sample_every")
+        settings["train"] = {k: v for k, v in settings["train"].items() if k not in idle}
+    return settings
 
 
 def read_all(checkpoint: Checkpoint, kind: str) -> dict[str, torch.Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, cast
 
@@ -18,7 +16,7 @@ from handheld.planning import Shape
 from handheld_export.compress.data import Prepared, keep
 from handheld_export.compress.engine import Loop, Trained, Trainer
 from handheld_export.compress.load import Load, outputs, passes
-from handheld_export.compress.step import Context, Step, Student, load_vae
+from handheld_export.compress.step import Context, Step, Student, essential, load_vae
 
 
 class Decoder(Step):
@@ -101,14 +99,15 @@ class Decoder(Step):
         vae = load_vae(context.teacher).to(context.device)
         factor = float(vae.config["scaling_factor"])
         # It depends on nothing that other steps change, so recipes share it wherever they have it.
-        parts = [self.model_dump(), context.teacher.vae_sha256, data.folder.name]
-        essence = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        essence = context.key(
+            settings=essential(self), vae=context.teacher.vae_sha256, data=data.folder.name
+        )
         trainer = Trainer(
             self.kind,
             self.train,
             {"decoder": Trained(tiny, self.train.lr, self.train.clip)},
             context.machine,
-            context.cache / f"decoder-{essence[:16]}",
+            context.cache / f"decoder-{essence}",
             essence,
             context.watch,
         )
@@ -161,29 +160,31 @@ def initialize(tiny: Any, branch: float = 0.3) -> None:
 
     for module in tiny.modules():
         if isinstance(module, AutoencoderTinyBlock):
-            layers = list(cast(nn.Sequential, module.conv))
-            inner = [m for m in layers if isinstance(m, nn.Conv2d)]
+            inner = _convolutions(cast(nn.Sequential, module.conv))
             for layer in inner:
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             inner[-1].weight.mul_(branch)
-    layers = [m for m in tiny.layers if isinstance(m, nn.Conv2d)]
-    for layer in layers:
-        # After the first one comes a ReLU, after the others nothing.
-        if layer is layers[0]:
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-        else:
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
-    last = layers[-1]
+    first, *others = _convolutions(tiny.layers)
+    # After the first one comes a ReLU, after the others nothing.
+    nn.init.kaiming_normal_(first.weight, nonlinearity="relu")
+    for layer in others:
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+    last = others[-1]
     last.weight.mul_(0.1)
     if last.bias is not None:
         last.bias.fill_(0.5)
+
+
+def _convolutions(layers: nn.Sequential) -> list[nn.Conv2d]:
+    return [m for m in layers if isinstance(m, nn.Conv2d)]
 
 
 @torch.no_grad()
 def pictures(context: Context, vae: Any) -> Prepared:
     """Decode all latents, or read what was decoded before: ``pictures`` uint8 [n, 3, H, W]."""
     data, acc = context.data, context.machine.accelerator
-    folder = context.cache / f"pictures-{data.folder.name}-{context.teacher.vae_sha256[:12]}"
+    key = context.key(data=data.folder.name, vae=context.teacher.vae_sha256)
+    folder = context.cache / f"pictures-{key}"
     if not (folder / "meta.json").is_file() and acc.is_main_process:
         factor = float(vae.config["scaling_factor"])
         made = []

@@ -7,19 +7,20 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from handheld.errors import UsageError
 from handheld.planning import Shape
 from handheld_export.compress import diffusion, samples
 from handheld_export.compress.allocate import bits_per_weight
 from handheld_export.compress.diffusion import Condition, Schedule
-from handheld_export.compress.engine import STREAMS, Draws, Loop, Trained, Trainer
+from handheld_export.compress.engine import STREAMS, Loop, Trained, Trainer
 from handheld_export.compress.fakequant import extract, insert
 from handheld_export.compress.load import Load, macs, outputs, params, passes
-from handheld_export.compress.step import Context, Step, Student, build_unet
-from handheld_export.compress.steps.dmd import FakeScore, Matching, matching_macs
+from handheld_export.compress.step import Context, Step, Student, build_unet, read_all
+from handheld_export.compress.steps.dmd import FakeScore, Matching, check_matching, matching_macs
 from handheld_export.compress.steps.trim import source_names
 
 
@@ -52,6 +53,11 @@ class Distill(Step):
     high: float = Field(default=0.98, gt=0, le=1)
     error_aware: bool = False
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Distill:
+        check_matching(self.low, self.high, self.gan_generator, self.gan_head)
+        return self
+
     def load(self, after: Shape, reference: Shape, teacher: Shape) -> Load:
         """Count student and reference, and with ``matching`` what DMD2 needs."""
         loop, own = self.train, macs(after)
@@ -76,16 +82,30 @@ class Distill(Step):
         own = student.settings.get("timesteps")
         one_step = student.settings.get("sampler") == "dmd" and own
         timesteps = tuple(int(t) for t in own) if one_step and own else None
+        if self.matching and not timesteps:
+            raise UsageError(
+                "only a student of DMD matches distributions",
+                field="distill.matching",
+                remedy="put a dmd step before, or leave matching out",
+            )
+        levels = _levels(timesteps, schedule)
+        if self.error_aware and len(levels) == 1:
+            raise UsageError(
+                "a student of one step has one timestep",
+                field="distill.error_aware",
+                remedy="leave it out",
+            )
         networks = {"generator": Trained(unet, self.train.lr, self.train.clip)}
         matching = None
         if self.matching and timesteps:
             teacher = context.load_teacher()
-            score = {k: v.float().cpu() for k, v in teacher.state_dict().items()}
-            fake = FakeScore(build_unet(context.teacher.unet.config, score), self.train.seed)
+            score = build_unet(context.teacher.unet.config, read_all(context.teacher, "unet"))
+            fake = FakeScore(score, self.train.seed)
             lr = self.fake_lr or self.train.lr
             networks["fake"] = Trained(fake, lr, self.train.clip)
             matching = Matching(
                 timesteps=timesteps,
+                latent=data.latent_shape,
                 schedule=schedule,
                 teacher=teacher,
                 empty=data.empty().to(context.device),
@@ -106,9 +126,10 @@ class Distill(Step):
             context.watch,
         )
         taps = Taps(trainer.bare("generator"), reference, student, self.features, self.attention)
-        levels = _levels(timesteps, schedule)
-        if self.error_aware and len(levels) > 1:
-            levels = by_error(unet, reference, levels, schedule, data, context, self.train.seed)
+        if self.error_aware:
+            levels = by_error(
+                unet, reference, levels, data, context, self.train.seed, pure=timesteps is not None
+            )
 
         def one(trainer: Trainer) -> dict[str, Tensor]:
             losses: dict[str, Tensor] = {}
@@ -124,8 +145,12 @@ class Distill(Step):
             rows = draws.integers(0, len(data)).cpu()
             condition = data.condition(rows).to(trainer.device)
             latents = data.rows("latents", rows).to(trainer.device)
-            x, t = _inputs(draws, latents, levels, schedule, pure=timesteps is not None)
-            total, figures = self._imitate(trainer, taps, reference, x, t, condition, schedule)
+            t = levels.to(latents.device)[draws.integers(0, len(levels))]
+            noise = draws.normal(data.latent_shape)
+            x = _inputs(latents, noise, t, levels, schedule, pure=timesteps is not None)
+            total, figures = self._imitate(
+                trainer, taps, reference, x, t, condition, schedule if timesteps else None
+            )
             if matching is not None:
                 extra, _, more = matching.generator_loss(
                     trainer, trainer.models["generator"], trainer.draws(STREAMS - 1), condition
@@ -148,7 +173,7 @@ class Distill(Step):
         student.history.append(
             {
                 "step": self.kind,
-                "settings": self.model_dump(),
+                "settings": self.model_dump() | {"guidance": context.guidance(self.guidance)},
                 "bits_per_weight": bits_per_weight(student.quantized) or None,
                 "losses": losses[-1] if losses else None,
             }
@@ -163,14 +188,16 @@ class Distill(Step):
         x: Tensor,
         t: Tensor,
         condition: Condition,
-        schedule: Schedule,
+        schedule: Schedule | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compare pictures with a schedule, predicted noise without."""
         with trainer.accelerator.autocast():
             with torch.no_grad():
                 wanted = diffusion.predict(reference, x, t, condition)
             made = diffusion.predict(trainer.models["generator"], x, t, condition)
-        goal = schedule.denoise(x, wanted, t)
-        output = functional.mse_loss(schedule.denoise(x, made, t), goal)
+        if schedule is not None:
+            made, wanted = schedule.denoise(x, made, t), schedule.denoise(x, wanted, t)
+        output = functional.mse_loss(made, wanted)
         total = self.output * output
         figures = {"output": output}
         for name, weight in (("features", self.features), ("attention", self.attention)):
@@ -246,16 +273,14 @@ def _levels(timesteps: tuple[int, ...] | None, schedule: Schedule) -> Tensor:
 
 
 def _inputs(
-    draws: Draws, latents: Tensor, levels: Tensor, schedule: Schedule, *, pure: bool
-) -> tuple[Tensor, Tensor]:
+    latents: Tensor, noise: Tensor, t: Tensor, levels: Tensor, schedule: Schedule, *, pure: bool
+) -> Tensor:
     """Latents as the U-Net sees them in use: pure noise in a distilled student's first step."""
-    t = levels.to(latents.device)[draws.integers(0, len(levels))]
-    noise = draws.normal(tuple(latents.shape[1:]))
     noisy = schedule.add_noise(latents, noise, t)
     if not pure:
-        return noisy, t
+        return noisy
     first = (t == int(levels.max())).view(-1, 1, 1, 1)
-    return torch.where(first, noise, noisy), t
+    return torch.where(first, noise, noisy)
 
 
 @torch.no_grad()
@@ -263,10 +288,11 @@ def by_error(
     unet: nn.Module,
     reference: nn.Module,
     levels: Tensor,
-    schedule: Schedule,
     data: Any,
     context: Context,
     seed: int,
+    *,
+    pure: bool,
     size: int = 1000,
 ) -> Tensor:
     """Return timesteps as often as their share of the quantization error says.
@@ -274,6 +300,7 @@ def by_error(
     The error of the predicted noise at 20 levels, interpolated; half of the draws stay uniform, so
     that no level is forgotten. Measured once, before training, from fixed noise.
     """
+    schedule = context.schedule
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(len(data), (8,), generator=generator)
     latents = data.rows("latents", rows).to(context.device)
@@ -283,10 +310,11 @@ def by_error(
     errors = []
     for level in levels[at]:
         t = torch.full((len(rows),), int(level), device=context.device)
-        x = schedule.add_noise(latents, noise, t)
-        difference = diffusion.predict(unet, x, t, condition) - diffusion.predict(
-            reference, x, t, condition
-        )
+        x = _inputs(latents, noise, t, levels, schedule, pure=pure)
+        with context.machine.accelerator.autocast():
+            made = diffusion.predict(unet, x, t, condition)
+            wanted = diffusion.predict(reference, x, t, condition)
+        difference = made - wanted
         errors.append(float(difference.square().mean()))
     curve = torch.tensor(errors, dtype=torch.float64)
     place = torch.linspace(0, len(at) - 1, len(levels), dtype=torch.float64)

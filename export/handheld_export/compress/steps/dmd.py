@@ -10,16 +10,17 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from handheld.errors import UsageError
 from handheld.planning import Shape
 from handheld_export.compress import diffusion, samples
 from handheld_export.compress.diffusion import Condition, Schedule
 from handheld_export.compress.engine import STREAMS, Draws, Loop, Trained, Trainer
 from handheld_export.compress.load import Load, macs, outputs, params, passes
-from handheld_export.compress.step import Context, Step, Student, build_unet
+from handheld_export.compress.step import Context, Step, Student, build_unet, read_all
 from handheld_export.compress.steps.warmup import Regression
 
 
@@ -91,11 +92,24 @@ def matching_macs(
     return fake_updates * fake + drawing + passes * student + real + gan
 
 
+def check_matching(low: float, high: float, gan_generator: float, gan_head: float) -> None:
+    """Refuse settings that contradict each other.
+
+    Raises
+    ------
+    ValueError
+    """
+    if low >= high:
+        raise ValueError("low must be below high")
+    if gan_generator and not gan_head:
+        raise ValueError("gan_generator needs a head that learns: give gan_head, or set both to 0")
+
+
 class DMD(Step):
     """Match the distribution of the teacher's pictures in one step or a few."""
 
     kind: ClassVar[str] = "dmd"
-    before: ClassVar[tuple[str, ...]] = ("dmd", "quantize", "train-quantized")
+    before: ClassVar[tuple[str, ...]] = ("dmd", "quantize")
 
     train: Loop
     """``steps`` counts updates of the generator."""
@@ -130,6 +144,11 @@ class DMD(Step):
             raise ValueError("timesteps must fall, within 999..0")
         return value
 
+    @model_validator(mode="after")
+    def _consistent(self) -> DMD:
+        check_matching(self.low, self.high, self.gan_generator, self.gan_head)
+        return self
+
     def shape(self, shape: Shape) -> Shape:
         """Set the number of steps."""
         return replace(shape, steps=len(self.timesteps))
@@ -156,7 +175,7 @@ class DMD(Step):
         fake = FakeScore(
             build_unet(
                 context.teacher.unet.config,
-                {k: v.float().cpu() for k, v in teacher.state_dict().items()},
+                read_all(context.teacher, "unet"),
             ),
             loop.seed,
         )
@@ -176,6 +195,7 @@ class DMD(Step):
         )
         matching = Matching(
             timesteps=tuple(self.timesteps),
+            latent=data.latent_shape,
             schedule=schedule,
             teacher=teacher,
             empty=empty,
@@ -188,6 +208,13 @@ class DMD(Step):
         )
 
         regression = Regression.of(student, context) if self.regression else None
+        if regression is not None and regression.timestep != self.timesteps[0]:
+            raise UsageError(
+                f"the warm-up's timestep is {regression.timestep}, the first one here "
+                f"{self.timesteps[0]}",
+                field="dmd.regression",
+                remedy="give both the same, or leave regression out",
+            )
 
         def one(trainer: Trainer) -> dict[str, Tensor]:
             losses: dict[str, Tensor] = {}
@@ -237,6 +264,8 @@ class Matching:
     ----------
     timesteps : tuple of int
         At which the generator is evaluated, noisiest first.
+    latent : tuple of int
+        Shape of one picture's latents, [C, h, w].
     schedule : Schedule
     teacher : nn.Module
         The real score.
@@ -250,6 +279,7 @@ class Matching:
         self,
         *,
         timesteps: tuple[int, ...],
+        latent: tuple[int, ...],
         schedule: Schedule,
         teacher: nn.Module,
         empty: Condition,
@@ -261,6 +291,7 @@ class Matching:
         high: float = 0.98,
     ) -> None:
         self.timesteps = timesteps
+        self.latent = latent
         self.schedule = schedule
         self.teacher = teacher
         self.empty = empty
@@ -282,24 +313,17 @@ class Matching:
         sees are the generator's own.
         """
         last = draws.one(len(self.timesteps))
-        shape = self._shape
-        x, x0 = draws.normal(shape), None
+        x, x0 = draws.normal(self.latent), None
         for i, step in enumerate(self.timesteps[: last + 1]):
             t = torch.full((len(x),), step, device=x.device)
             if x0 is not None:
-                x = self.schedule.add_noise(x0, draws.normal(shape), t)
+                x = self.schedule.add_noise(x0, draws.normal(self.latent), t)
             with torch.set_grad_enabled(i == last and torch.is_grad_enabled()):
                 with trainer.accelerator.autocast():
                     eps = diffusion.predict(generator, x, t, condition)
                 x0 = self.schedule.denoise(x, eps, t)
         assert x0 is not None
         return x0
-
-    @property
-    def _shape(self) -> tuple[int, int, int]:
-        config: Any = self.teacher.config
-        side = int(config["sample_size"])
-        return int(config["in_channels"]), side, side
 
     def update_fake(
         self, trainer: Trainer, draws: Draws, condition: Condition, real: Tensor
@@ -309,15 +333,16 @@ class Matching:
             made = self.generate(trainer, trainer.models["generator"], draws, condition)
         n = len(made)
         t = draws.integers(0, self.reach)
-        noise = draws.normal(self._shape)
+        noise = draws.normal(self.latent)
         noisy = self.schedule.add_noise(made, noise, t)
         if self.gan_head == 0:
             with trainer.accelerator.autocast():
-                eps, _ = _call(trainer.models["fake"], noisy, t, condition)
-            loss = self._denoising(eps, noise, t)
+                eps, logits = _call(trainer.models["fake"], noisy, t, condition)
+            # The head has a part of nothing in the loss: data parallel expects all gradients.
+            loss = self._denoising(eps, noise, t) + 0 * logits.sum()
             trainer.update("fake", loss)
             return {"fake": loss}
-        other = self.schedule.add_noise(real, draws.normal(self._shape), t)
+        other = self.schedule.add_noise(real, draws.normal(self.latent), t)
         both = Condition.join([condition, condition])
         with trainer.accelerator.autocast():
             eps, logits = _call(
@@ -344,7 +369,7 @@ class Matching:
         x0 = self.generate(trainer, generator, draws, condition)
         fake = trainer.bare("fake")
         t = draws.integers(*self.range)
-        noise = draws.normal(self._shape)
+        noise = draws.normal(self.latent)
         with torch.no_grad(), trainer.accelerator.autocast():
             noisy = self.schedule.add_noise(x0, noise, t)
             eps = diffusion.guided(self.teacher, noisy, t, condition, self.empty, self.guidance)
@@ -358,7 +383,7 @@ class Matching:
             point = x0.detach().requires_grad_()
             t = draws.integers(0, self.reach)
             with torch.enable_grad(), trainer.accelerator.autocast():
-                noisy = self.schedule.add_noise(point, draws.normal(self._shape), t)
+                noisy = self.schedule.add_noise(point, draws.normal(self.latent), t)
                 _, logits = _call(fake, noisy, t, condition)
                 gan = functional.softplus(-logits)
             (slope,) = torch.autograd.grad(gan.sum(), point)

@@ -35,6 +35,7 @@ class Quantize(Step):
     """
 
     kind: ClassVar[str] = "quantize"
+    imitated: ClassVar[bool] = True
     before: ClassVar[tuple[str, ...]] = ("quantize",)
 
     linear: Annotated[list[Grid], Field(min_length=1)] = ["int4"]
@@ -51,7 +52,7 @@ class Quantize(Step):
     """Pictures' worth of prompts and noise."""
     seed: int = 0
     timestep: int | None = Field(default=None, ge=0, le=999)
-    """Where a student of many steps is measured; one of one step has its own."""
+    """Where a student of many steps is measured; one of DMD has its own."""
 
     def candidates(self, layers: Sequence[Layer]) -> dict[str, list[Choice]]:
         """Return the choices for every layer that is quantized at all."""
@@ -68,7 +69,7 @@ class Quantize(Step):
             group = self.group_size
             if group and (layer.kind != "linear" or layer.shape[1] % group):
                 group = None
-            found[layer.name] = [Choice(g, None if g == "int8" else group) for g in grids]
+            found[layer.name] = [Choice(g, group if g == "int4" else None) for g in grids]
         return found
 
     def budget(
@@ -101,6 +102,9 @@ class Quantize(Step):
     def _one_budget(self) -> Quantize:
         if self.megabytes is not None and self.bits is not None:
             raise ValueError("say bits or megabytes, not both")
+        lists = (self.linear, self.convolution, self.embedding)
+        if self.bits is None and self.megabytes is None and any(len(g) > 1 for g in lists):
+            raise ValueError("several grids need a budget to choose by: give bits or megabytes")
         return self
 
     def shape(self, shape: Shape) -> Shape:
@@ -191,23 +195,29 @@ def calibration(
 ) -> Any:
     """Return a function that runs the U-Net on fixed prompts and noise, and gives x0.
 
-    A student of one step is run where it is used: at its own timestep on pure noise. Otherwise
-    noised latents of the dataset are taken, at all noise levels or at ``timestep``.
+    A student of DMD is run where it is used: at its own timesteps, of which the first sees pure
+    noise. Otherwise noised latents of the dataset are taken, at all noise levels or at
+    ``timestep``.
     """
     data, schedule = context.data, context.schedule
     generator = torch.Generator().manual_seed(seed * 1_000_003 + 5)
     rows = torch.randint(len(data), (count,), generator=generator)
     latents = data.rows("latents", rows)
     noise = torch.randn(latents.shape, generator=generator)
-    own = student.settings.get("timesteps")
-    if student.settings.get("sampler") == "dmd" and own:
-        t = torch.full((count,), int(own[0]))
-        noisy = noise
-    else:
+    own: list[int] = student.settings.get("timesteps") or []
+    distilled = student.settings.get("sampler") == "dmd" and bool(own)
+    if distilled:
+        t = torch.tensor([own[i % len(own)] for i in range(count)])
+    elif timestep is None:
         t = torch.linspace(0, len(schedule) - 1, count).round().long()
-        t = t if timestep is None else torch.full((count,), timestep)
-        noisy = schedule.add_noise(latents.to(schedule.alphas), noise.to(schedule.alphas),
-                                   t.to(schedule.alphas.device))  # fmt: skip
+    else:
+        t = torch.full((count,), timestep)
+    noisy = schedule.add_noise(
+        latents.to(schedule.alphas), noise.to(schedule.alphas), t.to(schedule.alphas.device)
+    ).cpu()
+    if distilled:
+        first = (t == own[0]).view(-1, 1, 1, 1)
+        noisy = torch.where(first, noise, noisy)
     condition = data.condition(rows)
     device = context.device
 

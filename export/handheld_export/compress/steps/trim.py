@@ -31,6 +31,7 @@ class Trim(Step):
     """
 
     kind: ClassVar[str] = "trim"
+    imitated: ClassVar[bool] = True
     before: ClassVar[tuple[str, ...]] = ("quantize",)
 
     pairs: list[int] | None = None

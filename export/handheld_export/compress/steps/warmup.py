@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -27,11 +27,11 @@ class Warmup(Step):
     """
 
     kind: ClassVar[str] = "warmup"
-    before: ClassVar[tuple[str, ...]] = ("warmup", "dmd", "quantize", "train-quantized")
+    before: ClassVar[tuple[str, ...]] = ("warmup", "dmd", "quantize")
 
     train: Loop
     pairs: int = Field(default=10_000, ge=1)
-    sampler: str = "dpmpp2m"
+    sampler: Literal["ddim", "dpmpp2m"] = "dpmpp2m"
     teacher_steps: int = Field(default=25, ge=1)
     guidance: float | None = None
     timestep: int = Field(default=399, ge=0, le=999)
@@ -78,7 +78,11 @@ class Warmup(Step):
         student.settings |= {"sampler": "dmd", "timesteps": [self.timestep], "guidance": 1.0}
         student.settings |= {"steps": 1}
         student.history.append(
-            {"step": self.kind, "settings": self.model_dump(), "loss": _mean(losses)}
+            {
+                "step": self.kind,
+                "settings": self.model_dump() | {"guidance": context.guidance(self.guidance)},
+                "loss": _mean(losses),
+            }
         )
         return student
 
@@ -96,7 +100,7 @@ class Regression:
             warmup.train.seed,
         )
         self._data, self._schedule = context.data, context.schedule
-        self._timestep = warmup.timestep
+        self.timestep = warmup.timestep
 
     @classmethod
     def of(cls, student: Student, context: Context) -> Regression:
@@ -123,7 +127,7 @@ class Regression:
         wanted = self._pairs.rows("latents", picked).to(trainer.device)
         rows = self._pairs.rows("caption", picked).long()
         condition = self._data.condition(rows).to(trainer.device)
-        t = torch.full((len(noise),), self._timestep, device=trainer.device)
+        t = torch.full((len(noise),), self.timestep, device=trainer.device)
         with trainer.accelerator.autocast():
             eps = diffusion.predict(trainer.models["generator"], noise, t, condition)
         return torch.nn.functional.mse_loss(self._schedule.denoise(noise, eps, t), wanted)
@@ -147,8 +151,12 @@ def teacher_pairs(
     """
     data = context.data
     guidance = context.guidance(guidance)
-    name = f"pairs-{data.folder.name}-{context.teacher.unet_sha256[:12]}"
-    folder = context.cache / f"{name}-{sampler}{steps}-g{guidance}-{count}-s{seed}"
+    key = context.key(
+        data=data.folder.name, unet=context.teacher.unet_sha256,
+        scheduler=dict(context.teacher.scheduler), sampler=sampler, steps=steps,
+        guidance=guidance, count=count, seed=seed,
+    )  # fmt: skip
+    folder = context.cache / f"pairs-{key}"
     if (folder / "meta.json").is_file():
         return Prepared(folder)
     acc = context.machine.accelerator
@@ -156,7 +164,6 @@ def teacher_pairs(
     plan = sampling.plan(context.teacher.scheduler, sampler, chosen)
     parts = folder.with_name(folder.name + ".parts")
     parts.mkdir(parents=True, exist_ok=True)
-    shape = data.rows("latents", torch.zeros(1, dtype=torch.long)).shape[1:]
     empty = data.empty().to(context.device)
     teacher = context.load_teacher()
     size = 64
@@ -167,7 +174,7 @@ def teacher_pairs(
             continue
         generator = torch.Generator().manual_seed(seed * 1_000_003 + piece)
         n = min(size, count - piece * size)
-        noise = torch.randn(n, *shape, generator=generator)
+        noise = torch.randn(n, *data.latent_shape, generator=generator)
         caption = torch.randint(len(data), (n,), generator=generator)
         condition = data.condition(caption).to(context.device)
         with acc.autocast():
