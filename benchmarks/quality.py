@@ -179,8 +179,8 @@ def table(report: dict[str, Any]) -> str:
         f"{100 * real['nearest_truth']:.1f} % and {100 * real['classifier']:.1f} % of the same "
         "attributes right on real pictures. Coverage: entropy of what "
         f'"{PROMPT}" leaves open over {report["coverage_pictures"]} noises, against the '
-        "teacher's. Feature distance to real pictures, against the teacher's. MB: the U-Net, "
-        "float parts in fp16.",
+        "teacher's. Feature distance to other real pictures, against the teacher's. MB: the "
+        f"U-Net, float parts in fp16. Drawn in {report['precision']}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -196,6 +196,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=2000)
     parser.add_argument("--noises", type=int, default=256)
     parser.add_argument("--steps", type=int, default=20, help="of the teacher")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of drawing")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, default=Path("build/quality.json"))
     parser.add_argument("--grid", type=Path, default=Path("build/quality.png"))
@@ -212,10 +213,11 @@ def main() -> None:
     real = data.compose(creatures)
     other, _, _ = prompts(n, seed=151)
     reference = features(classifier, data.compose(other))
-    cache = Path("build/quality")
+    cache = Path("build/quality") / arguments.precision
+    bf16 = arguments.precision == "bf16"
     models: dict[str, tuple[Painter, Checkpoint, str]] = {
         f"teacher, {arguments.steps} steps": (
-            Painter(teacher, steps=arguments.steps), teacher, teacher.sha256,
+            Painter(teacher, steps=arguments.steps, bf16=bf16), teacher, teacher.sha256,
         )
     }  # fmt: skip
     base: Checkpoint | None = None
@@ -225,13 +227,13 @@ def main() -> None:
             stages.say(f"{folder} is not there; left out")
             continue
         student = Checkpoint(folder)
-        models[name] = Painter(student), student, student.sha256
+        models[name] = Painter(student, bf16=bf16), student, student.sha256
         if name == "onestep":
             base = student
         elif student.unet.quantized and base and student.unet.config == base.unet.config:
             unet = rounded(student, base)
             key = f"{base.sha256} rounded as {student.sha256}"
-            models[f"{name}, plain rounding"] = Painter(student, unet=unet), student, key
+            models[f"{name}, plain rounding"] = Painter(student, unet=unet, bf16=bf16), student, key
     report: dict[str, Any] = {
         "pictures": n,
         "coverage_pictures": arguments.noises,
@@ -239,6 +241,7 @@ def main() -> None:
         "models": {},
         "torch": torch.__version__,
         "threads": arguments.threads,
+        "precision": arguments.precision,
     }
     report["real"]["large"] = {
         "nearest_truth": float(right(judge.read_all(real), asked).mean()),

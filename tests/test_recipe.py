@@ -36,6 +36,8 @@ def test_settings_are_read(tmp_path):
     [
         (recipes.step("warmup", "pears = 3", recipes.train()), "steps[0].pears", "pears"),
         (recipes.step("warmup", "train = { steps = 1, lr = -1 }"), "steps[0].train.lr", "greater"),
+        (recipes.step("warmup", 'sampler = "dmd"', recipes.train()), "steps[0].sampler", "ddim"),
+        (recipes.step("quantize", 'linear = ["int2", "int4"]'), "steps[0]", "need a budget"),
         (recipes.step("dissolve"), "steps[0].step", "unknown"),
         ('\n[[steps]]\nkind = "dmd"\n', "steps[0].step", "no step"),
         (recipes.distill(), "steps[0]", "trim or quantize"),
@@ -105,6 +107,15 @@ def test_a_result_depends_on_the_steps_up_to_it_and_on_nothing_later(tmp_path):
     assert one.essence(1, "x") != one.essence(1, "y")
 
 
+def test_how_often_something_is_saved_changes_no_result(tmp_path):
+    one = read(tmp_path, recipes.warmup())
+    often = read(tmp_path, recipes.warmup().replace("log_every = 1", "log_every = 7"))
+    assert one.essence(1, "x") == often.essence(1, "x")
+
+
 def test_stacks_share_the_distilled_student():
     read = [recipe.read(recipe.builtin(s, "critter")) for s in (*recipe.STACKS, "onestep")]
-    assert len({r.essence(2, "x") for r in read}) == 1
+    shared = [step.kind for step in read[-1].steps]
+    assert shared == ["warmup", "warmup", "dmd"]
+    assert len({r.essence(len(shared), "x") for r in read}) == 1
+    assert len({r.essence(len(r.steps), "x") for r in read}) == len(read)

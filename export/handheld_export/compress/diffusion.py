@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from handheld_export import sampling
 
@@ -98,6 +99,26 @@ class Schedule(nn.Module):
     def denoise(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """``x0 = (x - sqrt(1 - a) eps) / sqrt(a)``."""
         return (x - self.noise(t) * eps) / self.signal(t)
+
+
+def picture_loss(made: Tensor, wanted: Tensor, color: float, area: int = 4) -> Tensor:
+    """Mean squared error of latents, that of areas' means weighed more.
+
+    A shade of a color is a small part of the squared error and a large part of what one sees; it
+    is the same over many latents, which the error of their mean singles out.
+
+    Parameters
+    ----------
+    made, wanted : Tensor, [n, C, h, w]
+    color : float
+        Weight of the error of the means of areas of ``area`` x ``area`` latents; 0 is the plain
+        error.
+    """
+    error = made - wanted
+    loss = error.square().mean()
+    if color:
+        loss = loss + color * functional.avg_pool2d(error, area).square().mean()
+    return loss
 
 
 def predict(unet: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:

@@ -27,6 +27,8 @@ class Painter:
         Weights in place of the checkpoint's.
     steps : int, optional
         Sampling steps in place of the settings'.
+    bf16 : bool
+        Compute in bfloat16 where autocast does, about twice as fast.
     """
 
     def __init__(
@@ -35,7 +37,9 @@ class Painter:
         *,
         unet: Mapping[str, Tensor] | None = None,
         steps: int | None = None,
+        bf16: bool = False,
     ) -> None:
+        self._bf16 = bf16
         self.checkpoint, self.settings = checkpoint, checkpoint.settings
         own = weights(checkpoint.unet) if unet is None else unet
         self.unet: Any = build_unet(checkpoint.unet.config, own).eval().requires_grad_(False)
@@ -53,6 +57,9 @@ class Painter:
         self.plan = sampling.plan(checkpoint.scheduler, sampler, list(chosen))
         self.guidance = float(self.settings.get("guidance", 1.0))
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self._bf16)
+
     def latents(self, captions: Sequence[str], noise: Tensor, batch: int = 32) -> Tensor:
         """Draw clean, scaled latents, [n, C, h, w], from noise of that shape.
 
@@ -69,16 +76,19 @@ class Painter:
             condition = Condition(part["states"], part.get("pooled"), ids.expand(n, -1)).to("cpu")
             x = noise[at : at + batch]
             fresh = [torch.randn(x.shape, generator=generator) for _ in self.plan]
-            made.append(
-                diffusion.sample(self.unet, x, condition, nothing, self.plan, self.guidance, fresh)
-            )
+            with self._autocast():
+                drawn = diffusion.sample(
+                    self.unet, x, condition, nothing, self.plan, self.guidance, fresh
+                )
+            made.append(drawn)
         return torch.cat(made)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = 32) -> Tensor:
         """Decode scaled latents to uint8 pictures, [n, 3, height, width]."""
-        made = [self.decoder(part / self.factor) for part in torch.split(latents, batch)]
-        pictures = torch.cat(made).clamp(-1, 1)
+        with self._autocast():
+            made = [self.decoder(part / self.factor) for part in torch.split(latents, batch)]
+        pictures = torch.cat(made).float().clamp(-1, 1)
         return pictures.add(1).mul(127.5).round().to(torch.uint8)
 
     def draw(self, captions: Sequence[str], noise: Tensor, batch: int = 32) -> Tensor:

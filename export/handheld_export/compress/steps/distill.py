@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn import functional
 
 from handheld.errors import UsageError
 from handheld.planning import Shape
@@ -39,6 +38,8 @@ class Distill(Step):
 
     train: Loop
     output: float = Field(default=1.0, ge=0)
+    color: float = Field(default=0.0, ge=0)
+    """Weight of the error of areas' means in ``output``, where colors are decided."""
     features: float = Field(default=0.1, ge=0)
     attention: float = Field(default=0.0, ge=0)
     matching: float = Field(default=0.0, ge=0)
@@ -197,7 +198,7 @@ class Distill(Step):
             made = diffusion.predict(trainer.models["generator"], x, t, condition)
         if schedule is not None:
             made, wanted = schedule.denoise(x, made, t), schedule.denoise(x, wanted, t)
-        output = functional.mse_loss(made, wanted)
+        output = diffusion.picture_loss(made, wanted, self.color)
         total = self.output * output
         figures = {"output": output}
         for name, weight in (("features", self.features), ("attention", self.attention)):

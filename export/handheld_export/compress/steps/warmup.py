@@ -27,7 +27,7 @@ class Warmup(Step):
     """
 
     kind: ClassVar[str] = "warmup"
-    before: ClassVar[tuple[str, ...]] = ("warmup", "dmd", "quantize")
+    before: ClassVar[tuple[str, ...]] = ("dmd", "quantize")
 
     train: Loop
     pairs: int = Field(default=10_000, ge=1)
@@ -36,6 +36,11 @@ class Warmup(Step):
     guidance: float | None = None
     timestep: int = Field(default=399, ge=0, le=999)
     """The timestep that the pure-noise input is conditioned on."""
+    color: float = Field(default=0.0, ge=0)
+    """Weight of the error of areas' means, where colors are decided. A second warm-up may have it
+    when the first has found the shapes."""
+    pairs_seed: int = 1
+    """Of noise and captions; warm-ups that agree on it share their pairs."""
 
     def shape(self, shape: Shape) -> Shape:
         """Set one step."""
@@ -97,10 +102,10 @@ class Regression:
             warmup.sampler,
             warmup.teacher_steps,
             warmup.guidance,
-            warmup.train.seed,
+            warmup.pairs_seed,
         )
         self._data, self._schedule = context.data, context.schedule
-        self.timestep = warmup.timestep
+        self.timestep, self._color = warmup.timestep, warmup.color
 
     @classmethod
     def of(cls, student: Student, context: Context) -> Regression:
@@ -121,7 +126,7 @@ class Regression:
         )
 
     def loss(self, trainer: Trainer, draws: Draws) -> Tensor:
-        """Mean squared error of the generator's latents on one batch of pairs."""
+        """Error of the generator's latents on one batch of pairs."""
         picked = draws.integers(0, len(self._pairs)).cpu()
         noise = self._pairs.rows("noise", picked).to(trainer.device)
         wanted = self._pairs.rows("latents", picked).to(trainer.device)
@@ -130,7 +135,8 @@ class Regression:
         t = torch.full((len(noise),), self.timestep, device=trainer.device)
         with trainer.accelerator.autocast():
             eps = diffusion.predict(trainer.models["generator"], noise, t, condition)
-        return torch.nn.functional.mse_loss(self._schedule.denoise(noise, eps, t), wanted)
+        made = self._schedule.denoise(noise, eps, t)
+        return diffusion.picture_loss(made, wanted, self._color)
 
 
 def _mean(losses: list[dict[str, float]]) -> float | None:
