@@ -194,7 +194,7 @@ def main() -> None:
         "--names", default="warmup,onestep,stack1,stack2,stack3", help="folders of students"
     )
     parser.add_argument("--pictures", type=int, default=2000)
-    parser.add_argument("--noises", type=int, default=256)
+    parser.add_argument("--noises", type=int, default=200)
     parser.add_argument("--steps", type=int, default=20, help="of the teacher")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of drawing")
     parser.add_argument("--threads", type=int, default=2)

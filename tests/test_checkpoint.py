@@ -282,6 +282,25 @@ def test_broken_codes(student, tmp_path, change, what):
     assert "unet" in error.path
 
 
+def test_students_with_a_byte_for_each_code_are_read(student, tmp_path):
+    folder, quantized, _ = student
+    old = tiny.copied(folder, tmp_path / "old")
+
+    def spread(tensors):
+        for name, weight in quantized.items():
+            if tensors.pop(f"{name}.weight.packed", None) is not None:
+                tensors[f"{name}.weight.codes"] = torch.from_numpy(weight.codes)
+
+    change_tensors(old / "unet" / WEIGHTS, spread)
+    change_quantization(
+        old,
+        lambda q: [q.update(schema_version=1), *(e.pop("shape", 0) for e in q["layers"].values())],
+    )
+    unet = read_all(old).unet
+    for name, weight in quantized.items():
+        assert unet.quantized_weight(name).sha256() == weight.sha256()
+
+
 def change_quantization(folder, change):
     path = folder / "unet" / "quantization.json"
     value = json.loads(path.read_text())
@@ -292,7 +311,11 @@ def change_quantization(folder, change):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda q: q.update(schema_version=2),
+        lambda q: q.update(schema_version=3),
+        lambda q: q["layers"]["mid_block.attentions.0.proj_in"].update(shape=[32, 31]),
+        lambda q: q["layers"]["mid_block.attentions.0.proj_in"].update(shape=[0, 32]),
+        lambda q: q["layers"]["mid_block.attentions.0.proj_in"].pop("shape"),
+        lambda q: q["layers"]["mid_block.resnets.0.conv1"].update(shape=[32, 32, 3, 3]),
         lambda q: q.update(layers=[]),
         lambda q: q.update(surplus=1),
         lambda q: q["layers"]["mid_block.resnets.0.conv1"].update(grid=None),

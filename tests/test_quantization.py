@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from handheld_export.quantization import LIMITS, QuantizedWeight, round_to_nearest
+from handheld_export.quantization import (
+    BITS,
+    LIMITS,
+    QuantizedWeight,
+    pack,
+    round_to_nearest,
+    unpack,
+)
 
 floats = st.floats(-1e3, 1e3, width=32, allow_subnormal=False).filter(
     lambda v: v == 0 or abs(v) > 1e-3
@@ -151,3 +158,20 @@ def test_rounding_refuses():
         round_to_nearest(np.ones((2, 6), np.float32), "int4", 4)
     with pytest.raises(ValueError, match="does not divide"):
         round_to_nearest(np.ones((2, 4, 1, 1), np.float32), "int4", 4)
+
+
+@pytest.mark.parametrize("grid", ["int4", "int2"])
+@pytest.mark.parametrize("shape", [(3, 8), (2, 7), (4, 5, 3, 3), (1, 1)])
+def test_codes_come_out_of_bytes_as_they_went_in(grid, shape):
+    low, high = LIMITS[grid]
+    codes = np.random.default_rng(0).integers(low, high + 1, shape).astype(np.int8)
+    packed = pack(codes, BITS[grid])
+    assert packed.shape == (shape[0], -(-codes[0].size * BITS[grid] // 8))
+    assert np.array_equal(unpack(packed, BITS[grid], shape), codes)
+    with pytest.raises(ValueError, match="packed"):
+        unpack(packed[:, :-1], BITS[grid], shape)
+
+
+def test_the_first_code_is_in_the_lowest_bits():
+    assert pack(np.array([[1, -1, -7]], np.int8), 4).tolist() == [[0xF1, 0x09]]
+    assert pack(np.array([[1, 0, -1, -2, 1]], np.int8), 2).tolist() == [[0b10_11_00_01, 0b01]]

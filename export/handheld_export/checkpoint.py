@@ -20,14 +20,21 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from safetensors import SafetensorError, safe_open
 
 from handheld.bundle import describe_validation
 from handheld.errors import CheckpointError
 from handheld.files import sha256_file
 from handheld.program import Model
-from handheld_export.quantization import ActivationRange, QuantizedWeight
+from handheld_export.quantization import BITS, ActivationRange, QuantizedWeight, pack, unpack
 
 _T = TypeVar("_T", bound=BaseModel)
 
@@ -92,15 +99,27 @@ def _finite(value: ActivationRange) -> ActivationRange:
     return value
 
 
+PACKED = ("int4", "int2")
+"""Grids of which students hold several codes in a byte."""
+
+
 class _Layer(Model):
     grid: str
     group_size: Annotated[int, Field(ge=1)] | None = None
+    shape: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=2)] | None = None
+    """Of the weight, where several codes share a byte."""
+
+    @model_validator(mode="after")
+    def _packed(self) -> _Layer:
+        if self.shape is not None and self.grid not in PACKED:
+            raise ValueError(f"codes of grid '{self.grid}' are never packed")
+        return self
 
 
 class _Quantization(Model):
     """A student's ``quantization.json``."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 2
     layers: dict[str, _Layer] = {}
     activations: dict[str, Annotated[ActivationRange, AfterValidator(_finite)]] = {}
 
@@ -283,9 +302,9 @@ class Component:
         if self.origin.name != "config.json" or not path.exists():
             return _Quantization()
         value = read_json(path)
-        if value.get("schema_version") != 1:
+        if value.get("schema_version") not in (1, 2):
             raise CheckpointError(
-                f"is version {value.get('schema_version')!r}, this handheld reads 1",
+                f"is version {value.get('schema_version')!r}, this handheld reads 1 and 2",
                 path=path,
                 field="schema_version",
                 remedy="upgrade handheld or compress the checkpoint again",
@@ -302,6 +321,11 @@ class Component:
         """Calibrated ranges by module path, where the student has them."""
         return self._quantization.activations
 
+    def codes(self, layer: str) -> tuple[str, tuple[int, ...] | None]:
+        """Return the tensor that holds a layer's codes, and its weight's shape if it is packed."""
+        shape = self._quantization.layers[layer].shape
+        return f"{layer}.weight.{'codes' if shape is None else 'packed'}", shape
+
     def quantized_weight(self, layer: str) -> QuantizedWeight:
         """Read the codes of a layer.
 
@@ -311,14 +335,18 @@ class Component:
             If codes, scales and the declared grid do not fit together.
         """
         entry = self._quantization.layers[layer]
-        names = [f"{layer}.weight.codes", f"{layer}.weight.scales"]
+        stored, shape = self.codes(layer)
+        names = [stored, f"{layer}.weight.scales"]
         if entry.grid == "palette":
             names.append(f"{layer}.weight.codebook")
         tensors = self.store.read(names)
         try:
+            codes = tensors[stored].numpy()
+            if shape is not None:
+                codes = unpack(codes, BITS[entry.grid], shape)
             return QuantizedWeight.checked(
                 entry.grid,
-                tensors[names[0]].numpy(),
+                codes,
                 tensors[names[1]].numpy(),
                 entry.group_size,
                 tensors[names[2]].numpy() if len(names) > 2 else None,
@@ -556,9 +584,17 @@ def write_student_component(
     everything = {k: v.contiguous() for k, v in tensors.items()}
     layers = {}
     for layer, weight in quantized.items():
-        everything[f"{layer}.weight.codes"] = torch.from_numpy(np.ascontiguousarray(weight.codes))
+        entry: dict[str, Any] = {"grid": weight.grid, "group_size": weight.group_size}
+        if weight.grid in PACKED:
+            entry["shape"] = list(weight.codes.shape)
+            everything[f"{layer}.weight.packed"] = torch.from_numpy(
+                pack(weight.codes, BITS[weight.grid])
+            )
+        else:
+            codes = np.ascontiguousarray(weight.codes)
+            everything[f"{layer}.weight.codes"] = torch.from_numpy(codes)
         everything[f"{layer}.weight.scales"] = torch.from_numpy(np.ascontiguousarray(weight.scales))
-        layers[layer] = {"grid": weight.grid, "group_size": weight.group_size}
+        layers[layer] = entry
         if weight.codebook is not None:
             everything[f"{layer}.weight.codebook"] = torch.from_numpy(weight.codebook)
     save_file(everything, folder / "diffusion_pytorch_model.safetensors")
@@ -566,7 +602,7 @@ def write_student_component(
     (folder / "quantization.json").write_text(
         json.dumps(
             {
-                "schema_version": 1,
+                "schema_version": 2,
                 "layers": layers,
                 "activations": {k: vars(v) for k, v in (activations or {}).items()},
             },

@@ -14,6 +14,7 @@ and channel), int2 -2..1. Codes are held as int8 whatever their width.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +24,47 @@ from numpy.typing import NDArray
 Grid = Literal["int8", "int4", "int2", "palette"]
 LIMITS: dict[str, tuple[int, int]] = {"int8": (-127, 127), "int4": (-7, 7), "int2": (-2, 1)}
 BITS: dict[str, int] = {"int8": 8, "int4": 4, "int2": 2}
+
+
+def pack(codes: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
+    """Put several codes into a byte, the first one into its lowest bits.
+
+    Parameters
+    ----------
+    codes : int8 ndarray, ``[out, ...]``
+    bits : {2, 4}
+        Of a code, in two's complement.
+
+    Returns
+    -------
+    uint8 ndarray, ``[out, ceil(inputs * bits / 8)]``
+        Each output channel begins a new byte.
+    """
+    per = 8 // bits
+    rows = codes.reshape(codes.shape[0], -1).astype(np.uint8) & ((1 << bits) - 1)
+    rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % per)))
+    shifted = rows.reshape(len(rows), -1, per) << (np.arange(per, dtype=np.uint8) * bits)
+    packed: NDArray[np.uint8] = np.bitwise_or.reduce(shifted, axis=2).astype(np.uint8)
+    return packed
+
+
+def unpack(packed: NDArray[np.generic], bits: int, shape: tuple[int, ...]) -> NDArray[np.int8]:
+    """Read what :func:`pack` wrote, int8 of the given shape.
+
+    Raises
+    ------
+    ValueError
+        If the bytes do not hold that shape.
+    """
+    inputs = math.prod(shape[1:])
+    wanted = (shape[0], -(-inputs * bits // 8))
+    if packed.dtype != np.uint8 or packed.shape != wanted:
+        raise ValueError(f"packed codes are not uint8 of shape {wanted}")
+    shifts = np.arange(8 // bits, dtype=np.uint8) * bits
+    spread = (packed.astype(np.uint8)[..., None] >> shifts) & ((1 << bits) - 1)
+    codes = spread.reshape(shape[0], -1)[:, :inputs].astype(np.int8)
+    half = 1 << (bits - 1)
+    return ((codes ^ half) - half).reshape(shape)
 
 
 @dataclass(frozen=True, eq=False)

@@ -511,20 +511,23 @@ def check_weights(component: Component, model: nn.Module, wanted: set[str]) -> N
             remedy="compress the checkpoint again",
         )
     for name in sorted(wanted):
-        stored = f"{name}.codes" if name in codes else name
+        stored, packed = name, None
+        if name in codes:
+            stored, packed = component.codes(name.removesuffix(".weight"))
         if stored not in component.store:
             raise CheckpointError(
                 f"tensor '{stored}' is missing",
                 path=component.origin.parent,
                 remedy="the configuration asks for it; is a shard absent?",
             )
-        if component.store.shape(stored) != tuple(state[name].shape):
+        shape = packed or component.store.shape(stored)
+        if shape != tuple(state[name].shape):
             raise CheckpointError(
-                f"tensor '{stored}' has shape {component.store.shape(stored)}, "
+                f"tensor '{stored}' has shape {shape}, "
                 f"the configuration asks for {tuple(state[name].shape)}",
                 path=component.store.file(stored),
             )
-    suffixes = (".codes", ".scales", ".codebook")
+    suffixes = (".codes", ".packed", ".scales", ".codebook")
     for name in component.store:
         base = next((name.removesuffix(s) for s in suffixes if name.endswith(s)), name)
         if base not in state or (base != name and base not in codes):
