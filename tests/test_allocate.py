@@ -30,7 +30,7 @@ def options(damages, size=64):
 
 @given(st.lists(layer, min_size=1, max_size=4), st.floats(0, 1))
 @settings(max_examples=200)
-def test_budget_holds_and_no_single_upgrade_is_left(damages, share):
+def test_budget_holds_and_no_upgrade_on_a_hull_is_left(damages, share):
     given_ = {f"l{i}": options(d, 64 * (i + 1)) for i, d in enumerate(damages)}
     least = sum(o[0].nbytes for o in given_.values())
     most = sum(o[-1].nbytes for o in given_.values())
@@ -39,6 +39,12 @@ def test_budget_holds_and_no_single_upgrade_is_left(damages, share):
     spent = {n: next(o for o in given_[n] if o.choice == c) for n, c in chosen.items()}
     assert sum(o.nbytes for o in spent.values()) <= budget
     assert set(chosen) == set(given_)
+    left = budget - sum(o.nbytes for o in spent.values())
+    for name, own in spent.items():
+        better = [o for o in given_[name] if o.nbytes > own.nbytes and o.damage < own.damage]
+        if better:
+            steepest = max(better, key=lambda o: (own.damage - o.damage) / (o.nbytes - own.nbytes))
+            assert steepest.nbytes - own.nbytes > left - 1e-6
     least_damage = sum(min(o.damage for o in v) for v in given_.values())
     if share == 1:
         assert sum(o.damage for o in spent.values()) == pytest.approx(least_damage)

@@ -26,6 +26,7 @@ from handheld_export.compress import recipe, run
 from handheld_export.compress.data import Folder
 from handheld_export.compress.engine import Machine, TrainingError, Watch, read_log
 from handheld_export.compress.painter import Painter, weights
+from handheld_export.compress.steps import distill
 
 WORKER = Path(train_worker.__file__)
 
@@ -137,15 +138,29 @@ def test_bits_follow_a_budget(compress, tmp_path):
     assert len(entry["layers"]) > 1
 
 
-def test_students_of_several_steps_are_trained_on_their_own_latents(compress):
+def test_a_student_of_several_steps_says_when_it_is_evaluated_and_is_drawn_so(compress, tmp_path):
     student = compress(recipes.dmd(timesteps="[999, 499]"))
     assert student.settings["timesteps"] == [999, 499]
     assert student.settings["steps"] == 2
+    assert [s.timestep for s in Painter(Checkpoint(tmp_path / "student")).plan] == [999, 499]
 
 
-def test_a_multi_step_student_is_trained_where_its_error_is(compress):
+def test_a_multi_step_student_is_trained_where_its_error_is(compress, monkeypatch):
+    trained = []
+    found = distill.by_error
+
+    def watched(*given, **more):
+        trained.append(found(*given, **more))
+        return trained[-1]
+
+    monkeypatch.setattr(distill, "by_error", watched)
     student = compress(recipes.quantize(), recipes.distill(2, "error_aware = true"))
     assert student.steps == ["quantize", "distill"]
+    (levels,) = trained
+    often = torch.bincount(levels, minlength=1000).reshape(10, 100).sum(dim=1)
+    assert int(often.sum()) == 1000
+    assert int(often.min()) >= 45  # half of the draws stay uniform
+    assert int(often.max()) > 105
 
 
 def test_finished_steps_are_not_run_again_and_recipes_share_them(compress, tmp_path):
@@ -162,6 +177,8 @@ def test_grids_of_pictures_are_drawn_on_the_way(compress, tmp_path):
     compress(recipes.warmup(4), sample_every=2)
     drawn = sorted(p.name for p in (tmp_path / "work").glob("1-warmup-*/samples/*"))
     assert drawn == ["000002.png", "000004.png"]
+    compress(recipes.decoder(2), sample_every=2, output="tiny")
+    assert len(list((tmp_path / "work").glob("decoder-*/samples/000002.png"))) == 1
 
 
 def test_logs_are_written_for_tensorboard_too(compress, tmp_path):

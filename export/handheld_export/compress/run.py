@@ -16,7 +16,7 @@ import torch
 
 from handheld import __version__, planning
 from handheld.errors import HandheldError, OutputError
-from handheld.files import cache_root, replaced_folder
+from handheld.files import cache_root, replaced_folder, write_file
 from handheld_export.checkpoint import Checkpoint, read_json, write_student_component
 from handheld_export.compress import card, estimate
 from handheld_export.compress.data import Dataset
@@ -117,10 +117,10 @@ def compress(
             watch=watch,
             sample_every=sample_every,
         )
-        at = time.monotonic()
-        student = step.run(student, context)
+        with _Clock(folder) as clock:
+            student = step.run(student, context)
         student.history[-1] |= {
-            "seconds": round(time.monotonic() - at, 1),
+            "seconds": clock.seconds,
             "machine": machine_summary(machine),
         }
         if machine.accelerator.is_main_process:
@@ -141,6 +141,25 @@ def compress(
         write(student, checkpoint, output)
     watch.stage(f"done in {time.monotonic() - began:.0f} s")
     return student
+
+
+class _Clock:
+    """Time a step, runs that were stopped on the way included; killed ones leave no trace."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "seconds.json"
+        self.seconds = 0.0
+
+    def __enter__(self) -> _Clock:
+        if self._path.exists():
+            self.seconds = float(json.loads(self._path.read_text()))
+        self._began = time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = round(self.seconds + time.monotonic() - self._began, 1)
+        if self._path.parent.is_dir():
+            write_file(self._path, json.dumps(self.seconds).encode())
 
 
 def machine_summary(machine: Machine) -> dict[str, Any]:

@@ -62,14 +62,19 @@ def drawer(context: Context, settings: dict[str, Any]) -> Callable[[Trainer], No
         vae = decoders[0]
         with torch.no_grad():
             pictures = vae.decode(latents.float().cpu() / vae.config["scaling_factor"]).sample
-        folder = context.work / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{trainer.step:06}.png"
-        partial = path.with_suffix(".partial")
-        grid(pictures).save(partial, format="png")
-        partial.replace(path)
+        keep(trainer, pictures)
 
     return draw
+
+
+def keep(trainer: Trainer, pictures: torch.Tensor) -> None:
+    """Write pictures in -1..1, [n, 3, h, w], into ``samples/STEP.png`` of the step's folder."""
+    folder = trainer.folder / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{trainer.step:06}.png"
+    partial = path.with_suffix(".partial")
+    grid(pictures).save(partial, format="png")
+    partial.replace(path)
 
 
 def grid(pictures: torch.Tensor) -> Image.Image:

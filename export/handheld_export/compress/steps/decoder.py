@@ -13,6 +13,7 @@ from torch.nn import functional
 from handheld import counting
 from handheld.errors import UsageError
 from handheld.planning import Shape
+from handheld_export.compress import samples
 from handheld_export.compress.data import Prepared, keep
 from handheld_export.compress.engine import Loop, Trained, Trainer
 from handheld_export.compress.load import Load, outputs, passes
@@ -131,7 +132,16 @@ class Decoder(Step):
             trainer.update("decoder", loss)
             return {"loss": loss, "mse": mse, "color": color}
 
-        trainer.run(one)
+        shown = data.rows("latents", torch.arange(len(data) - self.held_out, len(data)))
+        shown = shown[: samples.COUNT].to(context.device)
+
+        @torch.no_grad()
+        def sample(trainer: Trainer) -> None:
+            if trainer.accelerator.is_main_process:
+                made = trainer.bare("decoder")(shown)
+                samples.keep(trainer, made.float().cpu())
+
+        trainer.run(one, sample, context.sample_every)
         weights = trainer.averaged()
         tiny = AutoencoderTiny.from_config(config).decoder
         tiny.load_state_dict(weights)

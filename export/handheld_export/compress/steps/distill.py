@@ -174,7 +174,8 @@ class Distill(Step):
         student.history.append(
             {
                 "step": self.kind,
-                "settings": self.model_dump() | {"guidance": context.guidance(self.guidance)},
+                "settings": self.model_dump()
+                | ({"guidance": context.guidance(self.guidance)} if self.matching else {}),
                 "bits_per_weight": bits_per_weight(student.quantized) or None,
                 "losses": losses[-1] if losses else None,
             }
