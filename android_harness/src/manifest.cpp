@@ -56,8 +56,8 @@ std::vector<std::pair<std::string, TensorSpec>> read_port_list(const json::Node&
 }
 
 Artifact read_artifact(const json::Node& node) {
-  node.only({"id", "target", "engine", "engine_version", "file", "ports", "units", "component",
-             "weights", "held", "macs", "partitions", "tools", "verification"});
+  node.only({"id", "target", "engine", "engine_version", "file", "parts", "ports", "units",
+             "component", "weights", "held", "macs", "partitions", "tools", "verification"});
   Artifact artifact;
   artifact.field = node.path();
   artifact.id = read_name(node.at("id"));
@@ -72,6 +72,8 @@ Artifact read_artifact(const json::Node& node) {
   node.at("engine_version").string();
   for (const json::Node& unit : node.at("units").items()) unit.string();
   artifact.file = read_ref(node.at("file"));
+  if (auto parts = node.find("parts"))
+    for (const json::Node& part : parts->items()) artifact.parts.push_back(read_ref(part));
   json::Node ports = node.at("ports");
   ports.only({"inputs", "outputs"});
   artifact.ports.inputs = read_port_list(ports.at("inputs"));

@@ -20,6 +20,7 @@ struct Artifact {
   std::string id;
   std::string engine;
   FileRef file;
+  std::vector<FileRef> parts;  // which the engine finds from `file`
   Ports ports;
   std::string field;  // "artifacts[3]"
 };

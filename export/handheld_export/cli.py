@@ -133,7 +133,7 @@ def export(
                 "target": name,
                 "precision": level,
                 "artifacts": len(manifest.artifacts),
-                "bytes": sum(a.file.bytes for a in manifest.artifacts),
+                "bytes": sum(f.bytes for a in manifest.artifacts for f in (a.file, *a.parts)),
                 "snr_db": manifest.verification.snr_db,
                 "student_snr_db": manifest.verification.student_snr_db,
                 "psnr_db": manifest.verification.psnr_db,
@@ -209,6 +209,8 @@ def verify(
         for problem in report.problems:
             Console().print(f"[red]{problem}[/red]")
     if not report.passed:
+        if json_output:  # one document, which says it
+            raise typer.Exit(1)
         failed = [r.artifact for r in report.rows if not r.passed]
         what = ", ".join(failed) or (report.problems[0] if report.problems else "end to end")
         raise GateError(f"verification failed: {what}", path=bundle)

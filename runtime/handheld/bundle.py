@@ -312,6 +312,8 @@ def references(manifest: Manifest) -> Iterator[tuple[str, FileRef]]:
     """Yield every file that a manifest names, with its field."""
     for i, artifact in enumerate(manifest.artifacts):
         yield f"artifacts[{i}].file", artifact.file
+        for j, part in enumerate(artifact.parts):
+            yield f"artifacts[{i}].parts[{j}]", part
     if manifest.constants:
         yield "constants", manifest.constants
     if manifest.text.prefetched:
