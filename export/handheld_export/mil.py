@@ -499,8 +499,8 @@ class Package:
         inner: set[str] = set()
         for op in self._block.operations:
             if op.type == "constexpr_lut_to_dense":
-                source = made[op.inputs["lut"].arguments[0].name]
-                if source.type != "constexpr_blockwise_shift_scale":
+                source = made.get(op.inputs["lut"].arguments[0].name)
+                if source is None or source.type != "constexpr_blockwise_shift_scale":
                     yield run(op).numpy(), None
                     continue
                 # Core ML scales the palette, one copy for each output channel.
