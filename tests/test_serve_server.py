@@ -1,0 +1,376 @@
+"""The text server as clients see it: real HTTP, real gRPC, real tritonclient."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+
+import httpx
+import numpy as np
+import pytest
+
+from handheld.text import oip
+
+pytest.importorskip("kserve")
+tritonhttp = pytest.importorskip("tritonclient.http")
+tritongrpc = pytest.importorskip("tritonclient.grpc")
+
+import serving
+import tiny
+from handheld_export.serve import access
+from handheld_export.serve.server import Application
+from handheld_export.text import LocalTextEncoder
+
+PROMPTS = ["a small red robot", "", "A  SMALL red\trobot", "ünï🤖"]
+INFER = "/v2/models/text/infer"
+
+
+@pytest.fixture(scope="module")
+def served(sdxl):
+    with serving.running(sdxl, grpc=True, max_prompts=8, max_body=2**16) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def http(served):
+    with httpx.Client(base_url=served.url, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def wanted(sdxl):
+    return LocalTextEncoder(sdxl).encode(PROMPTS)
+
+
+def body(**changes):
+    item = {"name": "prompt", "shape": [1], "datatype": "BYTES", "data": ["a robot"]}
+    return {"inputs": [item | changes]}
+
+
+def same(embeds, pooled, wanted, atol):
+    for i, row in enumerate(wanted):
+        np.testing.assert_allclose(embeds[i], row.prompt_embeds, atol=atol)
+        np.testing.assert_allclose(pooled[i], row.pooled, atol=atol)
+
+
+# Somebody else's client
+
+
+@pytest.mark.parametrize(("datatype", "atol"), [("FP32", 2e-6), ("FP16", 4e-3)])
+def test_tritonclient_by_http(served, wanted, datatype, atol):
+    client = tritonhttp.InferenceServerClient(served.url.removeprefix("http://"))
+    assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("text")
+    metadata = client.get_model_metadata("text")
+    assert {i["name"] for i in metadata["inputs"]} == {"prompt", "prompt_2"}
+    prompt = tritonhttp.InferInput("prompt", [len(PROMPTS)], "BYTES")
+    prompt.set_data_from_numpy(np.array(PROMPTS, np.object_), binary_data=True)
+    outputs = [
+        tritonhttp.InferRequestedOutput(n, binary_data=True) for n in ("prompt_embeds", "pooled")
+    ]
+    result = client.infer(
+        "text",
+        [prompt],
+        outputs=outputs,
+        parameters={"datatype": datatype},
+        request_id="seven",
+        model_version=metadata["versions"][0],
+    )
+    assert result.get_response()["id"] == "seven"
+    same(result.as_numpy("prompt_embeds"), result.as_numpy("pooled"), wanted, atol)
+    with pytest.raises(tritonhttp.InferenceServerException, match="other text encoders"):
+        client.infer("text", [prompt], model_version="1")
+    client.close()
+
+
+def test_tritonclient_by_grpc(served, wanted):
+    client = tritongrpc.InferenceServerClient(served.grpc)
+    assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("text")
+    prompt = tritongrpc.InferInput("prompt", [len(PROMPTS)], "BYTES")
+    prompt.set_data_from_numpy(np.array(PROMPTS, np.object_))
+    result = client.infer("text", [prompt], parameters={"datatype": "FP16"})
+    same(result.as_numpy("prompt_embeds"), result.as_numpy("pooled"), wanted, 4e-3)
+    assert result.as_numpy("prompt_embeds").dtype == np.float16
+    skipped = client.infer("text", [prompt], parameters={"clip_skip": 1})
+    assert np.abs(skipped.as_numpy("prompt_embeds") - result.as_numpy("prompt_embeds")).max() > 0.01
+    for wrong, status in (
+        ({"parameters": {"clip_skip": 9}}, "INVALID_ARGUMENT"),
+        ({"parameters": {"datatype": "BF16"}}, "INVALID_ARGUMENT"),
+        ({"model_version": "1"}, "NOT_FOUND"),
+    ):
+        with pytest.raises(tritongrpc.InferenceServerException) as e:
+            client.infer("text", [prompt], **wrong)
+        assert status in e.value.status()
+    numbers = tritongrpc.InferInput("prompt", [1], "FP32")
+    numbers.set_data_from_numpy(np.ones(1, np.float32))
+    with pytest.raises(tritongrpc.InferenceServerException, match="BYTES"):
+        client.infer("text", [numbers])
+    with pytest.raises(tritongrpc.InferenceServerException, match="not loaded by clients"):
+        client.unload_model("text")
+    client.close()
+
+
+# What is answered
+
+
+def test_json(http, wanted):
+    found = http.post(INFER, json=body(shape=[4], data=PROMPTS)).json()
+    tensors = {o["name"]: np.array(o["data"]).reshape(o["shape"]) for o in found["outputs"]}
+    same(tensors["prompt_embeds"], tensors["pooled"], wanted, 2e-6)
+    assert tensors["tokens"].shape == (4, 2)
+    assert found["parameters"]["encoders_sha256"] == found["model_version"]
+    one = http.post(INFER, json=body() | {"outputs": [{"name": "pooled"}]}).json()
+    assert [o["name"] for o in one["outputs"]] == ["pooled"]
+
+
+def test_second_prompts_and_clip_skip(http, sdxl):
+    encoder = LocalTextEncoder(sdxl)
+    (row,) = encoder.encode(["one"], ["two"], 1)
+    data, end = oip.write_request(["one"], ["two"], clip_skip=1, datatype="FP32")
+    response = http.post(INFER, content=data, headers={oip.JSON_LENGTH: str(end)})
+    answer = oip.read_answer(response.content, response.headers[oip.JSON_LENGTH])
+    np.testing.assert_allclose(answer.tensors["prompt_embeds"][0], row.prompt_embeds, atol=2e-6)
+    np.testing.assert_allclose(answer.tensors["pooled"][0], row.pooled, atol=2e-6)
+
+
+def test_truncation_is_told(http):
+    found = http.post(INFER, json=body(shape=[2], data=["a", "many words " * 9])).json()
+    tokens = next(o for o in found["outputs"] if o["name"] == "tokens")
+    assert tokens["data"][0] <= tiny.TOKENS < tokens["data"][2]
+    assert found["parameters"]["truncated"] == 1
+
+
+def test_a_prompt_comes_from_the_cache_however_it_is_spelt(http):
+    def encoded():
+        text = http.get("/metrics").text
+        lines = [line for line in text.splitlines() if "prompts_total" in line]
+        return sum(float(x.rsplit(" ", 1)[1]) for x in lines if "encoders" in x)
+
+    first = http.post(INFER, json=body(data=["never seen before"])).json()
+    before = encoded()
+    again = http.post(INFER, json=body(data=["NEVER  seen before "])).json()
+    assert encoded() == before
+    assert first["outputs"] == again["outputs"]
+
+
+def test_get_can_be_cached(http):
+    version = http.get("/v2/models/text").json()["versions"][0]
+    path = f"/v2/models/text/versions/{version}/embeddings"
+    found = http.get(path, params={"prompt": "a robot"})
+    assert "immutable" in found.headers["cache-control"]
+    assert "public" in found.headers["cache-control"]
+    posted = http.post(
+        INFER,
+        json=body() | {"parameters": {"binary_data_output": True, "datatype": "FP16"}},
+    )
+    answers = [oip.read_answer(r.content, r.headers[oip.JSON_LENGTH]) for r in (found, posted)]
+    for name, value in answers[0].tensors.items():
+        assert (value == answers[1].tensors[name]).all()
+    tag = found.headers["etag"]
+    assert http.get(path, params={"prompt": "a robot"}, headers={"if-none-match": tag}).status_code == 304
+    other = http.get(path, params={"prompt": "a robot", "datatype": "FP32"})
+    assert other.headers["etag"] != tag
+    assert http.get("/v2/models/text/embeddings", params={"prompt": "a"}).headers[
+        "cache-control"
+    ] == "public, max-age=86400"
+    for bad in ({}, {"prompt": "a", "clip_skip": -1}, {"prompt": "a", "datatype": "X"}):
+        assert http.get("/v2/models/text/embeddings", params=bad).status_code == 400
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        (b"", 400),
+        (b"{", 400),
+        (b"[]", 400),
+        (b'"' + b"[" * 9000, 400),
+        (b"[" * 9000, 400),
+        (json.dumps({"inputs": []}), 400),
+        (json.dumps(body(datatype="FP32", data=[1.0])), 400),
+        (json.dumps(body(shape=[2])), 400),
+        (json.dumps(body(shape=[1, 2])), 400),
+        (json.dumps(body(shape=[-1])), 400),
+        (json.dumps(body(shape=[])), 400),
+        (json.dumps(body(shape=["1"])), 400),
+        (json.dumps(body(shape=[9], data=["x"] * 9)), 400),
+        (json.dumps(body(shape=[10**6], data=["x"])), 400),
+        (json.dumps(body(data=[3])), 400),
+        (json.dumps(body(data=None)), 400),
+        (json.dumps(body(data=[["a"], ["b"]])), 400),
+        (json.dumps(body(data=[{"a": 1}])), 400),
+        (json.dumps(body(name="other")), 400),
+        (json.dumps({"inputs": body()["inputs"] * 2}), 400),
+        (json.dumps(body() | {"outputs": [{"name": "nothing"}]}), 400),
+        (json.dumps(body() | {"parameters": {"datatype": "FP16"}}), 400),
+        (json.dumps(body() | {"parameters": {"datatype": ["FP16"]}}), 400),
+        (json.dumps(body() | {"parameters": {"clip_skip": True}}), 400),
+        (json.dumps(body(parameters={"binary_data_size": 7}, data=None)), 400),
+        (json.dumps(body(parameters={"binary_data_size": 7})), 400),
+        (json.dumps(body(data=["\ud800"])), 400),
+        (b'{"inputs":[{"name":"prompt","shape":[1],"datatype":"BYTES","data":["\xff"]}]}', 400),
+        (b"x" * (2**16 + 1), 413),
+    ],
+)  # fmt: skip
+def test_bad_requests(http, content, status):
+    response = http.post(INFER, content=content)
+    assert response.status_code == status, response.text
+    assert response.json()["error"]
+
+
+def test_bad_binary_requests(http):
+    good, end = oip.write_request(["a robot"])
+    for content, length in (
+        (good, str(end - 1)),
+        (good, str(len(good) + 1)),
+        (good, "-1"),
+        (good, "٣"),
+        (good, "9" * 40),
+        (good + b"x", str(end)),
+        (good[:-1], str(end)),
+        (good.replace(b"\x07\x00\x00\x00", b"\xff\xff\xff\xff"), str(end)),
+    ):
+        headers = [(b"Inference-Header-Content-Length", length.encode())]
+        response = http.post(INFER, content=content, headers=headers)
+        assert response.status_code == 400, (length, response.text)
+    assert http.post(INFER, content=good, headers={oip.JSON_LENGTH: str(end)}).status_code == 200
+    squeezed = http.post(INFER, content=b"x", headers={"content-encoding": "gzip"})
+    assert squeezed.status_code == 415
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v2/models/other", 404),
+        ("GET", "/v2/models/text/versions/1", 404),
+        ("POST", "/v2/models/other/infer", 404),
+        ("GET", INFER, 405),
+        ("POST", "/v2/repository/models/text/unload", 404),
+        ("POST", "/v1/models/text:predict", 404),
+        ("GET", "/openapi.json", 404),
+        ("GET", "/docs", 404),
+        ("GET", "/%00/../v2", 404),
+    ],
+)
+def test_closed_paths(http, method, path, status):
+    json_ = body() if method == "POST" else None
+    assert http.request(method, path, json=json_).status_code == status
+    assert http.get("/v2/models/text/ready").status_code == 200
+
+
+def test_slow_clients_are_dropped(sdxl):
+    with serving.running(sdxl, header_timeout=0.3, body_timeout=0.3) as found:
+        for start in (b"POST /v2/models/text/infer HTTP/1.1\r\nX-A: b\r\n", b""):
+            with socket.create_connection(("127.0.0.1", found.port)) as sock:
+                sock.settimeout(20)
+                began = time.monotonic()
+                sock.sendall(start)
+                assert sock.recv(100).startswith(b"HTTP/1.1 408")
+                assert time.monotonic() - began < 10
+        with socket.create_connection(("127.0.0.1", found.port)) as sock:
+            sock.settimeout(20)
+            sock.sendall(
+                b"POST /v2/models/text/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"
+            )
+            assert sock.recv(100).startswith(b"HTTP/1.1 408")
+        with socket.create_connection(("127.0.0.1", found.port)) as sock:
+            sock.settimeout(20)
+            sock.sendall(b"GET / HTTP/1.1\r\n")
+            with pytest.raises(OSError):  # noqa: PT011
+                for _ in range(100):
+                    sock.sendall(b"X-A: " + b"b" * 4000 + b"\r\n")
+                    time.sleep(0.001)
+                if not sock.recv(100).startswith(b"HTTP/1.1 4"):
+                    raise AssertionError("headers without end were read")
+                raise OSError
+        assert httpx.get(f"{found.url}/v2/health/ready").status_code == 200
+
+
+def test_tokens_are_asked_for_and_rotated(sdxl, tmp_path, capfd):
+    file = tmp_path / "tokens"
+    old = access.new_token(file, "app")
+    assert old not in file.read_text()
+    with serving.running(sdxl, grpc=True, tokens=file, level="info") as found:
+        with httpx.Client(base_url=found.url) as client:
+
+            def ask(token):
+                headers = {"authorization": f"Bearer {token}"} if token else {}
+                return client.post(INFER, json=body(data=["top secret"]), headers=headers)
+
+            assert ask(None).status_code == 401
+            assert ask("wrong").status_code == 401
+            assert ask(None).headers["www-authenticate"] == "Bearer"
+            assert ask(old).status_code == 200
+            new = access.new_token(file, "app")
+            assert ask(old).status_code == ask(new).status_code == 200
+            file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+            assert (ask(old).status_code, ask(new).status_code) == (401, 200)
+            file.write_text("broken")
+            assert ask(new).status_code == 200, "the tokens read before stay in force"
+            assert client.get("/v2/health/ready").status_code == 200
+            path = "/v2/models/text/embeddings?prompt=a"
+            assert client.get(path).status_code == 401
+            kept = client.get(path, headers={"authorization": f"Bearer {new}"})
+            assert kept.headers["cache-control"].startswith("private")
+        client = tritongrpc.InferenceServerClient(found.grpc)
+        prompt = tritongrpc.InferInput("prompt", [1], "BYTES")
+        prompt.set_data_from_numpy(np.array(["x"], np.object_))
+        with pytest.raises(tritongrpc.InferenceServerException) as e:
+            client.infer("text", [prompt])
+        assert "UNAUTHENTICATED" in e.value.status()
+        client.infer("text", [prompt], headers={"authorization": f"Bearer {new}"})
+        client.close()
+    logged = capfd.readouterr().err
+    lines = [json.loads(line) for line in logged.splitlines() if line.startswith("{")]
+    assert {"ready", "request", "draining", "stopped"} <= {line["event"] for line in lines}
+    assert {line["client"] for line in lines if line["event"] == "request"} == {"-", "app"}
+    assert "secret" not in logged and new not in logged
+
+
+def test_rates_queue_and_time(sdxl):
+    with serving.running(sdxl, rate=0.001, burst=3) as found:
+        with httpx.Client(base_url=found.url) as client:
+            codes = [client.post(INFER, json=body()).status_code for _ in range(4)]
+            assert codes == [200, 200, 200, 429]
+            limited = client.post(INFER, json=body())
+            assert int(limited.headers["retry-after"]) >= 1
+    with serving.running(sdxl, timeout=0.0) as found:
+        assert httpx.post(f"{found.url}{INFER}", json=body()).status_code == 504
+    with serving.running(sdxl, max_queue=1) as found:
+        response = httpx.post(f"{found.url}{INFER}", json=body(shape=[2], data=["a", "b"]))
+        assert response.status_code == 503 and "retry-after" in response.headers
+
+
+def test_policies(sdxl):
+    with serving.running(sdxl, policy="test_serve_server:policy") as found:
+        url = f"{found.url}{INFER}"
+        assert httpx.post(url, json=body()).status_code == 200
+        refused = httpx.post(url, json=body(data=["a forbidden robot"]))
+        assert (refused.status_code, refused.json()["error"]) == (403, "the prompt is refused: no")
+        broken = httpx.post(url, json=body(data=["break it"]))
+        assert broken.status_code == 500 and "break" not in broken.text
+
+
+def policy(prompt, client):
+    if "break" in prompt:
+        raise RuntimeError(prompt)
+    return "no" if "forbidden" in prompt else None
+
+
+def test_long_prompts_can_be_refused(sdxl):
+    with serving.running(sdxl, long_prompts="refuse") as found:
+        url = f"{found.url}{INFER}"
+        assert httpx.post(url, json=body()).status_code == 200
+        refused = httpx.post(url, json=body(data=["many words " * 9]))
+        assert refused.status_code == 400 and "tokens" in refused.json()["error"]
+
+
+def test_the_application_travels_to_workers(sdxl):
+    import pickle
+
+    from handheld_export.serve.settings import Settings
+
+    settings = Settings(sdxl, workers=3)
+    assert pickle.loads(pickle.dumps(Application(settings))).settings == settings
