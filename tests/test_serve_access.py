@@ -35,7 +35,8 @@ def test_tokens_expire_and_are_hashed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["name", "name abc", f"two words {'0' * 64}", f"a {'0' * 64} soon", f"a {'0' * 64} 2120-01-01"]
+    "line",
+    ["name", "name abc", f"two words {'0' * 64}", f"a {'0' * 64} soon", f"a {'0' * 64} 2120-01-01"],
 )
 def test_broken_files_of_tokens(tmp_path, line):
     path = tmp_path / "tokens"
@@ -65,7 +66,12 @@ def test_refusals_of_clients(tmp_path):
     made = new_token(path, "app")
     checked = Access(Settings(tmp_path, tokens=path))
     assert checked.client({"authorization": f"bearer {made}"}, "peer") == "app"
-    for headers in ({}, {"authorization": made}, {"authorization": "Bearer "}, {"authorization": f"Basic {made}"}):
+    for headers in (
+        {},
+        {"authorization": made},
+        {"authorization": "Bearer "},
+        {"authorization": f"Basic {made}"},
+    ):
         with pytest.raises(Refusal) as e:
             checked.client(headers, "peer")
         assert e.value.http_status == 401

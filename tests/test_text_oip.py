@@ -42,7 +42,11 @@ def test_request_bytes():
         ],
         "parameters": {"binary_data_output": True, "datatype": "FP32"},
     }
-    assert body[end:] == b"\x06\x00\x00\x00h\xc3\xa9llo\x00\x00\x00\x00" == write_strings(["héllo", ""])
+    assert (
+        body[end:]
+        == b"\x06\x00\x00\x00h\xc3\xa9llo\x00\x00\x00\x00"
+        == write_strings(["héllo", ""])
+    )
     body, end = write_request(["a"], ["b"], clip_skip=1)
     tree = json.loads(body[:end])
     assert [i["name"] for i in tree["inputs"]] == ["prompt", "prompt_2"]

@@ -36,7 +36,7 @@ class Refusal(GrpcException):
     """
 
     def __init__(self, status: int, reason: str, retry_after: float | None = None) -> None:
-        super().__init__(_GRPC[status], reason)
+        super().__init__(reason, _GRPC[status])
         self.http_status = status
         self.reason = reason
         self.retry_after = retry_after

@@ -76,9 +76,7 @@ class OnnxTextEncoder(LocalTextEncoder):
         for name in ("text_encoder", "text_encoder_2"):
             path = self.folder / f"{name}.onnx"
             found.append(
-                onnxruntime.InferenceSession(
-                    str(path), options, providers=["CPUExecutionProvider"]
-                )
+                onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             )
         return found
 

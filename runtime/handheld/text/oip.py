@@ -112,7 +112,7 @@ def read_answer(body: bytes, json_length: str | None) -> Answer:
         return _read(body, len(body) if json_length is None else int(json_length))
     except RecursionError:
         raise AnswerError("the answer's JSON is nested too deeply") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise AnswerError(f"the answer is malformed: {error}") from None
 
 
@@ -143,8 +143,13 @@ def _tensor(item: Any, raw: bytes | None) -> Array:
     dtype = _NUMPY.get(item["datatype"])
     if dtype is None or len(shape) > _MAX_RANK:
         raise ValueError(f"output '{item['name']}' has an unknown datatype or too many dimensions")
-    data = np.array(item["data"], dtype=dtype) if raw is None else np.frombuffer(raw, dtype=dtype)
-    return data.reshape(shape)
+    if raw is not None:
+        return np.frombuffer(raw, dtype=dtype).reshape(shape)
+    values = item["data"]
+    if type(values) is not list or not all(type(v) in (int, float) for v in values):
+        raise ValueError(f"the data of output '{item['name']}' is not a list of numbers")
+    with np.errstate(over="ignore"):
+        return np.array(values, dtype=dtype).reshape(shape)
 
 
 def to_wire(name: str, value: NDArray[np.float32], datatype: Datatype) -> dict[str, Array]:
