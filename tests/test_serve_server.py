@@ -67,7 +67,11 @@ def test_tritonclient(served, wanted):
     program = Path(__file__).with_name("triton_text.py")
     address = served.url.removeprefix("http://")
     done = subprocess.run(
-        [sys.executable, program, address, served.grpc], capture_output=True, text=True, timeout=300
+        [sys.executable, program, address, served.grpc],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -263,7 +267,7 @@ def test_slow_clients_are_dropped(sdxl):
         with socket.create_connection(("127.0.0.1", found.port)) as sock:
             sock.settimeout(20)
             sock.sendall(b"GET / HTTP/1.1\r\n")
-            with pytest.raises(OSError):  # noqa: PT011
+            with pytest.raises(OSError):
                 for _ in range(100):
                     sock.sendall(b"X-A: " + b"b" * 4000 + b"\r\n")
                     time.sleep(0.001)
@@ -317,12 +321,14 @@ def test_tokens_are_asked_for_and_rotated(sdxl, tmp_path, capfd):
 
 
 def test_rates_queue_and_time(sdxl):
-    with serving.running(sdxl, rate=0.001, burst=3) as found:
-        with httpx.Client(base_url=found.url) as client:
-            codes = [client.post(INFER, json=body()).status_code for _ in range(4)]
-            assert codes == [200, 200, 200, 429]
-            limited = client.post(INFER, json=body())
-            assert int(limited.headers["retry-after"]) >= 1
+    with (
+        serving.running(sdxl, rate=0.001, burst=3) as found,
+        httpx.Client(base_url=found.url) as client,
+    ):
+        codes = [client.post(INFER, json=body()).status_code for _ in range(4)]
+        assert codes == [200, 200, 200, 429]
+        limited = client.post(INFER, json=body())
+        assert int(limited.headers["retry-after"]) >= 1
     with serving.running(sdxl, timeout=0.0) as found:
         assert httpx.post(f"{found.url}{INFER}", json=body()).status_code == 504
     with serving.running(sdxl, max_queue=1) as found:

@@ -129,9 +129,11 @@ def test_the_deadline_holds():
         [refusal(503, **{"retry-after": "60"})],
     ):
         began = time.monotonic()
-        with client(Server(*faults), deadline=0.5) as asked:
-            with pytest.raises(TextServerError, match=r"no answer within 0\.5 s"):
-                asked.encode(["a"])
+        with (
+            client(Server(*faults), deadline=0.5) as asked,
+            pytest.raises(TextServerError, match=r"no answer within 0\.5 s"),
+        ):
+            asked.encode(["a"])
         assert time.monotonic() - began < 5
 
 
@@ -155,9 +157,12 @@ def test_other_encoders_are_refused():
     with client(Server(), encoders_sha256=None) as asked:
         assert asked.encoders_sha256 == SHA
         assert len(asked.encode(["a"])) == 1
-    with client(Server(httpx.Response(200, json={"name": "x"})), encoders_sha256=None) as asked:
-        with pytest.raises(TextServerError, match="does not tell"):
-            asked.encode(["a"])
+    mute = Server(httpx.Response(200, json={"name": "x"}))
+    with (
+        client(mute, encoders_sha256=None) as asked,
+        pytest.raises(TextServerError, match="does not tell"),
+    ):
+        asked.encode(["a"])
 
 
 def test_answers_must_fit_the_bundle(tmp_path):

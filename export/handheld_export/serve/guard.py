@@ -315,9 +315,9 @@ class Protocol(HttpToolsProtocol):
 
     def _expect(self) -> None:
         self._header_bytes = 0
-        self._timer = self.loop.call_later(
-            self.config.app.settings.header_timeout, self._give_up, b"408 Request Timeout"
-        )
+        application: Any = self.config.app
+        seconds = application.settings.header_timeout
+        self._timer = self.loop.call_later(seconds, self._give_up, b"408 Request Timeout")
 
     def _forget(self) -> None:
         if self._timer is not None:

@@ -284,7 +284,8 @@ class TextModel(Model):  # type: ignore[misc]
 
     def _fits(self, row: Row) -> bool:
         """Tell whether a row from outside this process has the shapes of the model's."""
-        wanted = {"prompt_embeds": (self.encoder.length, self.encoder.width)}
+        wanted: dict[str, tuple[int, ...]] = {}
+        wanted["prompt_embeds"] = (self.encoder.length, self.encoder.width)
         if self.encoder.pooled_width is not None:
             wanted["pooled"] = (self.encoder.pooled_width,)
         return all(name in row and row[name].shape == shape for name, shape in wanted.items())
