@@ -11,7 +11,7 @@ from pathlib import Path
 
 import uvicorn
 
-from handheld_export.serve.server import configuration
+from handheld_export.serve.run import configuration
 from handheld_export.serve.settings import Settings
 
 

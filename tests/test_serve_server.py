@@ -18,13 +18,15 @@ from handheld.text import oip
 pytest.importorskip("kserve")
 
 import grpc
+from kserve import InferRequest
 from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb
 from kserve.protocol.grpc import grpc_predict_v2_pb2_grpc as pb_grpc
 
 import serving
 import tiny
 from handheld_export.serve import access
-from handheld_export.serve.server import Application
+from handheld_export.serve.model import response
+from handheld_export.serve.run import Application
 from handheld_export.text import LocalTextEncoder
 
 PROMPTS = ["a small red robot", "", "A  SMALL red\trobot", "ünï🤖"]  # as in triton_text.py
@@ -96,6 +98,20 @@ def test_tritonclient(served, wanted):
 
 
 # What is answered
+
+
+@pytest.mark.parametrize("name", ["fp16", "fp32", "int8"])
+def test_answers_are_written_as_the_golden_ones(name):
+    golden = Path(__file__).parent / "golden"
+    cases = json.loads((golden / "index.json").read_text())["text"]
+    case = next(c for c in cases if name in c["file"])
+    wanted = (golden / case["file"]).read_bytes()
+    answer = oip.read_answer(wanted, str(case["json_length"]))
+    tokens = [tuple(row) for row in answer.tensors["tokens"].tolist()]
+    row = {k: v[0] for k, v in answer.tensors.items() if k != "tokens"}
+    asked = InferRequest("text", [], "7", parameters={"binary_data_output": True})
+    body, length = response("text", answer.version, asked, [row], tokens, 1).to_rest()
+    assert (body, length) == (wanted, case["json_length"])
 
 
 def test_json(http, wanted):

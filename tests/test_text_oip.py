@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,10 @@ from handheld.text.oip import (
     write_strings,
 )
 
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+CASES = json.loads((GOLDEN / "index.json").read_text())["text"]
+
 
 def answer(outputs, tail=b"", **more):
     head = json.dumps({"model_version": "v", "outputs": outputs, **more}).encode()
@@ -26,6 +32,33 @@ def answer(outputs, tail=b"", **more):
 def tensor(shape, size, name="x", datatype="FP32"):
     parameters = {"binary_data_size": size}
     return {"name": name, "shape": shape, "datatype": datatype, "parameters": parameters}
+
+
+def test_golden_request():
+    body, end = write_request(["a robot"], request_id="7")
+    assert (GOLDEN / CASES[0]["file"]).read_bytes() == body
+    assert CASES[0]["json_length"] == end
+
+
+@pytest.mark.parametrize("case", CASES[1:], ids=lambda c: c["file"])
+def test_golden_answers(case):
+    found = read_answer((GOLDEN / case["file"]).read_bytes(), str(case["json_length"]))
+    for name in ("prompt_embeds", "pooled"):
+        assert from_wire(name, found.tensors).tolist() == case[name]
+    assert found.tensors["tokens"].tolist() == case["tokens"]
+
+
+def test_the_page_shows_the_golden_bytes():
+    text = (ROOT / "docs" / "text-api.md").read_text(encoding="utf-8")
+    shown = []
+    for block in re.findall(r"^```text\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        rows = [line[6:53] for line in block.splitlines()]
+        shown.append(bytes.fromhex("".join(rows)))
+    files = ("text/request.bin", "text/answer-fp16.bin")
+    assert shown == [(GOLDEN / name).read_bytes() for name in files]
+    for case in CASES:
+        if case["file"] in files:
+            assert f"Inference-Header-Content-Length: {case['json_length']}`" in text
 
 
 def test_request_bytes():

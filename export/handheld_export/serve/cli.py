@@ -181,7 +181,7 @@ def serve_text(
         shape = f"[n, {found.length}, {found.width}]"
         _say(json_output, facts, f"{name}: prompt_embeds {shape}, {found.encoders_sha256}")
         return
-    from handheld_export.serve.server import serve
+    from handheld_export.serve.run import serve
 
     def say(bound: Settings) -> None:
         scheme = "http" if tls_cert is None else "https"

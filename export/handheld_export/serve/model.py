@@ -294,25 +294,8 @@ class TextModel(Model):  # type: ignore[misc]
         self, payload: InferRequest, rows: Sequence[Row], lengths: Sequence[tuple[int, ...]]
     ) -> InferResponse:
         """Return the answer to a request."""
-        outputs = [output(n, np.stack([r[n] for r in rows])) for n in rows[0]]
-        outputs.append(output("tokens", np.array(lengths, "<i4")))
-        return InferResponse(
-            response_id=payload.id or str(uuid.uuid4()),
-            model_name=self.name,
-            model_version=self.version,
-            infer_outputs=outputs,
-            from_grpc=payload.from_grpc,
-            parameters=self.parameters(lengths),
-            use_binary_outputs=payload.use_binary_outputs,
-            requested_outputs=payload.request_outputs,
-        )
-
-    def parameters(self, lengths: Sequence[tuple[int, ...]]) -> dict[str, str | int]:
-        """Return the parameters of an answer."""
-        return {
-            "encoders_sha256": self.version,
-            "truncated": sum(self._truncated(n) for n in lengths),
-        }
+        truncated = sum(self._truncated(n) for n in lengths)
+        return response(self.name, self.version, payload, rows, lengths, truncated)
 
     def check_version(self, model: str, version: str | None) -> None:
         """Check a path's model and version.
@@ -343,6 +326,42 @@ def _travelling(row: PromptEmbedding, datatype: Datatype) -> Row:
     if not all(np.isfinite(t).all() for t in wire.values() if t.dtype.kind == "f"):
         raise Refusal(500, f"the embeddings are not finite in {datatype}")
     return wire
+
+
+def response(
+    model: str,
+    version: str,
+    payload: InferRequest,
+    rows: Sequence[Row],
+    lengths: Sequence[tuple[int, ...]],
+    truncated: int,
+) -> InferResponse:
+    """Return the answer to a request, for KServe to write.
+
+    Parameters
+    ----------
+    model, version : str
+        Name on the path, and hash of the encoders.
+    payload : InferRequest
+    rows : sequence of mapping of str to array
+        The tensors of each prompt.
+    lengths : sequence of tuple of int
+        The tokens of each whole prompt, per encoder.
+    truncated : int
+        Prompts that were longer than the encoders read.
+    """
+    outputs = [output(n, np.stack([r[n] for r in rows])) for n in rows[0]]
+    outputs.append(output("tokens", np.array(lengths, "<i4")))
+    return InferResponse(
+        response_id=payload.id or str(uuid.uuid4()),
+        model_name=model,
+        model_version=version,
+        infer_outputs=outputs,
+        from_grpc=payload.from_grpc,
+        parameters={"encoders_sha256": version, "truncated": truncated},
+        use_binary_outputs=payload.use_binary_outputs,
+        requested_outputs=payload.request_outputs,
+    )
 
 
 def output(name: str, value: NDArray[Any]) -> InferOutput:

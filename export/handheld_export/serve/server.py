@@ -1,4 +1,4 @@
-"""The server: KServe's data plane and endpoints, run by uvicorn, with gRPC beside it.
+"""The server: KServe's data plane and endpoints, with gRPC beside them; run.py runs it.
 
 KServe's own ``ModelServer`` is not used: it listens on every interface, opens endpoints that
 load and unload models, gives its gRPC server neither TLS nor interceptors, runs gRPC in one
@@ -7,21 +7,14 @@ process only, and kills workers that take longer to load than five seconds.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import signal
-import socket
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, asynccontextmanager
-from dataclasses import replace
+from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 import grpc
 import orjson
-import uvicorn
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -36,21 +29,17 @@ from kserve.protocol.grpc.servicer import InferenceServicer
 from kserve.protocol.infer_type import RequestedOutput
 from kserve.protocol.rest.v2_endpoints import V2Endpoints
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, ValidationError
-from uvicorn.config import STARTUP_FAILURE
-from uvicorn.supervisors import Multiprocess
 
 from handheld import __version__
 from handheld.bundle import field_path
-from handheld.errors import HandheldError, UsageError
-from handheld_export.serve import logs, metrics
+from handheld.errors import HandheldError
+from handheld_export.serve import metrics
 from handheld_export.serve.access import Access
 from handheld_export.serve.errors import Refusal
-from handheld_export.serve.guard import VERSION, Guard, Protocol
+from handheld_export.serve.guard import VERSION, Guard
 from handheld_export.serve.model import CLIENT, TextModel
 from handheld_export.serve.settings import Settings
 
-HEALTHCHECK_SECONDS = 60
-"""A worker that does not answer its supervisor for this long is replaced."""
 _JSON_LENGTH = "inference-header-content-length"
 _log = logging.getLogger("handheld.serve")
 _Parameters = dict[str, StrictBool | StrictInt | float | StrictStr]
@@ -290,60 +279,47 @@ class _Embeddings:
         return f"{scope}, max-age={self._settings.http_seconds}"
 
 
-class Application:
-    """Makes the ASGI application of one worker; travels to it by pickle.
+def application(settings: Settings) -> Guard:
+    """Return the ASGI application of one worker."""
+    access = Access(settings)
+    model = TextModel(settings, access)
+    registry = ModelRepository()
+    registry.update(model)
+    plane = TextDataPlane(registry, model.version)
 
-    Parameters
-    ----------
-    settings : Settings
-    """
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        started = time.perf_counter()
+        try:
+            await model.load_in_thread()
+            server = None
+            if settings.grpc_port is not None:
+                server = await _start_grpc(settings, plane, access)
+        except HandheldError as error:
+            _log.error("failed", extra={"event": "start-failed", "reason": str(error)})
+            raise
+        _log.info(
+            "ready",
+            extra={"event": "ready", "seconds": round(time.perf_counter() - started, 3)},
+        )
+        yield
+        _log.info("draining", extra={"event": "draining"})
+        if server is not None:
+            await server.stop(settings.drain)
+        await model.close()
+        _log.info("stopped", extra={"event": "stopped"})
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-
-    def __call__(self) -> Guard:
-        """Return the application."""
-        settings = self.settings
-        access = Access(settings)
-        model = TextModel(settings, access)
-        registry = ModelRepository()
-        registry.update(model)
-        plane = TextDataPlane(registry, model.version)
-
-        @asynccontextmanager
-        async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-            started = time.perf_counter()
-            try:
-                # In the thread that the batches will run in, which keeps torch's settings.
-                await model.load_in_thread()
-                server = None
-                if settings.grpc_port is not None:
-                    server = await _start_grpc(settings, plane, access)
-            except HandheldError as error:
-                _log.error("failed", extra={"event": "start-failed", "reason": str(error)})
-                raise
-            _log.info(
-                "ready",
-                extra={"event": "ready", "seconds": round(time.perf_counter() - started, 3)},
-            )
-            yield
-            _log.info("draining", extra={"event": "draining"})
-            if server is not None:
-                await server.stop(settings.drain)
-            await model.close()
-            _log.info("stopped", extra={"event": "stopped"})
-
-        app = FastAPI(
-            title="handheld text encoders", version=__version__, docs_url=None, redoc_url=None,
-            openapi_url=None, lifespan=lifespan,
-        )  # fmt: skip
-        app.include_router(_routes(plane))
-        app.add_api_route(
-            "/v2/models/{model_name}/embeddings", _Embeddings(settings, model).__call__,
-            methods=["GET"], response_model=None,
-        )  # fmt: skip
-        _handle_errors(app)
-        return Guard(app, settings, access, model.version)
+    app = FastAPI(
+        title="handheld text encoders", version=__version__, docs_url=None, redoc_url=None,
+        openapi_url=None, lifespan=lifespan,
+    )  # fmt: skip
+    app.include_router(_routes(plane))
+    app.add_api_route(
+        "/v2/models/{model_name}/embeddings", _Embeddings(settings, model).__call__,
+        methods=["GET"], response_model=None,
+    )  # fmt: skip
+    _handle_errors(app)
+    return Guard(app, settings, access, model.version)
 
 
 def _routes(plane: TextDataPlane) -> APIRouter:
@@ -392,89 +368,3 @@ def _handle_errors(app: FastAPI) -> None:
         kserve_errors.ServerNotLive,
     ):
         app.add_exception_handler(kind, refuse)
-
-
-def configuration(settings: Settings, level: str = "info") -> uvicorn.Config:
-    """Return uvicorn's configuration of a server."""
-    return uvicorn.Config(
-        Application(settings),
-        factory=True,
-        host=settings.host,
-        port=settings.port,
-        workers=settings.workers,
-        http=Protocol,
-        ws="none",
-        lifespan="on",
-        log_config=logs.config(level),
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=65,
-        timeout_graceful_shutdown=int(settings.drain),
-        timeout_worker_healthcheck=HEALTHCHECK_SECONDS,
-        limit_concurrency=settings.max_connections,
-        backlog=2048,
-        ssl_certfile=settings.tls_cert,
-        ssl_keyfile=settings.tls_key,
-    )
-
-
-def serve(settings: Settings, level: str, on_bound: Callable[[Settings], None]) -> None:
-    """Serve until told to stop by SIGINT or SIGTERM, and finish what is in flight.
-
-    Parameters
-    ----------
-    settings : Settings
-    level : str
-        Of logs.
-    on_bound : callable
-        Told the settings with the ports that were chosen, before the encoders are loaded.
-
-    Raises
-    ------
-    HandheldError
-        If a port is taken, or the encoders cannot be loaded.
-    """
-    with ExitStack() as held:
-        bound = held.enter_context(_bind(settings.host, settings.port, shared=False))
-        settings = replace(settings, port=bound.getsockname()[1])
-        if settings.grpc_port is not None:
-            # Held so that nobody else takes the port; workers listen on it with SO_REUSEPORT.
-            shared = held.enter_context(_bind(settings.host, settings.grpc_port, shared=True))
-            settings = replace(settings, grpc_port=shared.getsockname()[1])
-        config = configuration(settings, level)
-        on_bound(settings)
-        # uvicorn raises the signal again when it has drained.
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        if settings.workers > 1:
-            folder = held.enter_context(tempfile.TemporaryDirectory(prefix="handheld-metrics-"))
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-            supervisor = Multiprocess(config, [bound])
-            supervisor.run()
-            if any(p.exitcode == STARTUP_FAILURE for p in supervisor.processes):
-                raise HandheldError("a worker did not start", remedy="see its line in the log")
-            return
-        try:
-            with contextlib.suppress(KeyboardInterrupt):
-                uvicorn.Server(config).run([bound])
-        except SystemExit:
-            raise HandheldError(
-                "the server did not start", remedy="see the last line of the log"
-            ) from None
-
-
-def _bind(host: str, port: int, *, shared: bool) -> socket.socket:
-    try:
-        info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, _, _, address = info[0]
-        sock = socket.socket(family, kind)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if shared:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        sock.bind(address)
-    except OSError as error:
-        raise UsageError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}",
-            remedy="choose another --port, --grpc-port or --host",
-        ) from None
-    sock.set_inheritable(True)
-    return sock
