@@ -206,6 +206,16 @@ def test_two_of_three_workers_are_killed_under_load(sdxl):
 
 
 @pytest.mark.slow
+def test_workers_leave_when_their_supervisor_is_killed(sdxl):
+    with process(sdxl, "--workers", "2") as server:
+        server.wait_ready(2)
+        server.process.kill()
+        server.reader.join(60)
+        assert not server.reader.is_alive(), "a worker still holds the log"
+        assert sum(line["event"] == "stopped" for line in server.lines) == 2
+
+
+@pytest.mark.slow
 def test_requests_in_flight_are_answered_when_told_to_stop(sdxl):
     # The encoder waits 1 s for a batch, so requests are surely in flight.
     with process(sdxl, "--batch-wait", "1000") as server:

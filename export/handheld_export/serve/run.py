@@ -6,10 +6,12 @@ Imports neither torch nor KServe: a worker's supervisor waits for it to unpickle
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -42,7 +44,15 @@ class Application:
         """Return the application."""
         from handheld_export.serve.server import application
 
+        if (parent := multiprocessing.parent_process()) is not None:
+            threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
         return application(self.settings)
+
+
+def _leave_with(parent: Any) -> None:
+    """Stop this worker when its supervisor is gone, which nobody else would do then."""
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class _Supervisor(Multiprocess):
