@@ -30,6 +30,7 @@ import httpx
 import numpy as np
 
 from handheld.devices.host import HostDevices
+from handheld.files import replace_between
 from handheld.text import PromptEmbedding
 from handheld.text.client import AsyncTextClient
 from handheld.text.oip import Datatype, from_wire, to_wire, write_request
@@ -209,8 +210,8 @@ def load_part(work: Path, stages: Stages, requests: int, clients: int) -> dict[s
     """Compare batching on with batching off, without a cache."""
     checker = Checker(CRITTER, min(requests, 1000))
     found: dict[str, Any] = {"clients": clients}
-    # Without batching a fifth of the requests is enough to tell the throughput.
-    for name, batch, count in (("batched", "32", requests), ("one_by_one", "1", requests // 5)):
+    # Without batching a tenth of the requests is enough to tell the throughput.
+    for name, batch, count in (("batched", "32", requests), ("one_by_one", "1", requests // 10)):
         with (
             stages(f"load, {name.replace('_', ' ')}") as end,
             serving(work, CRITTER, "--cache-mb", "0", "--max-batch", batch) as server,
@@ -402,7 +403,7 @@ def full_part(work: Path, stages: Stages) -> dict[str, Any]:
     found: dict[str, Any] = {"weights_bytes": size, "parameters": size // 2}
     with (
         stages("serving encoders of full size") as end,
-        serving(work, folder, "--cache-mb", "0", "--max-batch", "8") as server,
+        serving(work, folder, "--cache-mb", "0", "--max-batch", "2", "--timeout", "600") as server,
     ):
         answers = work / "answers.npz"
         found["server_peak_bytes"] = server.peak_bytes()
@@ -411,7 +412,7 @@ def full_part(work: Path, stages: Stages) -> dict[str, Any]:
         async def ask() -> tuple[list[PromptEmbedding], list[float]]:
             async with AsyncTextClient(server.url, deadline=600, attempt=600) as client:
                 seconds = []
-                for i in range(6):
+                for i in range(4):
                     began = time.perf_counter()
                     await client.encode([f"prompt {i}"])
                     seconds.append(time.perf_counter() - began)
@@ -494,6 +495,82 @@ print(json.dumps(dict(resident_bytes=after - before, peak_bytes=peak - before,
     return result
 
 
+def page(found: dict[str, Any]) -> str:
+    """Return the figures as Markdown."""
+    rows: list[tuple[str, str]] = []
+    if (load := found.get("load")) is not None:
+        many, one = load["batched"], load["one_by_one"]
+        rows += [
+            (
+                f"{many['requests']} requests from {load['clients']} clients, no cache",
+                f"{many['per_second']} per second, p50 {many['p50_ms']:.0f} ms, p99 "
+                f"{many['p99_ms']:.0f} ms; {many['errors']} errors, {many['wrong']} wrong",
+            ),
+            (
+                "the same without batching",
+                f"{one['per_second']} per second: batching gives {load['throughput_ratio']} times "
+                f"as many, {many['prompts_per_batch']} prompts a batch",
+            ),
+        ]
+    if (hits := found.get("hits")) is not None:
+        miss = hits["miss"]
+        rows += [
+            ("one client, answer from memory", f"p50 {hits['hit']['p50_ms']:.2f} ms"),
+            (
+                "one client, no cache",
+                f"{miss['mean_ms']:.1f} ms, of which the encoders take "
+                f"{miss['encode_mean_ms']:.1f} ms",
+            ),
+        ]
+    if (kill := found.get("kill")) is not None:
+        rows.append(
+            (
+                f"{kill['requests']} requests, {kill['killed']} of three workers killed",
+                f"{kill['errors']} errors, {kill['wrong']} wrong, slowest "
+                f"{kill['max_ms'] / 1e3:.1f} s",
+            )
+        )
+    if (payload := found.get("payload")) is not None:
+        for name in ("FP32", "FP16", "INT8"):
+            facts = payload[name]
+            text = f"{facts['sdxl_bytes'] / 1e3:.0f} kB a prompt of SDXL"
+            if "psnr_median_db" in facts:
+                text += (
+                    f"; critter's pictures differ by {facts['psnr_median_db']} dB PSNR, at worst "
+                    f"{facts['psnr_worst_db']}"
+                )
+            rows.append((name, text))
+    if (full := found.get("full")) is not None:
+        alone = full["process"]
+        worst = max(full["parity"].values())
+        rows += [
+            (
+                "SDXL's encoders, random weights, FP16 answers against encode_prompt in float32",
+                f"max abs difference / max abs value {worst:.1e}",
+            ),
+            ("their files in float16", f"{full['weights_bytes'] / 1e9:.2f} GB"),
+            (
+                "what they add to a process that loads and runs them in float16",
+                f"{alone['resident_bytes'] / 1e9:.2f} GB",
+            ),
+            (
+                "the server that runs them in float32",
+                f"{full['server_peak_bytes'] / 1e9:.1f} GB at its peak, "
+                f"{full['prompt']['p50_ms'] / 1e3:.1f} s a prompt",
+            ),
+        ]
+    lines = ["| what | figure |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]
+    parts = [found[p] for p in PARTS if p in found]
+    machine = parts[0]["machine"]
+    busy = max(p["busy_before"] or 0 for p in parts)
+    return (
+        "\n".join(lines) + f"\n\nMeasured by `benchmarks/text_server.py` on {machine['cpu']}, "
+        f"{machine['cores']} cores, clients and server together, torch "
+        f"{parts[0]['versions']['torch']}. Other processes used up to {busy:.0%} of the cores, so "
+        "times are upper bounds."
+    )
+
+
 PARTS = ("load", "hits", "kill", "payload", "full")
 
 
@@ -523,14 +600,16 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "text-server.json")
+    parser.add_argument("--page", type=Path, help="write the figures between this page's marks")
     args = parser.parse_args()
-    parts = args.parts.split(",")
+    parts = [p for p in args.parts.split(",") if p]
     if unknown := set(parts) - set(PARTS):
         parser.error(f"unknown parts: {', '.join(sorted(unknown))}")
     stages = Stages()
     (host,) = HostDevices().attached()
     before = host.heat()
-    found: dict[str, Any] = {}
+    # Parts may be run one by one: what an earlier run measured stays.
+    found = json.loads(args.json.read_text()) if args.json.is_file() else {}
     with tempfile.TemporaryDirectory(prefix="handheld-text-") as name:
         work = Path(name)
         runs = {
@@ -541,17 +620,18 @@ def main() -> int:
             "full": lambda: full_part(work, stages),
         }
         for part in parts:
-            found[part] = runs[part]()
-    summary = {
-        "command": list(command()),
-        "versions": versions(),
-        "machine": host.facts().model_dump(mode="json"),
-        "busy_before": before.busy,
-        "busy_after": host.heat().busy,
-        "stages": stages.done,
-        **found,
-    }
-    write_summary(args.json, summary)
+            facts = runs[part]()
+            found[part] = facts | {
+                "command": list(command()),
+                "versions": versions(),
+                "machine": host.facts().model_dump(mode="json"),
+                "busy_before": before.busy,
+                "busy_after": host.heat().busy,
+                "stages": stages.done,
+            }
+            write_summary(args.json, found)
+    if args.page is not None:
+        replace_between(args.page, "<!-- figures: begin -->", "<!-- figures: end -->", page(found))
     missed = faults(found)
     for line in missed:
         say(f"missed: {line}")

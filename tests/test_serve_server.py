@@ -7,13 +7,17 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 
+from handheld.errors import TextServerError
 from handheld.text import oip
+from handheld.text.client import TextClient
 
 pytest.importorskip("kserve")
 
@@ -334,6 +338,58 @@ def test_tokens_are_asked_for_and_rotated(sdxl, tmp_path, capfd):
     assert {"ready", "request", "draining", "stopped"} <= {line["event"] for line in lines}
     assert {line["client"] for line in lines if line["event"] == "request"} == {"-", "app"}
     assert "secret" not in logged and new not in logged
+
+
+def certificate(folder):
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    found = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(
+            x509.SubjectAlternativeName(
+                [x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))]
+            ),
+            critical=False,
+        )
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    (folder / "cert.pem").write_bytes(found.public_bytes(pem))
+    (folder / "key.pem").write_bytes(
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return folder / "cert.pem", folder / "key.pem"
+
+
+def test_tls(sdxl, tmp_path, wanted):
+    cert, key = certificate(tmp_path)
+    with serving.running(sdxl, grpc=True, tls_cert=cert, tls_key=key) as found:
+        with TextClient(found.url, verify=str(cert), token="t", datatype="FP32") as client:
+            rows = client.encode(PROMPTS)
+        same([r.prompt_embeds for r in rows], [r.pooled for r in rows], wanted, 2e-6)
+        with (
+            TextClient(found.url, deadline=2) as client,
+            pytest.raises(TextServerError, match="certificate"),
+        ):
+            client.encode(PROMPTS)
+        with pytest.raises(httpx.TransportError):
+            httpx.get(found.url.replace("https", "http"))
+        credentials = grpc.ssl_channel_credentials(cert.read_bytes())
+        with grpc.secure_channel(found.grpc, credentials) as channel:
+            stub = pb_grpc.GRPCInferenceServiceStub(channel)
+            assert stub.ServerReady(pb.ServerReadyRequest(), timeout=30).ready
 
 
 def test_rates_queue_and_time(sdxl):
