@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,7 @@ def load_part(work: Path, stages: Stages, requests: int, clients: int) -> dict[s
         ):
             encoded = "handheld_text_encode_seconds"
             before = [server.metric(f"{encoded}_{x}") for x in ("sum", "count")]
-            tally = anyio.run(lambda s=server, n=count: load(s, checker, n, clients))
+            tally = anyio.run(partial(load, server, checker, count, clients))
             after = [server.metric(f"{encoded}_{x}") for x in ("sum", "count")]
             spent, batches = (b - a for a, b in zip(before, after, strict=True))
             found[name] = tally.facts() | {
@@ -284,7 +285,7 @@ def kill_part(work: Path, stages: Stages, requests: int) -> dict[str, Any]:
                     await anyio.sleep(0.01)
                 os.kill(pid, signal.SIGKILL)
 
-        tally = anyio.run(lambda: load(server, checker, requests, 12, deadline=30.0, during=kill))
+        tally = anyio.run(partial(load, server, checker, requests, 12, deadline=30.0, during=kill))
         found = tally.facts() | {"clients": 12, "killed": len(victims), "deadline_s": 30.0}
         end(f"{found['errors']} errors, {found['wrong']} wrong, slowest {found['max_ms']} ms")
     return found
