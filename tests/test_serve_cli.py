@@ -106,6 +106,7 @@ def test_new_token(tmp_path, capsys):
         (["{}", "--policy", "nowhere:f"], "no prompt policy"),
         (["{}", "--tokens", "missing"], "cannot read"),
         (["{}", "--workers", "0"], "--workers"),
+        (["{}", "--device", "abacus"], "cannot use 'abacus'"),
     ],
 )
 def test_usage(sdxl, options, text, capsys):

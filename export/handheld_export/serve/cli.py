@@ -168,6 +168,7 @@ def serve_text(
     from handheld_export.serve.model import encoder
 
     Access(settings)
+    _check_device(device)
     found = encoder(settings)
     facts = {
         "model": name,
@@ -212,6 +213,19 @@ def _needs_kserve() -> None:
                 f"needs {module}, which is missing",
                 remedy='install with  pip install "handheld[serve]"',
             )
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"torch cannot use '{device}': {str(error).splitlines()[0]}",
+            field="--device",
+            remedy="name one that is there, for example cpu or cuda",
+        ) from None
 
 
 def _say(as_json: bool, facts: dict[str, object], plain: str) -> None:
