@@ -94,7 +94,7 @@ def test_version(capsys):
         (["generate", "sample", "x", "-o", "x.png", "--negative", "y"], "without guidance"),
         (["generate", "sample", "x", "-o", "x.png", "--size", "1x1"], "has no size '1x1'"),
         (["generate", "sample", "unknown", "-o", "x.png"], "holds no embeddings"),
-        (["generate", "sample", "x", "-o", "x.png", "--text-url", "y"], "not supported yet"),
+        (["generate", "sample", "x", "-o", "x.png", "--text-url", "y"], "not the URL of a server"),
     ],
 )
 def test_bad_usage(capsys, sample, args, message):

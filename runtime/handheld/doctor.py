@@ -53,6 +53,7 @@ _PACKAGES = (
     ("transformers", "transformers", "text encoders"),
     ("litert-torch", "litert_torch", "export --target litert-cpu"),
     ("executorch", "executorch", "export --target executorch-xnnpack"),
+    ("kserve", "kserve", "serve-text"),
 )
 _EXTRA = 'pip install "handheld[export]"'
 
@@ -125,7 +126,8 @@ def _package(name: str, module: str, purpose: str) -> Finding:
     except (ImportError, ValueError, importlib.metadata.PackageNotFoundError):
         version = None
     missing = version is None
-    return Finding(name, not missing, version, purpose, _EXTRA if missing else None, required=False)
+    extra = _EXTRA.replace("export", "serve") if purpose == "serve-text" else _EXTRA
+    return Finding(name, not missing, version, purpose, extra if missing else None, required=False)
 
 
 def _models() -> Finding:

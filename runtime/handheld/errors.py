@@ -116,3 +116,9 @@ class DeviceError(HandheldError):
     """A device is unknown, gone or cannot do what was asked."""
 
     code = "device"
+
+
+class TextServerError(HandheldError):
+    """A text server cannot be reached in time, refuses, or answers wrongly."""
+
+    code = "text-server"

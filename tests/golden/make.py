@@ -30,6 +30,7 @@ from handheld.program import (
     Slice,
     Term,
 )
+from handheld.text import oip
 from samples import spec
 
 Tree = dict[str, Any]
@@ -283,6 +284,66 @@ SEED = 2**63 + 5
 NOISE = [(0, 0), (1, 0), (0, 1), (2**64 - 1, 2**32 - 1), (0x0123456789ABCDEF, 77)]
 
 
+VERSION = "0123456789abcdef" * 4
+EMBEDS = np.array([[[0.0, 1.0, -1.5, 0.1], [65504.0, 6e-8, -0.25, 3.0]]], np.float32)
+POOLED = np.array([[1.0, -2.0, 0.5]], np.float32)
+
+
+def answer(datatype: oip.Datatype) -> bytes:
+    """What a text server writes for one prompt of 4 tokens, by encoders that read 2."""
+    tensors = {
+        **oip.to_wire("prompt_embeds", EMBEDS, datatype),
+        **oip.to_wire("pooled", POOLED, datatype),
+        "tokens": np.array([[4, 4]], "<i4"),
+    }
+    names = {"<f4": "FP32", "<f2": "FP16", "|i1": "INT8", "<i4": "INT32"}
+    outputs = [
+        {
+            "name": name,
+            "shape": list(value.shape),
+            "datatype": names[value.dtype.str],
+            "parameters": {"binary_data_size": value.nbytes},
+        }
+        for name, value in tensors.items()
+    ]
+    head = {
+        "id": "7",
+        "model_name": "text",
+        "model_version": VERSION,
+        "outputs": outputs,
+        "parameters": {"encoders_sha256": VERSION, "truncated": 1},
+    }
+    front = json.dumps(head, separators=(",", ":")).encode()
+    return front + b"".join(v.tobytes() for v in tensors.values())
+
+
+def travelled(value: Any, datatype: oip.Datatype) -> Any:
+    found = oip.from_wire("x", oip.to_wire("x", value, datatype))
+    assert found is not None
+    return found.tolist()
+
+
+def text_api() -> tuple[dict[str, bytes], list[Tree]]:
+    """Requests and answers of the text API, and how long their JSON is."""
+    asked, length = oip.write_request(["a robot"], datatype="FP16", request_id="7")
+    out = {"text/request.bin": asked}
+    listed: list[Tree] = [{"file": "text/request.bin", "json_length": length}]
+    for datatype in oip.DATATYPES:
+        name = f"text/answer-{datatype.lower()}.bin"
+        out[name] = answer(datatype)
+        end = out[name].rindex(b"}}") + 2
+        listed.append(
+            {
+                "file": name,
+                "json_length": end,
+                "prompt_embeds": travelled(EMBEDS, datatype),
+                "pooled": travelled(POOLED, datatype),
+                "tokens": [[4, 4]],
+            }
+        )
+    return out, listed
+
+
 def text(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
@@ -347,6 +408,8 @@ def files() -> dict[str, bytes]:
     out["noise.json"] = text(vectors)
     index["noise"] = "noise.json"
     index["bundle"] = {"folder": "bundle", "sha256": manifest.sha256}
+    made, index["text"] = text_api()
+    out |= made
     out["index.json"] = text(index)
     return out
 
