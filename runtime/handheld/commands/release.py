@@ -1,0 +1,364 @@
+"""``handheld release``."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from handheld import devices as devices_
+from handheld import records as records_
+from handheld.bundle import Bundle
+from handheld.commands.output import megabytes, print_json
+from handheld.errors import UsageError
+from handheld.release import builder as build_
+from handheld.release import catalogue, trust
+from handheld.release import selection as select_
+from handheld.release.manifest import Platform, ReleaseManifest
+from handheld.release.signing import Identity
+
+release = typer.Typer(
+    help="Build, verify, select from, publish and install releases.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+KeyOption = Annotated[Path | None, typer.Option("--key", help="PEM file of an elliptic curve key.")]
+CertificateOption = Annotated[
+    list[Path] | None,
+    typer.Option("--certificate", help="PEM file of a certificate; repeatable."),
+]
+IdentityOption = Annotated[
+    str | None, typer.Option("--identity", help="Who signed without a key, by Sigstore.")
+]
+IssuerOption = Annotated[
+    str | None, typer.Option("--issuer", help="OpenID Connect issuer of --identity.")
+]
+UnsignedOption = Annotated[
+    bool, typer.Option("--unsigned", help="Check hashes only, not whose release it is.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+ReleaseArgument = Annotated[Path, typer.Argument(metavar="RELEASE", help="A folder or zip file.")]
+
+
+@release.callback()
+def _group() -> None:
+    """Build, verify, select from, publish and install releases."""
+
+
+@release.command()
+def build(
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Preferred first.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The release; a name ending in .zip is zipped.")
+    ],
+    version: Annotated[
+        int, typer.Option(min=1, help="Grows with every release; readers never go back.")
+    ],
+    name: Annotated[str | None, typer.Option(help="By default the first model's.")] = None,
+    label: Annotated[str | None, typer.Option(help="The version that people see.")] = None,
+    expires: Annotated[
+        str | None, typer.Option(help="A date; from then on readers refuse it.")
+    ] = None,
+    records: Annotated[
+        list[Path] | None, typer.Option(help="File of run records; repeatable.")
+    ] = None,
+    document: Annotated[
+        list[Path] | None, typer.Option(help="Card or licence to carry along; repeatable.")
+    ] = None,
+    force: Annotated[
+        list[str] | None,
+        typer.Option(help="Id of a variant to take though it fails; the release says so."),
+    ] = None,
+    gate: Annotated[Path | None, typer.Option(help="TOML file of gates on numerics.")] = None,
+    rules: Annotated[Path | None, typer.Option(help="TOML file over rules.toml.")] = None,
+    key: KeyOption = None,
+    certificate: CertificateOption = None,
+    keyless: Annotated[
+        bool, typer.Option("--keyless", help="Sign with the identity of the environment's token.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be taken.")] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Make a signed release of verified bundles and their run records.
+
+    A bundle is refused if it was not verified, fails a gate, or has no good run record. The same
+    input gives the same bytes, signature with a key included. The password of an encrypted key
+    is taken from HANDHELD_KEY_PASSWORD. Without a key, certificate or --keyless it is unsigned.
+
+    \b
+    handheld release build build/a build/b --records runs.jsonl --version 3 --key k.pem -o build/r
+    handheld release build build/a --version 1 --force critter-litert-cpu-int4 -o build/r.zip
+    handheld release build build/a --version 1 --dry-run --json -o build/r
+    """  # noqa: D301
+    opened = [Bundle.open(path, verify_hashes=False) for path in bundles]
+    runs = [r for path in records or () for r in records_.read(path)]
+    hashes = {b.sha256 for b in opened}
+    options = build_.Options(
+        name=name or opened[0].manifest.model.id,
+        version=version,
+        label=label,
+        expires=_date(expires),
+        force=frozenset(force or ()),
+        gates=gate,
+        rules=rules,
+        documents=tuple(document or ()),
+    )
+    # A file of records usually holds more than one release's.
+    own = [r for r in runs if r.bundle.sha256 in hashes]
+    if dry_run:
+        _print_plan(build_.examine(opened, own, options), json_output)
+        return
+    identity = None
+    if keyless:
+        identity = Identity(keyless=("", ""))
+    elif key or certificate:
+        identity = Identity(key=key, certificates=tuple(certificate or ()))
+    console = Console(stderr=True)
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    done = 0
+    with bar:
+        task = bar.add_task("building", total=None)
+
+        def see(file: str, size: int) -> None:
+            nonlocal done
+            done += size
+            bar.update(task, description=f"{done / 1e6:.0f} MB  {file}")
+
+        manifest = build_.build(
+            opened,
+            own,
+            output,
+            options,
+            identity,
+            zipped=output.suffix == ".zip",
+            progress=see,
+        )
+    _print_release(output, manifest, json_output, signed=identity is not None)
+
+
+@release.command()
+def verify(
+    path: ReleaseArgument,
+    key: KeyOption = None,
+    certificate: CertificateOption = None,
+    identity: IdentityOption = None,
+    issuer: IssuerOption = None,
+    unsigned: UnsignedOption = False,
+    least_version: Annotated[
+        int, typer.Option(min=1, help="Refuse older ones: the newest version seen so far.")
+    ] = 1,
+    json_output: JsonOption = False,
+) -> None:
+    """Check a release: its signature, every hash, its age.
+
+    Say whose it must be: --key with the public key, --certificate with trusted roots, or
+    --identity with --issuer. Exit code 1 if it cannot be trusted, 2 if it is no whole release.
+
+    \b
+    handheld release verify build/release --key release.pub
+    handheld release verify build/release.zip --certificate root.pem --least-version 3
+    handheld release verify build/release --unsigned --json
+    """  # noqa: D301
+    who = _trusted(key, certificate, identity, issuer, unsigned)
+    found = trust.verify(path, who, least_version=least_version)
+    _print_release(path, found.manifest, json_output, signed=who is not None)
+
+
+@release.command()
+def select(
+    path: ReleaseArgument,
+    phone: Annotated[
+        str | None, typer.Option(help="A phone of the catalogue, such as 'Pixel 8'; or all.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", "-d", help="A device that is attached.")
+    ] = None,
+    platform: Annotated[str | None, typer.Option(help="android, ios or host.")] = None,
+    soc: Annotated[str | None, typer.Option(help="Such as SM8650.")] = None,
+    ram: Annotated[str | None, typer.Option(help="Such as 8GB or 7600MB.")] = None,
+    budget: Annotated[str | None, typer.Option(help="What the app may use, if known.")] = None,
+    os_version: Annotated[int | None, typer.Option("--os", help="Major version.")] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Say which variant a phone gets, and why.
+
+    The release's hashes are not checked. "Nothing fits" is an answer, with exit code 0.
+
+    \b
+    handheld release select build/release --phone "Pixel 8"
+    handheld release select build/release --phone all --json
+    handheld release select build/release --platform android --soc SM8650 --ram 12GB --os 14
+    handheld release select build/release --device host
+    """  # noqa: D301
+    from handheld.release.folder import located, read_limited
+    from handheld.release.manifest import MANIFEST, MAX_MANIFEST_BYTES, parse
+
+    file = located(path) / MANIFEST
+    if not file.is_file():
+        raise UsageError("is not a release", path=path, remedy="name one that was built")
+    manifest = parse(read_limited(file, MAX_MANIFEST_BYTES), file)
+    if phone is not None:
+        phones = catalogue.find(phone)
+    elif device is not None:
+        phones = [select_.Phone.of(d.facts()) for d in devices_.find(device)]
+    else:
+        phones = [
+            select_.Phone(
+                platform=_platform(platform),
+                soc=soc,
+                ram_bytes=_bytes(ram, "--ram"),
+                budget_bytes=_bytes(budget, "--budget"),
+                os=os_version,
+            )
+        ]
+    answers = [(p, select_.select(manifest, p)) for p in phones]
+    if json_output:
+        print_json(
+            {
+                "release": manifest.name,
+                "version": manifest.version,
+                "answers": [
+                    {
+                        "phone": p.model_dump(mode="json"),
+                        **a.model_dump(mode="json"),
+                        "reason": a.reason,
+                    }
+                    for p, a in answers
+                ],
+            }
+        )
+        return
+    console = Console()
+    for p, answer in answers:
+        title = p.name or p.soc or p.platform
+        chosen = f"{answer.variant}, {answer.residency}" if answer.variant else "nothing"
+        console.print(f"{title}: {chosen}", markup=False, highlight=False, soft_wrap=True)
+        for v in answer.verdicts:
+            line = f"  {v.variant}, {v.residency}: {v.reason}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _trusted(
+    key: Path | None,
+    certificate: list[Path] | None,
+    identity: str | None,
+    issuer: str | None,
+    unsigned: bool,
+) -> Identity | None:
+    if unsigned:
+        return None
+    if (identity is None) != (issuer is None):
+        raise UsageError("go together", field="--identity and --issuer")
+    keyless = (identity, issuer) if identity is not None and issuer is not None else None
+    if key is None and not certificate and keyless is None:
+        raise UsageError(
+            "whose release must it be?",
+            remedy="give --key, --certificate, or --identity with --issuer; "
+            "--unsigned checks hashes only",
+        )
+    return Identity(key=key, certificates=tuple(certificate or ()), keyless=keyless)
+
+
+def _print_plan(found: list[build_.Candidate], json_output: bool) -> None:
+    if json_output:
+        print_json(
+            {
+                "variants": [
+                    {"id": c.id, "records": [r.id for r in c.records], "faults": list(c.faults)}
+                    for c in found
+                ]
+            }
+        )
+        return
+    console = Console()
+    for c in found:
+        text = "; ".join(c.faults) or f"passes, with {len(c.records)} run records"
+        console.print(f"{c.id}: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_release(
+    path: Path, manifest: ReleaseManifest, json_output: bool, *, signed: bool
+) -> None:
+    if json_output:
+        print_json(
+            {
+                "path": str(path),
+                "signature": "checked" if signed else "not checked",
+                **manifest.model_dump(mode="json"),
+            }
+        )
+        return
+    console = Console()
+    trusted = "signature holds" if signed else "hashes hold; whose it is was not checked"
+    console.print(
+        f"{manifest.name} {manifest.label or ''} version {manifest.version}: {trusted}",
+        markup=False,
+        highlight=False,
+    )
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in ("variant", "unit", "for", "SoC", "MB", "memory MB", "ms", "SNR dB", ""):
+        right = column in ("MB", "memory MB", "ms", "SNR dB")
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    for v in manifest.variants:
+        snr = v.verification.snr_db
+        table.add_row(
+            v.id,
+            v.unit,
+            ", ".join(v.needs.platforms),
+            ", ".join(v.needs.soc) or "any",
+            megabytes(v.needs.storage_bytes),
+            " / ".join(megabytes(m.memory_bytes) for m in v.modes),
+            " / ".join("-" if m.median_ms is None else f"{m.median_ms:.1f}" for m in v.modes),
+            "-" if snr is None else f"{snr:.1f}",
+            f"forced: {len(v.forced)} faults" if v.forced else "",
+        )
+    console.print(table)
+
+
+def _date(text: str | None) -> datetime | None:
+    if text is None:
+        return None
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise UsageError(
+            f"'{text}' is no date", field="--expires", remedy="write 2027-06-30"
+        ) from None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+def _bytes(text: str | None, option: str) -> int | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GB|MB|GiB|MiB)\s*", text)
+    if match is None:
+        raise UsageError(f"'{text}' is no size", field=option, remedy="write 8GB or 7600MB")
+    unit: dict[str, int] = {"GB": 10**9, "MB": 10**6, "GiB": 2**30, "MiB": 2**20}
+    return int(float(match.group(1)) * unit[match.group(2)])
+
+
+def _platform(text: str | None) -> Platform:
+    known: dict[str, Platform] = {"android": "android", "ios": "ios", "host": "host"}
+    if text not in known:
+        raise UsageError(
+            "which phone?",
+            field="--platform",
+            remedy=f"give --phone, --device, or --platform with one of {', '.join(known)}",
+        )
+    return known[text]
