@@ -14,15 +14,17 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from statistics import median
+from typing import get_args
 
 from handheld.archive import pack
 from handheld.bundle import MANIFEST as BUNDLE_MANIFEST
 from handheld.bundle import Bundle, references
 from handheld.errors import BundleError, GateError, OutputError, UsageError
-from handheld.execute import activation_bytes
+from handheld.estimates import peak_bytes
 from handheld.files import fsync_folder, output_errors, replaced_folder
 from handheld.gates import gates
 from handheld.manifest import FileRef, Manifest
+from handheld.protocol import Residency
 from handheld.records import RunRecord
 from handheld.release import sbom, signing
 from handheld.release.chunks import ChunkList, chunked
@@ -336,7 +338,7 @@ def modes(bundle: Bundle, records: Sequence[RunRecord]) -> tuple[Mode, ...]:
     medians on the device of that peak.
     """
     found = []
-    for residency in ("resident", "stream"):
+    for residency in get_args(Residency):
         good = [
             r
             for r in records
@@ -365,17 +367,11 @@ def modes(bundle: Bundle, records: Sequence[RunRecord]) -> tuple[Mode, ...]:
                 record=peak.id,
             )
         )
-    return tuple(found) or _estimates(bundle)
-
-
-def _estimates(bundle: Bundle) -> tuple[Mode, ...]:
-    """Weights and activations; what engines add to that is unknown."""
-    programs = bundle.manifest.sizes.values()
-    activations = max(activation_bytes(size.program) for size in programs)
-    artifacts = [a.file.bytes for a in bundle.manifest.artifacts]
-    return (
-        Mode(residency="resident", memory_bytes=sum(artifacts) + activations, basis="estimated"),
-        Mode(residency="stream", memory_bytes=2 * max(artifacts) + activations, basis="estimated"),
+    if found:
+        return tuple(found)
+    return tuple(
+        Mode(residency=r, memory_bytes=peak_bytes(bundle.manifest, r), basis="estimated")
+        for r in get_args(Residency)
     )
 
 
