@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from handheld import devices as devices_
@@ -23,6 +23,9 @@ from handheld.release import catalogue, trust
 from handheld.release import selection as select_
 from handheld.release.manifest import Platform, ReleaseManifest
 from handheld.release.signing import Identity
+
+if TYPE_CHECKING:
+    from handheld.release.update import Result, State
 
 release = typer.Typer(
     help="Build, verify, select from, publish and install releases.",
@@ -252,6 +255,145 @@ def select(
         for v in answer.verdicts:
             line = f"  {v.variant}, {v.residency}: {v.reason}"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@release.command()
+def publish(
+    path: ReleaseArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the web site.")],
+    older: Annotated[
+        list[Path] | None,
+        typer.Option("--from", help="An older release, to which differences are written."),
+    ] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Add a signed release to a folder of static files that phones update from.
+
+    Contents are cut into pieces by content and stored by hash, so versions share what is equal.
+    With --from, files that changed all over are also offered as differences.
+
+    \b
+    handheld release publish build/r2 -o site
+    handheld release publish build/r2 --from build/r1 -o site --json
+    """  # noqa: D301
+    from handheld.release.publish import publish as run
+
+    console = Console(stderr=True)
+    with console.status("publishing"):
+        done = run(path, output, older or ())
+    if json_output:
+        print_json({"site": str(output), **vars(done)})
+    else:
+        typer.echo(
+            f"{output}: version {done.version}, {done.objects} new objects, "
+            f"{done.new_bytes / 1e6:.1f} MB"
+        )
+
+
+@release.command()
+def update(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The device's folder.")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="Of the site, or its folder.")],
+    key: KeyOption = None,
+    certificate: CertificateOption = None,
+    identity: IdentityOption = None,
+    issuer: IssuerOption = None,
+    phone: Annotated[
+        str | None, typer.Option(help="A phone of the catalogue; by default this machine.")
+    ] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Bring a folder to the newest release of a site, as an app does it on a phone.
+
+    Only what changed is fetched, and an interrupted run goes on where it was. The switch is one
+    rename, and the version before stays until `handheld release confirm`.
+
+    \b
+    handheld release update ./device https://example.org/models --key release.pub
+    handheld release update ./device ./site --key release.pub --phone "OnePlus 12"
+    """  # noqa: D301
+    from handheld.release import update as update_
+
+    who = _trusted(key, certificate, identity, issuer, unsigned=False)
+    assert who is not None
+    if phone is not None:
+        chosen = catalogue.find(phone)[0]
+    else:
+        chosen = select_.Phone.of(devices_.find("host")[0].facts())
+    console = Console(stderr=True)
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task("fetching", total=None)
+        done = update_.update(
+            folder,
+            url,
+            who,
+            chosen,
+            progress=lambda have, total: bar.update(task, completed=have, total=total),
+        )
+    _print_state(folder, done.state, json_output, done)
+
+
+@release.command()
+def confirm(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The device's folder.")],
+    json_output: JsonOption = False,
+) -> None:
+    """Say that the version in use has run; the one before it is removed.
+
+    \b
+    handheld release confirm ./device
+    """  # noqa: D301
+    from handheld.release import update as update_
+
+    _print_state(folder, update_.confirm(folder), json_output)
+
+
+@release.command()
+def revert(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The device's folder.")],
+    json_output: JsonOption = False,
+) -> None:
+    """Go back to the version before, as long as the one in use is not confirmed.
+
+    \b
+    handheld release revert ./device
+    """  # noqa: D301
+    from handheld.release import update as update_
+
+    _print_state(folder, update_.revert(folder), json_output)
+
+
+def _print_state(
+    folder: Path, state: State, json_output: bool, result: Result | None = None
+) -> None:
+    from handheld.release.update import bundle_path
+
+    path = bundle_path(folder, state.current)
+    facts: dict[str, Any] = {**state.model_dump(mode="json"), "bundle": str(path)}
+    if result is not None:
+        facts |= {
+            "changed": result.changed,
+            "fetched_bytes": result.fetched_bytes,
+            "reused_bytes": result.reused_bytes,
+        }
+    if json_output:
+        print_json(facts)
+        return
+    now = state.current
+    typer.echo(f"{path}: version {now.version}, {now.variant}, {now.residency}")
+    if result is not None:
+        typer.echo(f"fetched {result.fetched_bytes / 1e6:.2f} MB")
+    if state.previous is not None:
+        typer.echo(f"version {state.previous.version} stays until this one is confirmed")
 
 
 def _trusted(

@@ -117,8 +117,8 @@ def _latency(records: Sequence[RunRecord]) -> str:
     ]
     for r, values, s in timed:
         figures = r.summary()
-        extra = ", ".join(
-            f"{label} {figures[key]:.1f} ms"
+        extra = "".join(
+            f", {label} {figures[key]:.1f} ms"
             for key, label in (
                 ("first_ms", "first"),
                 ("cold_start_ms", "cold start"),
@@ -133,7 +133,7 @@ def _latency(records: Sequence[RunRecord]) -> str:
             f"{escape(r.device.id)}</h3>"
             f"{plots.strip(values, s.p5, s.median, s.p95, largest)}"
             f'<p class="small">{_link(r, f"median {s.median:.1f} ms")}, p5 {s.p5:.1f}, '
-            f"p95 {s.p95:.1f}, spread {s.spread:.0%}, {len(values)} iterations; {extra}"
+            f"p95 {s.p95:.1f}, spread {s.spread:.0%}, {len(values)} iterations{extra}"
             + "".join(f'<br><span class="bad">{escape(m)}</span>' for m in marks)
             + "</p></div>"
         )
