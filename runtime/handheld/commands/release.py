@@ -21,6 +21,7 @@ from handheld.errors import UsageError
 from handheld.release import builder as build_
 from handheld.release import catalogue, trust
 from handheld.release import selection as select_
+from handheld.release.folder import Release
 from handheld.release.manifest import Platform, ReleaseManifest
 from handheld.release.signing import Identity
 
@@ -255,6 +256,42 @@ def select(
         for v in answer.verdicts:
             line = f"  {v.variant}, {v.residency}: {v.reason}"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@release.command()
+def pack(
+    path: ReleaseArgument,
+    store: Annotated[str, typer.Option(help="play, apple or huggingface.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the store's tools.")],
+    json_output: JsonOption = False,
+) -> None:
+    """Lay a release out for a store's own tools, within its limits.
+
+    Play: AI packs, device targeting by RAM and SoC, Gradle files. Apple: managed asset packs for
+    Background Assets. Hugging Face: a model repository. Nothing is uploaded.
+
+    \b
+    handheld release pack build/release --store play -o build/play
+    handheld release pack build/release --store apple -o build/apple --json
+    """  # noqa: D301
+    from handheld.release import stores
+
+    chosen = stores.find(store)
+    layout = chosen.lay_out(Release.open(path), output)
+    if json_output:
+        print_json(
+            {
+                "store": layout.store,
+                "path": str(output),
+                "packs": [vars(p) for p in layout.packs],
+                "notes": list(layout.notes),
+            }
+        )
+        return
+    for item in layout.packs:
+        typer.echo(f"{item.name}: {item.bytes / 1e6:.1f} MB, {item.files} files")
+    for note in layout.notes:
+        typer.echo(note)
 
 
 @release.command()
