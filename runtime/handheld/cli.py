@@ -40,7 +40,7 @@ _COMMANDS = {
     "bundle": "Look into bundles.",
     "harness": "Make the native program that runs bundles.",
     "doctor": "Say what is missing here and how to get it.",
-    "schema": "Print the JSON Schemas of manifests, jobs, events and records.",
+    "schema": "Print the JSON Schemas of manifests, jobs, events, records and releases.",
 }
 LISTED = tuple(_COMMANDS)
 """Names of this distribution's commands."""
