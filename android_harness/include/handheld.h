@@ -35,6 +35,12 @@ HH_API const char* hh_engines(void);
 /* What went wrong last in this thread: a JSON object {"code": ..., "message": ...}. */
 HH_API const char* hh_last_error(void);
 
+/* Check that a bundle is the variant of a release that its release.json (a path) means: the hash of
+ * its manifest, and size and hash of every file. Do it once after an update; hh_open checks the
+ * bundle against its own manifest every time. */
+HH_API hh_status hh_check_release(const char* release_json, const char* variant,
+                                  const char* bundle);
+
 /* Open the bundle of a job (the JSON text of protocol.Job), plan residency, make resident
  * artifacts ready. Events may be NULL. */
 HH_API hh_status hh_open(const char* job_json, hh_event_fn events, void* user, hh_session** out);

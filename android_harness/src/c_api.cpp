@@ -8,6 +8,7 @@
 #include "engines.hpp"
 #include "json.hpp"
 #include "noise.hpp"
+#include "release.hpp"
 #include "session.hpp"
 
 struct hh_session {
@@ -69,6 +70,13 @@ const char* hh_engines(void) {
 }
 
 const char* hh_last_error(void) { return last_error.c_str(); }
+
+hh_status hh_check_release(const char* release_json, const char* variant, const char* bundle) {
+  return guarded({}, [&] {
+    if (!release_json || !variant || !bundle) throw hh::Error("job", "a name is missing");
+    hh::check_release(release_json, variant, bundle);
+  });
+}
 
 hh_status hh_open(const char* job_json, hh_event_fn events, void* user, hh_session** out) {
   hh::EventSink sink;

@@ -40,6 +40,9 @@ struct Manifest {
   const Artifact* artifact(const std::string& id) const;
 };
 
+// Reads a field that names a file.
+FileRef read_ref(const json::Node&);
+
 // Reads and checks manifest.json; the files that it names are checked by check_file.
 Manifest read_manifest(const std::string& folder);
 

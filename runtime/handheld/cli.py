@@ -35,10 +35,13 @@ _COMMANDS = {
     "serve-text": "Serve text encoders by the Open Inference Protocol.",
     "bench": "Measure latency and peak memory of bundles on devices.",
     "devices": "List this machine and attached phones.",
+    "release": "Build, verify, select from, publish and install releases.",
+    "report": "Make a page of run records.",
+    "compare": "Compare run records, with a gate.",
     "bundle": "Look into bundles.",
     "harness": "Make the native program that runs bundles.",
     "doctor": "Say what is missing here and how to get it.",
-    "schema": "Print the JSON Schemas of manifests, jobs, events and records.",
+    "schema": "Print the JSON Schemas of manifests, jobs, events, records and releases.",
 }
 LISTED = tuple(_COMMANDS)
 """Names of this distribution's commands."""

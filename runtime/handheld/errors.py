@@ -122,3 +122,16 @@ class TextServerError(HandheldError):
     """A text server cannot be reached in time, refuses, or answers wrongly."""
 
     code = "text-server"
+
+
+class ReleaseError(HandheldError):
+    """A release is malformed, incomplete or cannot be made."""
+
+    code = "release"
+
+
+class TrustError(HandheldError):
+    """A release is not what its signature says, or too old to be used."""
+
+    exit_code = 1
+    code = "trust"
