@@ -48,7 +48,22 @@ class DeviceFacts(Model):
     free_bytes: int | None = None
     """Free space where bundles and caches are kept."""
     os: str | None = None
+    os_build: str | None = None
     engines: dict[str, str] = {}
+    harness: str | None = None
+    """Which build of the harness it runs, where there are several."""
+    transport: str | None = None
+    """The program that reaches it, with its version."""
+
+
+class Transfer(Model):
+    """What was sent to a device before the run."""
+
+    files: int = 0
+    bytes: int = 0
+    kept_files: int = 0
+    """Files that were there already."""
+    kept_bytes: int = 0
 
 
 class Heat(Model):
@@ -59,6 +74,11 @@ class Heat(Model):
     celsius: float | None = None
     """The hottest sensor."""
     battery_celsius: float | None = None
+    battery_percent: Annotated[float, Field(ge=0, le=100)] | None = None
+    charging: bool | None = None
+    charge_uah: int | None = None
+    """What the battery holds, in microampere-hours."""
+    battery_mv: int | None = None
     throttle_events: int | None = None
     """Times the processor throttled since it was started."""
     busy: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -177,6 +197,8 @@ class RunRecord(Model):
     device: DeviceFacts
     bundle: BundleFacts
     settings: Settings
+    transfer: Transfer | None = None
+    """Null where nothing has to be sent."""
     passes: tuple[Pass, ...] = ()
     memory: MemoryFigures | None = None
     heat_start: Heat | None = None
