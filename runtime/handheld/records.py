@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import secrets
 from dataclasses import dataclass
@@ -85,6 +86,27 @@ class Heat(Model):
     """Part of all cores that was in use over a moment, before or after the run."""
 
 
+class GateFigures(Model):
+    """How the device was waited for before the run."""
+
+    waited_s: Annotated[float, Field(ge=0)] = 0.0
+    passed: bool
+    """Whether it was fit in the end."""
+    waited_for: tuple[str, ...] = ()
+    """What was wrong at first."""
+    reasons: tuple[str, ...] = ()
+    """What was still wrong when the run began."""
+    too_hot: bool = False
+
+
+class HeatSample(Model):
+    """Thermal state during a run."""
+
+    t_s: float
+    """Seconds since the pass was started."""
+    heat: Heat
+
+
 class BundleFacts(Model):
     """Which bundle was run."""
 
@@ -107,6 +129,9 @@ class Settings(Model):
     warmup: int
     iterations: int
     min_seconds: float
+    precision: float | None = None
+    max_seconds: float | None = None
+    sustained_s: float | None = None
     inputs: Literal["reference", "prefetched"] = "reference"
     cache: bool = True
     """Whether packed weights were kept in files."""
@@ -115,7 +140,7 @@ class Settings(Model):
 class Pass(Model):
     """One process of the harness, from start to end."""
 
-    purpose: Literal["first-ever", "latency", "memory"]
+    purpose: Literal["first-ever", "latency", "memory", "sustained", "diagnosis"]
     """``first-ever`` starts without packed weights, the others find them."""
     started: AwareDatetime
     finished: AwareDatetime
@@ -128,6 +153,7 @@ class Pass(Model):
     memory: tuple[Memory, ...] = ()
     thermal: tuple[Thermal, ...] = ()
     outputs: tuple[Output, ...] = ()
+    heat: tuple[HeatSample, ...] = ()
     done: bool = False
     error: str | None = None
 
@@ -173,6 +199,10 @@ class Check(Model):
     snr_db: float
     psnr_db: float
     max_abs_error: int
+    device_psnr_db: float | None = None
+    """The same as ``psnr_db``, computed on the device itself."""
+    first_wrong: str | None = None
+    """Of a wrong picture, the first segment that went wrong, if that could be found out."""
     min_psnr_db: float
     """Below this the picture is wrong."""
 
@@ -201,11 +231,14 @@ class RunRecord(Model):
     """Null where nothing has to be sent."""
     passes: tuple[Pass, ...] = ()
     memory: MemoryFigures | None = None
+    gate: GateFigures | None = None
     heat_start: Heat | None = None
     heat_end: Heat | None = None
     placement: dict[str, dict[str, int]] | None = None
     """Per artifact, operations by compute unit; null where the engine does not tell."""
     battery_drop_percent: float | None = None
+    energy_j_per_picture: float | None = None
+    """From the battery's charge counter over the sustained pass; null while it charges."""
     check: Check | None = None
     """Null where the inputs were not the reference's."""
     noisy: tuple[str, ...] = ()
@@ -224,11 +257,14 @@ class RunRecord(Model):
         first = latency.milliseconds("first") if latency else []
         ever = next((p for p in self.passes if p.purpose == "first-ever"), None)
         stats = statistics(timed)
+        sustained = next((p for p in self.passes if p.purpose == "sustained"), None)
+        curve = [ms for _, ms in sustained_curve(sustained)] if sustained else []
         return {
             "median_ms": stats.median if stats else None,
             "p5_ms": stats.p5 if stats else None,
             "p95_ms": stats.p95 if stats else None,
             "spread": stats.spread if stats else None,
+            "precision": median_uncertainty(timed),
             "timed": len(timed),
             "first_ms": first[0] if first else None,
             "load_ms": latency.load_ms if latency else None,
@@ -236,6 +272,8 @@ class RunRecord(Model):
             "first_ever_ms": ever.spawn_to_first_ms if ever else None,
             "drift": drift(timed),
             "peak_rss": self.memory.peak_rss if self.memory else None,
+            "sustained_start_ms": curve[0] if curve else None,
+            "sustained_end_ms": curve[-1] if curve else None,
             "matches": self.check.matches if self.check else None,
             "psnr_db": self.check.psnr_db if self.check else None,
         }
@@ -267,6 +305,35 @@ def statistics(values: list[float]) -> Statistics | None:
     return Statistics(median, p5, p95)
 
 
+def median_uncertainty(values: list[float]) -> float | None:
+    """Return half the width of the median's 95 % confidence interval, as part of the median.
+
+    By order statistics, so that no distribution is assumed; None below six values. The
+    harness stops by the same rule.
+    """
+    n = len(values)
+    if n < 6:
+        return None
+    ordered = sorted(values)
+    spread = 1.959964 * math.sqrt(n)
+    low = max(0, math.floor((n - spread) / 2))
+    high = min(n - 1, math.ceil((n + spread) / 2))
+    median = float(np.median(ordered))
+    return max(median - ordered[low], ordered[high] - median) / median if median > 0 else None
+
+
+def sustained_curve(item: Pass, bin_s: float = 30.0) -> list[tuple[float, float]]:
+    """Return (seconds since the first timed run, median milliseconds) for every bin of time."""
+    timed = [i for i in item.iterations if i.kind == "timed"]
+    if not timed:
+        return []
+    start = timed[0].t_ms - timed[0].total_ms
+    bins: dict[int, list[float]] = {}
+    for iteration in timed:
+        bins.setdefault(int((iteration.t_ms - start) / 1000 / bin_s), []).append(iteration.total_ms)
+    return [(index * bin_s, float(np.median(values))) for index, values in sorted(bins.items())]
+
+
 def drift(values: list[float]) -> float | None:
     """Return by which part the last third is slower than the first third."""
     third = len(values) // 3
@@ -275,7 +342,9 @@ def drift(values: list[float]) -> float | None:
     return float(np.median(values[-third:]) / np.median(values[:third]) - 1)
 
 
-def noise_reasons(timed: list[float], start: Heat | None) -> tuple[str, ...]:
+def noise_reasons(
+    timed: list[float], start: Heat | None, end: Heat | None = None
+) -> tuple[str, ...]:
     """Return the reasons not to trust the times of a run."""
     reasons = []
     stats = statistics(timed)
@@ -284,8 +353,9 @@ def noise_reasons(timed: list[float], start: Heat | None) -> tuple[str, ...]:
     change = drift(timed)
     if change is not None and abs(change) > NOISY_SPREAD:
         reasons.append(f"the last third is {change:+.0%} against the first")
-    if start and start.busy is not None and start.busy > NOISY_LOAD:
-        reasons.append(f"other processes used {start.busy:.0%} of the cores before the start")
+    for heat, when in ((start, "before the start"), (end, "after the end")):
+        if heat and heat.busy is not None and heat.busy > NOISY_LOAD:
+            reasons.append(f"other processes used {heat.busy:.0%} of the cores {when}")
     return tuple(reasons)
 
 

@@ -28,6 +28,7 @@ CALL_S = 30.0
 """How long a small request may take."""
 SLOWEST_BYTES_PER_S = 250_000
 """A transfer slower than this is taken for a hanging one."""
+LARGEST_PULL_BYTES = 256 * 2**20
 MAX_OUTPUT_BYTES = 16 * 2**20
 _EXIT = "@handheld-exit "
 
@@ -203,17 +204,17 @@ class Phone:
             raise self.gone(_last_line(done.stderr or done.stdout))
         return Output(body, int(code))
 
-    def push(self, source: Path, target: str, nbytes: int) -> None:
-        """Send a file.
+    def push(self, sources: Sequence[Path], target: str, nbytes: int) -> None:
+        """Send files: one to a name, or several into a folder.
 
         Raises
         ------
         DeviceError
-            If it did not arrive.
+            If they did not all arrive.
         """
-        self._transfer("push", str(source.absolute()), target, nbytes)
+        self._transfer("push", [*(str(p.absolute()) for p in sources), target], nbytes)
 
-    def pull(self, source: str, target: Path, nbytes: int) -> None:
+    def pull(self, source: str, target: Path) -> None:
         """Fetch a file.
 
         Raises
@@ -221,13 +222,13 @@ class Phone:
         DeviceError
             If it did not arrive.
         """
-        self._transfer("pull", source, str(target.absolute()), nbytes)
+        self._transfer("pull", [source, str(target.absolute())], LARGEST_PULL_BYTES)
         if not target.is_file():
             raise DeviceError("adb brought nothing", path=source)
 
-    def _transfer(self, verb: str, source: str, target: str, nbytes: int) -> None:
+    def _transfer(self, verb: str, paths: list[str], nbytes: int) -> None:
         seconds = CALL_S + nbytes / SLOWEST_BYTES_PER_S
-        done = self.server.call("-s", self.serial, verb, source, target, timeout_s=seconds)
+        done = self.server.call("-s", self.serial, verb, *paths, timeout_s=seconds)
         if done.returncode == 0:
             return
         reason = _last_line(f"{done.stdout}\n{done.stderr}")

@@ -38,6 +38,7 @@ OBJECTS, HARNESS, WEIGHTS, RUNS = (f"{ROOT}/{n}" for n in ("objects", "harness",
 SPARE_BYTES = 100_000_000
 """Space that stays free on the phone."""
 SYNC_S = 120.0
+BATCH_BYTES = 32_000_000
 
 _KITS: Final = {
     "arm64-v8a": ("android-arm64", "linux-arm64"),
@@ -100,7 +101,7 @@ def _ending(files: str) -> list[str]:
 _SWEEP: Final = script(
     [
         *_ending(f"{RUNS}/*/pid"),
-        f"rm -rf {RUNS} {ROOT}/{MANIFEST} {OBJECTS}/*.part {HARNESS}/*/*.part",
+        f"rm -rf {RUNS} {ROOT}/{MANIFEST}",
         f"mkdir -p {OBJECTS} {HARNESS} {WEIGHTS} {RUNS}",
     ]
 )
@@ -267,7 +268,6 @@ class _File:
     target: str
     sha256: str
     bytes: int
-    executable: bool = False
 
 
 class AndroidPlace(Place):
@@ -295,37 +295,49 @@ class AndroidPlace(Place):
         DeviceError
             If the phone is gone or full.
         """
-        self._must(_SWEEP, "cannot make its folder", timeout_s=60)
-        told = self._phone.shell("cat /proc/sys/kernel/random/boot_id")
-        self._boot = told.text.strip()
+        refs = {ref.sha256: ref for _, ref in references(self._bundle.manifest)}
         files = [
-            _File(path, f"{OBJECTS}/{ref.sha256}", ref.sha256, ref.bytes)
-            for ref, path in {
-                ref.sha256: (ref, self._bundle.file(ref))
-                for _, ref in references(self._bundle.manifest)
-            }.values()
+            _File(self._bundle.file(ref), f"{OBJECTS}/{digest}", digest, ref.bytes)
+            for digest, ref in refs.items()
         ]
         for name, digest in self._kit.info.files.items():
             path = self._kit.folder / name
-            size = path.stat().st_size
-            files.append(_File(path, f"{self._harness}/{name}", digest, size, executable=True))
-        self._send(files)
-        with tempfile.TemporaryDirectory(prefix="handheld-") as folder:
-            manifest = Path(folder) / MANIFEST
-            manifest.write_text(json.dumps(flattened(self._bundle)))
-            self._phone.push(manifest, f"{ROOT}/{MANIFEST}", manifest.stat().st_size)
-
-    def _send(self, files: list[_File]) -> None:
-        self._must(f"mkdir -p {quote(self._harness)} {quote(self._run)}", "cannot make a folder")
-        have = self._sizes()
+            files.append(_File(path, f"{self._harness}/{name}", digest, path.stat().st_size))
+        told = self._must(
+            script(
+                [
+                    _SWEEP,
+                    f"mkdir -p {self._harness} {self._run} || exit 1",
+                    "cat /proc/sys/kernel/random/boot_id",
+                    "echo @space; df -k /data/local/tmp",
+                    "echo @sizes; cd " + ROOT,
+                    f"for d in objects harness/{self._kit.sha256}; do",
+                    '  ( cd $d && stat -c "%s $d/%n" * 2>/dev/null )',
+                    "done; true",
+                ]
+            ),
+            "cannot make its folders",
+            timeout_s=60,
+        )
+        parts = sections("boot", told)
+        self._boot = parts["boot"].strip()
+        have = {}
+        for line in parts.get("sizes", "").splitlines():
+            size, _, name = line.partition(" ")
+            if size.isdigit():
+                have[f"{ROOT}/{name}"] = int(size)
         missing = [f for f in files if have.get(f.target) != f.bytes]
         total = sum(f.bytes for f in missing)
-        self._make_room(total, {f.target for f in files}, have)
+        self._make_room(total, {f.target for f in files}, have, parse_free(parts.get("space", "")))
+        with tempfile.TemporaryDirectory(prefix="handheld-") as name:
+            manifest = Path(name) / MANIFEST
+            manifest.write_text(json.dumps(flattened(self._bundle)))
+            self._phone.push([manifest], f"{ROOT}/{MANIFEST}", manifest.stat().st_size)
         sent = 0
-        for file in missing:
-            self._sending(file.source.name, sent, total)
-            self._send_one(file)
-            sent += file.bytes
+        for batch in batches(missing):
+            self._sending(batch[0].source.name, sent, total)
+            self._send_batch(batch)
+            sent += sum(f.bytes for f in batch)
         if missing:
             # A phone that loses power now must not keep names of files without their bytes.
             self._phone.shell("sync", timeout_s=SYNC_S)
@@ -337,55 +349,50 @@ class AndroidPlace(Place):
             kept_bytes=sum(f.bytes for f in files) - total,
         )
 
-    def _send_one(self, file: _File) -> None:
-        part = f"{file.target}.part"
-        self._phone.push(file.source, part, file.bytes)
-        checked = self._phone.shell(
-            f"sha256sum {quote(part)}", timeout_s=adb.CALL_S + file.bytes / 20_000_000
-        )
-        # Old phones lack the command; the transfer itself checks nothing.
-        if checked.code == 0 and not checked.text.startswith(file.sha256):
+    def _send_batch(self, batch: list[_File]) -> None:
+        nbytes = sum(f.bytes for f in batch)
+        with tempfile.TemporaryDirectory(prefix="handheld-") as name:
+            # adb names what it sends after its source.
+            links = [Path(name) / f"{i}" for i in range(len(batch))]
+            for link, file in zip(links, batch, strict=True):
+                link.symlink_to(file.source.resolve())
+            self._phone.push(links, f"{self._run}/", nbytes)
+        lines = [f"cd {self._run} || exit 1"]
+        for i, file in enumerate(batch):
+            lines += [
+                # Old phones lack the command.
+                f"sum=$(sha256sum {i} 2>/dev/null)",
+                f'case "$sum" in ""|{file.sha256}*) ;; *) echo "@changed {i}"; exit 1;; esac',
+                f"chmod 755 {i} && mv -f {i} {quote(file.target)} || exit 1",
+            ]
+        told = self._phone.shell(script(lines), timeout_s=adb.CALL_S + nbytes / 20_000_000)
+        if found := re.search(r"@changed (\d+)", told.text):
             raise DeviceError(
                 "a file changed on its way to the phone",
-                path=file.source,
+                path=batch[int(found[1])].source,
                 remedy="fetch the bundle again, or use another cable",
             )
-        mode = "755" if file.executable else "644"
-        self._must(
-            f"chmod {mode} {quote(part)} && mv -f {quote(part)} {quote(file.target)}",
-            "cannot name a file",
-        )
+        if told.code:
+            raise DeviceError(
+                f"the phone cannot keep a file: {told.text.strip()}", field=self._phone.serial
+            )
 
-    def _sizes(self) -> dict[str, int]:
-        """Return the sizes of the files in the cache."""
-        told = self._phone.shell(
-            f"cd {ROOT} && for d in objects harness/{self._kit.sha256}; do "
-            '( cd $d && stat -c "%s $d/%n" * 2>/dev/null ); done; true'
-        )
-        found = {}
-        for line in told.text.splitlines():
-            size, _, name = line.partition(" ")
-            if size.isdigit():
-                found[f"{ROOT}/{name}"] = int(size)
-        return found
-
-    def _make_room(self, need: int, wanted: set[str], have: dict[str, int]) -> None:
-        def free() -> int | None:
-            return parse_free(self._phone.shell("df -k /data/local/tmp").text)
-
-        left = free()
+    def _make_room(
+        self, need: int, wanted: set[str], have: dict[str, int], left: int | None
+    ) -> None:
         if left is None or left >= need + SPARE_BYTES or not need:
             return
         # The cache gives way before a run fails.
-        for name in have:
-            if name.startswith(f"{OBJECTS}/") and name not in wanted:
-                self._phone.shell(f"rm -f {quote(name)}")
-        keep = self._harness.rpartition("/")[2]
-        self._phone.shell(
-            f"rm -rf {WEIGHTS}/*; cd {HARNESS} && for d in *; do "
-            f'[ "$d" = {quote(keep)} ] || rm -rf "$d"; done'
-        )
-        left = free()
+        old = [n for n in have if n.startswith(f"{OBJECTS}/") and n not in wanted]
+        lines = [f"rm -f {quote(name)}" for name in old]
+        lines += [
+            f"rm -rf {WEIGHTS}/*",
+            f"cd {HARNESS} && for d in *; do",
+            f'  [ "$d" = {self._kit.sha256} ] || rm -rf "$d"',
+            "done",
+            "df -k /data/local/tmp",
+        ]
+        left = parse_free(self._phone.shell(script(lines)).text)
         if left is not None and left < need + SPARE_BYTES:
             raise DeviceError(
                 f"the phone has {left / 1e6:.0f} MB free, the bundle needs {need / 1e6:.0f} MB "
@@ -396,15 +403,16 @@ class AndroidPlace(Place):
 
     def run(self, job: Job, timeout_s: float | None = None) -> Generator[Received, None, None]:
         """Run the harness on the phone."""
-        remote = self._send_job(job)
-        exports = "".join(
-            f"export {k}={quote(v)} && " for k, v in self._kit.info.environment.items()
-        )
-        start = " ".join(quote(word) for word in self._kit.info.command)
-        command = self._phone.shell_command(
-            f"cd {quote(self._harness)} && echo $$ > {quote(self._run)}/pid && "
-            f"{exports}exec {start} {quote(self._run)}/job.json"
-        )
+        remote = self._translate(job)
+        lines = [f"mkdir -p {quote(f'{self._harness}/{remote.cache}')}"] if remote.cache else []
+        lines += [
+            f"cd {self._harness} || exit 1",
+            f"printf %s {quote(remote.model_dump_json())} > {self._run}/job.json || exit 1",
+            f"echo $$ > {self._run}/pid",
+            *(f"export {k}={quote(v)}" for k, v in self._kit.info.environment.items()),
+            f"exec {' '.join(map(quote, self._kit.info.command))} {_seen(self._run)}/job.json",
+        ]
+        command = self._phone.shell_command(script(lines))
         ended = False
         try:
             for received in process.run(command, timeout_s=timeout_s, probe=self._probe):
@@ -424,9 +432,10 @@ class AndroidPlace(Place):
             if not ended:
                 # The adb program has ended, which does not end what it had started.
                 with contextlib.suppress(DeviceError):
-                    self._phone.shell(script(_ending(f"{quote(self._run)}/pid")), timeout_s=60)
+                    self._phone.shell(script(_ending(f"{self._run}/pid")), timeout_s=60)
 
-    def _send_job(self, job: Job) -> Job:
+    def _translate(self, job: Job) -> Job:
+        """Return the job with the phone's paths, and send inputs that are not the bundle's."""
         known = {
             str(self._bundle.file(ref).resolve()): f"{OBJECTS}/{ref.sha256}"
             for _, ref in references(self._bundle.manifest)
@@ -437,37 +446,23 @@ class AndroidPlace(Place):
             target = known.get(str(path))
             if target is None:
                 target = f"{self._run}/{sha256_file(path)}"
-                self._phone.push(path, target, path.stat().st_size)
+                self._phone.push([path], target, path.stat().st_size)
                 known[str(path)] = target
             inputs[name] = TensorFile(path=_seen(target), tensor=source.tensor)
-        cache = self._cache(job.cache) if job.cache else None
-        if cache:
-            self._must(f"mkdir -p {quote(cache)}", "cannot make a folder")
-        remote = job.model_copy(
+        return job.model_copy(
             update={
                 "bundle": _seen(ROOT),
                 "inputs": inputs,
-                "cache": _seen(cache) if cache else None,
+                "cache": _seen(self._cache(job.cache)) if job.cache else None,
                 "output": _seen(f"{self._run}/picture.raw") if job.output else None,
                 "dump_calls": _seen(f"{self._run}/calls.safetensors") if job.dump_calls else None,
             }
         )
-        with tempfile.TemporaryDirectory(prefix="handheld-") as folder:
-            path = Path(folder) / "job.json"
-            path.write_text(remote.model_dump_json())
-            self._phone.push(path, f"{self._run}/job.json", path.stat().st_size)
-        return remote
 
     def _fetch(self, job: Job, remote: Job) -> None:
-        for source, target in (
-            (remote.output, job.output),
-            (remote.dump_calls, job.dump_calls),
-        ):
+        for source, target in ((remote.output, job.output), (remote.dump_calls, job.dump_calls)):
             if source and target:
-                path = f"{self._harness}/{source}"
-                told = self._phone.shell(f"stat -c %s {quote(path)}")
-                size = int(told.text) if told.text.strip().isdigit() else 2**30
-                self._phone.pull(path, Path(target), size)
+                self._phone.pull(f"{self._harness}/{source}", Path(target))
 
     def _probe(self) -> None:
         self._phone.shell("true")
@@ -504,12 +499,25 @@ class AndroidPlace(Place):
         """End harnesses that still run and remove everything but the cache."""
         self._phone.shell(_SWEEP, timeout_s=60)
 
-    def _must(self, text: str, what: str, timeout_s: float = adb.CALL_S) -> None:
+    def _must(self, text: str, what: str, timeout_s: float = adb.CALL_S) -> str:
         done = self._phone.shell(text, timeout_s)
         if done.code:
             if "No space left" in done.text:
-                what = "its storage is full"
+                what = "is full"
             raise DeviceError(f"the phone {what}: {done.text.strip()}", field=self._phone.serial)
+        return done.text
+
+
+def batches(files: list[_File], nbytes: int = BATCH_BYTES) -> Iterator[list[_File]]:
+    """Put small files together, since each request takes a while of its own."""
+    batch: list[_File] = []
+    for file in files:
+        if batch and sum(f.bytes for f in batch) + file.bytes > nbytes:
+            yield batch
+            batch = []
+        batch.append(file)
+    if batch:
+        yield batch
 
 
 def _seen(path: str) -> str:
