@@ -178,6 +178,10 @@ class Phone:
     async def _stop(self) -> None:
         await self._unplug()
         self._kill_all()
+        for _ in range(100):
+            if not self.running:
+                break
+            await asyncio.sleep(0.02)
         if self._server is not None:
             self._server.close()
 
@@ -404,7 +408,8 @@ class _Host:
                 stream.acknowledged.set()
             elif command == b"WRTE":
                 await self._slow(len(data))
-                stream.input.feed_data(data)
+                if not stream.closed:
+                    stream.input.feed_data(data)
                 await self.send(b"OKAY", stream.local, stream.remote)
             elif command == b"CLSE":
                 stream.end()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from handheld import harness
 from handheld.bundle import Bundle, load_tensors
 from handheld.devices import process
-from handheld.errors import HandheldError
+from handheld.errors import HandheldError, HarnessError
 from handheld.program import Call
 from handheld.protocol import Job
 
@@ -102,6 +102,8 @@ def find(bundle: Bundle, job: Job, run: Callable[[Job], None]) -> Wrong | None:
         once = {"iterations": 1, "warmup": 0, "min_seconds": 0.0, "precision": None,
                 "output": None, "expect": None, "cache": None}  # fmt: skip
         run(job.model_copy(update={**once, "dump_calls": str(path)}))
+        if not path.is_file():
+            raise HarnessError("the harness wrote no results of its calls")
         have = load_tensors(path)
         wanted, against = bundle.reference(), "the bundle's reference"
         keys = {f"call.{i}.{p}" for i, c in enumerate(calls(bundle, job.size)) for p in c.results}

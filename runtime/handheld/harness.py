@@ -309,7 +309,11 @@ def _wheel(engine: str) -> _Package:
                 "--platform=manylinux2014_aarch64",
                 f"--dest={wheels}", f"{distribution}=={version}",
             ]  # fmt: skip
-            _step(command, folder.with_suffix(".log"), f"lacks {distribution} for arm64 Linux")
+            _step(
+                command,
+                folder.with_name(f"{folder.name}.log"),
+                f"lacks {distribution} for arm64 Linux",
+            )
             for wheel in wheels.glob("*.whl"):
                 with zipfile.ZipFile(wheel) as archive:
                     archive.extractall(temporary)

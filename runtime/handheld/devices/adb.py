@@ -7,6 +7,7 @@ server. It may talk to servers on other machines: ``HANDHELD_ADB_SERVERS`` names
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -26,6 +27,7 @@ SERVERS: Final = "HANDHELD_ADB_SERVERS"
 
 CALL_S = 30.0
 """How long a small request may take."""
+ATTACH_S = 15.0
 SLOWEST_BYTES_PER_S = 250_000
 """A transfer slower than this is taken for a hanging one."""
 LARGEST_PULL_BYTES = 256 * 2**20
@@ -231,8 +233,9 @@ class Phone:
         done = self.server.call("-s", self.serial, verb, *paths, timeout_s=seconds)
         if done.returncode == 0:
             return
-        reason = _last_line(f"{done.stdout}\n{done.stderr}")
-        if "No space left" in reason:
+        said = f"{done.stdout}\n{done.stderr}"
+        reason = _last_line("\n".join(x for x in said.splitlines() if "error" in x) or said)
+        if "No space left" in said:
             raise DeviceError(
                 "the phone's storage is full", field=self.serial, remedy="free some space on it"
             )
@@ -249,13 +252,18 @@ class Phone:
         return next((d.state for d in listed if d.serial == self.serial), "gone")
 
     def attach(self) -> bool:
-        """Tell whether the phone is there; one on the network is looked for once more."""
+        """Tell whether the phone is there, after looking for it once more."""
         if self.state() == "device":
             return True
-        try:
-            return ":" in self.serial and self.server.connect(self.serial)
-        except DeviceError:
-            return False
+        with contextlib.suppress(DeviceError):
+            if ":" in self.serial:
+                # The server holds on to a dead connection and would call it connected.
+                self.server.call("disconnect", self.serial)
+                return self.server.connect(self.serial)
+            self.server.call("-s", self.serial, "reconnect")
+            self.server.call("-s", self.serial, "wait-for-device", timeout_s=ATTACH_S)
+            return self.state() == "device"
+        return False
 
     def gone(self, reason: str = "") -> DeviceError:
         """Return the error that says that the phone went away."""

@@ -171,7 +171,7 @@ class AndroidDevice(Device):
 
     def facts(self) -> DeviceFacts:
         """Return what the phone says about itself."""
-        told = sections("getprop", self.phone.shell(_FACTS).text)
+        told = sections("getprop", self._ask(_FACTS))
         properties = parse_getprop(told.get("getprop", ""))
         try:
             chosen = self._kit(properties)
@@ -197,7 +197,7 @@ class AndroidDevice(Device):
 
     def heat(self) -> Heat:
         """Return thermal state, battery and load now."""
-        return parse_heat(self.phone.shell(_HEAT).text)
+        return parse_heat(self._ask(_HEAT))
 
     def kit(self) -> Kit:
         """Return the harness for this phone.
@@ -207,7 +207,16 @@ class AndroidDevice(Device):
         HarnessError
             If there is none.
         """
-        return self._kit(parse_getprop(self.phone.shell("getprop").text))
+        return self._kit(parse_getprop(self._ask("getprop")))
+
+    def _ask(self, text: str) -> str:
+        try:
+            return self.phone.shell(text).text
+        except DeviceError:
+            # It may have been plugged in again, or the server started anew.
+            if not self.phone.attach():
+                raise
+        return self.phone.shell(text).text
 
     def _kit(self, properties: Mapping[str, str]) -> Kit:
         abi = properties.get("ro.product.cpu.abi", "unknown")
@@ -440,19 +449,21 @@ class AndroidPlace(Place):
             str(self._bundle.file(ref).resolve()): f"{OBJECTS}/{ref.sha256}"
             for _, ref in references(self._bundle.manifest)
         }
-        inputs = {}
-        for name, source in job.inputs.items():
+
+        def sent(source: TensorFile) -> TensorFile:
             path = Path(source.path).resolve()
             target = known.get(str(path))
             if target is None:
                 target = f"{self._run}/{sha256_file(path)}"
                 self._phone.push([path], target, path.stat().st_size)
                 known[str(path)] = target
-            inputs[name] = TensorFile(path=_seen(target), tensor=source.tensor)
+            return TensorFile(path=_seen(target), tensor=source.tensor)
+
         return job.model_copy(
             update={
                 "bundle": _seen(ROOT),
-                "inputs": inputs,
+                "inputs": {name: sent(source) for name, source in job.inputs.items()},
+                "expect": sent(job.expect) if job.expect else None,
                 "cache": _seen(self._cache(job.cache)) if job.cache else None,
                 "output": _seen(f"{self._run}/picture.raw") if job.output else None,
                 "dump_calls": _seen(f"{self._run}/calls.safetensors") if job.dump_calls else None,
