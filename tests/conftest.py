@@ -8,7 +8,7 @@ import os
 import pytest
 
 # Phones that are plugged in are none of the tests' business; those that want one bring it.
-os.environ["HANDHELD_ADB"] = os.environ["HANDHELD_XCRUN"] = os.environ["HANDHELD_PMD3"] = "/none"
+os.environ["HANDHELD_ADB"] = os.environ["HANDHELD_XCRUN"] = "/none"
 
 if importlib.util.find_spec("torch") is not None:
     import torch

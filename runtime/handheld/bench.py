@@ -484,6 +484,10 @@ class _Attempt:
                 if seconds >= next_sample:
                     seen["heat"].append(HeatSample(t_s=seconds, heat=self.device.heat()))
                     next_sample = seconds + (sample_s or math.inf)
+            if self.device.kind != "host":
+                # A phone that was hot for this pass may have cooled before the next.
+                seconds = (datetime.now(UTC) - started).total_seconds()
+                seen["heat"].append(HeatSample(t_s=seconds, heat=self.device.heat()))
         except KeyboardInterrupt:
             values["error"] = "interrupted"
             raise

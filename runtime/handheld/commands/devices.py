@@ -26,7 +26,7 @@ def devices(
 ) -> None:
     """List this machine and attached phones, and what stops those that cannot be used.
 
-    Phones are found by adb (Android) and by devicectl or pymobiledevice3 (iPhone).
+    Phones are found by adb (Android) and, on a Mac, by xcrun devicectl (iPhone).
     HANDHELD_ADB_SERVERS=tcp:HOST:PORT,... names adb servers on other machines.
 
     \b

@@ -108,7 +108,7 @@ def _events(
             ) from None
         if item is None:
             break
-        event = _parse(item[0])
+        event = parse(item[0])
         if event is None:
             continue
         if isinstance(event, Hello) and event.protocol != PROTOCOL_VERSION:
@@ -142,7 +142,8 @@ def _read(
     lines.put(None)
 
 
-def _parse(line: bytes) -> AnyEvent | None:
+def parse(line: bytes) -> AnyEvent | None:
+    """Read a line as an event; None if it is none."""
     if not line.lstrip().startswith(b"{"):
         return None
     try:
