@@ -111,7 +111,8 @@ def matrix(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
         print(listed)
-        command = [sys.executable, ROOT / "benchmarks" / "phones.py", table, "--records", file,
+        script = ROOT / "benchmarks" / "phones.py"
+        command = [sys.executable, str(script), str(table), "--records", str(file),
                    "--json"]  # fmt: skip
         first = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         left = [p.left() for p in made]

@@ -95,7 +95,7 @@ public struct Iteration: Codable, Equatable, Sendable {
 }
 
 public struct Memory: Codable, Equatable, Sendable {
-    public enum Phase: String, Codable, Sendable { case start, loaded, first, end }
+    public enum Phase: String, Codable, Sendable { case start, loaded, first, end, warning }
     public var phase: Phase
     public var rss: Int?
     public var peak_rss: Int?
@@ -118,6 +118,7 @@ public struct Output: Codable, Equatable, Sendable {
     public var shape: [Int]
     public var dtype: String
     public var file: String?
+    public var psnr_db: Double?
 }
 
 public struct Failure: Codable, Equatable, Sendable {

@@ -31,7 +31,7 @@ from handheld.devices.devicectl import DevicectlError, Listed
 from handheld.errors import DeviceError, HarnessError
 from handheld.files import sha256_file
 from handheld.native import NativeError
-from handheld.protocol import Done, Failure, Job, Output, TensorFile
+from handheld.protocol import Done, Failure, Job, Output, TensorFile, Thermal
 from handheld.records import DeviceFacts, Heat, Transfer
 
 APP: Final = "HANDHELD_IOS_APP"
@@ -152,6 +152,9 @@ class IosDevice(Device):
         """Return the thermal state, which only the app can tell, during a run."""
         if self._place is None:
             return Heat()
+        if self._place.running:
+            # To ask, the app would have to be started anew.
+            return Heat(status=self._place.thermal)
         report = self._place.ask()
         return Heat(
             status=None if report.thermal is None else _STATUS[report.thermal],
@@ -183,6 +186,9 @@ class IosPlace(Place):
         self._bundle = bundle
         self._run = f"runs/{uuid.uuid4().hex}"
         self.report = Report()
+        self.running = False
+        self.thermal: int | None = None
+        """What the last event of the run said."""
         self.transfer = Transfer()
 
     def ask(self) -> Report:
@@ -271,9 +277,12 @@ class IosPlace(Place):
                 self._copy_to(folder / file, f"incoming/{file}")
             pid = self._launch("--job", self._run)
             ended = False
+            self.running = True
             try:
                 for event in self._events(folder / "events.jsonl", pid, timeout_s):
                     received = event.event
+                    if isinstance(received, Thermal):
+                        self.thermal = received.status
                     if isinstance(received, Output) and received.file is not None:
                         received = received.model_copy(update={"file": job.output})
                     if isinstance(received, Done):
@@ -282,6 +291,7 @@ class IosPlace(Place):
                     ended = ended or isinstance(received, Failure)
                     yield Received(received, event.since_spawn_ms)
             finally:
+                self.running = False
                 if not ended:
                     with contextlib.suppress(DeviceError):
                         self._terminate(pid)
