@@ -266,6 +266,110 @@ def build_kit(name: str, force: bool = False) -> Kit:
     return made
 
 
+def add_kit(folder: Path) -> Kit:
+    """Check a harness that was built with Android's NDK and keep it for phones.
+
+    Parameters
+    ----------
+    folder : Path
+        With the program, its library, and the engines' libraries for Android.
+
+    Raises
+    ------
+    HarnessError
+        If a file is missing or could not be loaded by a phone.
+    """
+    name = "android-arm64"
+    files = sorted(p for p in folder.iterdir() if p.name == PROGRAM or p.suffix == ".so")
+    for needed in (PROGRAM, "libhandheld.so"):
+        if not any(p.name == needed for p in files):
+            raise HarnessError(
+                f"there is no {needed}", path=folder, remedy="build it: docs/android.md"
+            )
+    names = {p.name for p in files}
+    for path in files:
+        check_android_library(path, names)
+    holds = {"litert": "libLiteRt.so", "executorch": "libhandheld_executorch.so"}
+    # A library for another processor cannot be asked; every run says the versions.
+    engines = {engine: "unknown" for engine, file in holds.items() if file in names}
+    if not engines:
+        raise HarnessError(
+            "it holds no engine", path=folder, remedy="copy the engines' libraries beside it"
+        )
+    target = kit.folder(name)
+    with replaced_folder(target) as temporary:
+        for path in files:
+            shutil.copyfile(path, temporary / path.name)
+            (temporary / path.name).chmod(0o755)
+        environment = {"LD_LIBRARY_PATH": ".", "ADSP_LIBRARY_PATH": "."}
+        if "litert" in engines:
+            environment["HANDHELD_LITERT_LIBRARY"] = "libLiteRt.so"
+        kit.write(temporary, name, engines, (f"./{PROGRAM}",), environment)
+    made = kit.find(name)
+    assert made is not None
+    return made
+
+
+PAGE_BYTES = 16384
+_ANDROID_OWN = {"libc.so", "libm.so", "libdl.so", "liblog.so", "libandroid.so", "libEGL.so",
+                "libGLESv2.so", "libGLESv3.so", "libvulkan.so", "libnativewindow.so",
+                "libcdsprpc.so", "libOpenCL.so"}  # fmt: skip
+_FUNCTIONS = {
+    "libhandheld.so": ("hh_open", "hh_run_job", "hh_memory_warning"),
+    "libLiteRt.so": ("LiteRtCreateEnvironment", "LiteRtCreateCompiledModel"),
+    "libhandheld_executorch.so": ("hh_make_executorch",),
+}
+
+
+def check_android_library(path: Path, beside: set[str]) -> None:
+    """Check that a phone can load a library or program.
+
+    Raises
+    ------
+    HarnessError
+        Naming the first thing that is wrong: another processor, glibc, too little alignment,
+        a library or function that is missing.
+    """
+    if path.name.startswith("libQnnHtp") and path.name.endswith("Skel.so"):
+        return  # runs on the signal processor, not on Android
+
+    def fail(what: str, remedy: str) -> HarnessError:
+        return HarnessError(what, path=path, remedy=remedy)
+
+    text = _readelf(path, "-hlWd")
+    rebuild = "build or fetch it for Android, arm64-v8a"
+    if not re.search(r"Machine:\s+AArch64", text):
+        raise fail("is not for arm64", rebuild)
+    needed = re.findall(r"\(NEEDED\)\s+Shared library: \[([^\]]+)\]", text)
+    if glibc := [n for n in needed if re.search(r"\.so\.\d", n) or n.startswith("ld-linux")]:
+        raise fail(f"is made for glibc ({glibc[0]}), which Android lacks", rebuild)
+    align = [int(a, 16) for a in re.findall(r"^\s+LOAD\s.*(0x[0-9a-f]+)$", text, re.MULTILINE)]
+    if not align or min(align) < PAGE_BYTES:
+        raise fail(
+            "is aligned to pages of less than 16 KB, which newer phones do not load",
+            "link it with -Wl,-z,max-page-size=16384, or fetch a newer one",
+        )
+    if missing := sorted(set(needed) - beside - _ANDROID_OWN):
+        raise fail(f"needs {missing[0]}, which is not beside it", "copy it there")
+    wanted = _FUNCTIONS.get(path.name, ())
+    symbols = set(re.findall(r"\s(\w+)(?:@\S*)?$", _readelf(path, "-sW", "--dyn-syms"), re.M))
+    if lacking := [f for f in wanted if f not in symbols]:
+        raise fail(f"lacks the function {lacking[0]}", "use the version that docs/android.md names")
+
+
+def _readelf(path: Path, *options: str) -> str:
+    try:
+        return subprocess.run(
+            ["readelf", *options, path], capture_output=True, text=True, timeout=60, check=True
+        ).stdout
+    except FileNotFoundError:
+        raise MissingDependencyError(
+            f"cannot look into {path.name}", remedy="apt install binutils"
+        ) from None
+    except (OSError, subprocess.SubprocessError):
+        raise HarnessError("is no program or library", path=path) from None
+
+
 _CROSS = "aarch64-linux-gnu-g++"
 _SOURCE = "source.txt"
 _LIBRARIES = {"executorch": "lib", "litert": ""}
@@ -357,15 +461,7 @@ def _collect(
 
 def _needed(path: Path) -> list[str]:
     """Return the libraries that a program or library is linked to, its loader among them."""
-    try:
-        text = subprocess.run(
-            ["readelf", "-ld", "--wide", path],
-            capture_output=True, text=True, timeout=60, check=True,
-        ).stdout  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        raise MissingDependencyError(
-            f"cannot read what {path.name} is linked to", remedy="apt install binutils"
-        ) from None
+    text = _readelf(path, "-ld", "--wide")
     names = re.findall(r"\(NEEDED\)\s+Shared library: \[([^\]]+)\]", text)
     loader = re.search(r"program interpreter: ([^\]]+)\]", text)
     return [*names, Path(loader[1]).name] if loader else names

@@ -145,8 +145,18 @@ FULL_JOB: Tree = {
 JOBS: dict[str, tuple[bool, Tree]] = {
     "valid-least": (True, JOB),
     "valid-full": (True, FULL_JOB),
-    "valid-nulls": (True, {**JOB, "cache": None, "output": None, "dump_calls": None,
-                           "precision": None, "max_seconds": None, "expect": None}),
+    "valid-nulls": (
+        True,
+        {
+            **JOB,
+            "cache": None,
+            "output": None,
+            "dump_calls": None,
+            "precision": None,
+            "max_seconds": None,
+            "expect": None,
+        },
+    ),
     "precision-zero": (False, {**JOB, "precision": 0}),
     "precision-over-one": (False, {**JOB, "precision": 1.5}),
     "max-seconds-negative": (False, {**JOB, "max_seconds": -1}),

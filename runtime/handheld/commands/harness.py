@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -63,6 +64,26 @@ def build(
         console.print(f"{paths.program}: {engines}", markup=False, highlight=False, soft_wrap=True)
 
 
+@harness.command()
+def add(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            exists=True, file_okay=False, help="The harness and libraries, built for Android."
+        ),
+    ],
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check a harness that was built with Android's NDK, and keep it for phones.
+
+    Every library must be for arm64 and Android, aligned to 16 KB, with all that it needs.
+
+    \b
+    handheld harness add android_harness/build/android-arm64/kit
+    """  # noqa: D301
+    _print_kit(Console(stderr=True), harness_.add_kit(folder), json_output)
+
+
 def _build_kit(console: Console, target: str, force: bool, json_output: bool) -> None:
     if target not in kit.NAMES:
         raise UsageError(
@@ -72,6 +93,10 @@ def _build_kit(console: Console, target: str, force: bool, json_output: bool) ->
         )
     with console.status(f"building the harness for {target}"):
         made = harness_.build_kit(target, force)
+    _print_kit(console, made, json_output)
+
+
+def _print_kit(console: Console, made: kit.Kit, json_output: bool) -> None:
     size = sum((made.folder / name).stat().st_size for name in made.info.files)
     if json_output:
         print_json(
