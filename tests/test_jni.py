@@ -31,7 +31,8 @@ public final class Try {
         System.out.println("version " + Session.version());
         System.out.println("engines " + Session.engines());
         try {
-            new Session("{\\"bundle\\": \\"/nowhere/\\u00e9\\ud83d\\ude00\\", \\"size\\": \\"8x8\\"}", null);
+            String nowhere = "/nowhere/\\u00e9\\ud83d\\ude00";
+            new Session("{\\"bundle\\": \\"" + nowhere + "\\", \\"size\\": \\"8x8\\"}", null);
         } catch (Session.Failure failure) {
             System.out.println("refused " + failure.getMessage());
         }
