@@ -84,6 +84,9 @@ def main() -> int:
 
 @contextlib.contextmanager
 def phones(folder: Path, profiles: list[str], **more: str) -> Iterator[tuple[list[Phone], Any]]:
+    # adb gets a home of its own; what this machine has built stays where it is.
+    kept = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    more = {"XDG_CACHE_HOME": kept, **more}
     with contextlib.ExitStack() as held:
         environment = held.enter_context(lab.adb_server(folder / "home"))
         held.enter_context(lab.environ({**environment, **more}))
@@ -116,7 +119,7 @@ def matrix(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                    "--json"]  # fmt: skip
         first = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         left = [p.left() for p in made]
-        seen = records.read(file)
+        seen = records.read(file) if file.exists() else []
         again = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         # A run with other settings: what it needs is on the phones already.
         table.write_text(table.read_text().replace("iterations = 3", "iterations = 4"))

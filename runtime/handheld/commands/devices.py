@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -15,9 +15,7 @@ from handheld.devices import Device, Obstacle
 from handheld.errors import DeviceError
 from handheld.records import DeviceFacts, Heat
 
-_COLUMNS = (
-    "id", "serial", "model", "processor", "cores", "RAM", "free", "system", "engines", "heat"
-)  # fmt: skip
+_COLUMNS = ("device", "hardware", "RAM", "free", "system", "engines", "heat")
 _STATUS = ("none", "light", "moderate", "severe", "critical", "emergency", "shutdown")
 
 
@@ -70,17 +68,18 @@ def devices(
         console.print(f"{obstacle}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _row(device: Device, facts: DeviceFacts, heat: Heat) -> list[Any]:
+def _row(device: Device, facts: DeviceFacts, heat: Heat) -> list[str]:
+    def lines(*parts: str | None) -> str:
+        return "\n".join(p for p in parts if p) or "-"
+
+    cores = f"{facts.cores} cores" if facts.cores else None
     return [
-        facts.id,
-        device.serial or "-",
-        facts.model or "-",
-        facts.soc or facts.cpu or "-",
-        str(facts.cores or "-"),
+        lines(facts.id, device.serial),
+        lines(facts.model, facts.soc or facts.cpu, cores),
         gigabytes(facts.ram_bytes),
         gigabytes(facts.free_bytes),
         facts.os or "-",
-        ", ".join(f"{k} {v}" for k, v in facts.engines.items()) or "none",
+        lines(*(f"{k} {v}" for k, v in facts.engines.items())),
         _heat(heat),
     ]
 
@@ -89,4 +88,4 @@ def _heat(heat: Heat) -> str:
     parts = [] if heat.status is None else [_STATUS[heat.status]]
     parts += [] if heat.celsius is None else [f"{heat.celsius:.0f} °C"]
     parts += [] if heat.battery_celsius is None else [f"battery {heat.battery_celsius:.0f} °C"]
-    return ", ".join(parts) or "unknown"
+    return "\n".join(parts) or "unknown"
