@@ -129,6 +129,19 @@ void hh_cancel(hh_session* session) {
   }
 }
 
+hh_status hh_on_progress(hh_session* session, hh_progress_fn progress, void* user) {
+  return guarded({}, [&] {
+    if (!session) throw hh::Error("input", "no session");
+    hh::Session::Progress told;
+    if (progress) told = [=](size_t done, size_t total) { progress(user, done, total); };
+    session->session.on_progress(std::move(told));
+  });
+}
+
+void hh_memory_warning(hh_session* session) {
+  if (session) guarded({}, [&] { session->session.memory_warning(); });
+}
+
 void hh_close(hh_session* session) { delete session; }
 
 void hh_noise(uint64_t seed, uint32_t stream, float* out, size_t count) {

@@ -99,13 +99,13 @@ def _harness() -> list[Finding]:
 def _devices() -> list[Finding]:
     findings = []
     for name, provider in devices.providers().items():
-        problems = [] if name == "host" else provider.problems()
+        obstacles = [] if name == "host" else provider.obstacles()
         count = len(provider.attached())
         findings.append(
             Finding(
                 f"devices: {name}",
-                not problems,
-                "; ".join(problems) or f"{count} attached",
+                not obstacles,
+                "; ".join(str(o) for o in obstacles) or f"{count} attached",
                 "bench",
                 required=False,
             )

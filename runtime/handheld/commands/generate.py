@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,10 +19,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from handheld import __version__, models
+from handheld import __version__, devices, models
 from handheld import generate as generate_
 from handheld.bundle import MANIFEST, Bundle
 from handheld.commands.output import announce_build, print_json
+from handheld.devices import Device
 from handheld.errors import BundleError, HandheldError, MissingDependencyError, UsageError
 from handheld.protocol import AnyEvent, Residency
 from handheld.text import PromptEmbedding, TextEncoder, embed, local_encoder
@@ -46,6 +48,9 @@ def generate(
     residency: Annotated[
         Residency, typer.Option(help="stream needs less memory and takes longer.")
     ] = "resident",
+    device: Annotated[
+        str, typer.Option("--device", "-d", help="Draw on a phone: its id, serial or kind.")
+    ] = "host",
     threads: Annotated[int, typer.Option(min=1, max=256)] = 2,
     cache: Annotated[bool, typer.Option(help="Keep packed weights in files.")] = True,
     text_checkpoint: Annotated[
@@ -68,6 +73,7 @@ def generate(
 
     \b
     handheld generate critter "a purple horned creature" -o out.png
+    handheld generate build/critter "a green robot" --device android -o phone.png
     handheld generate build/critter "a green robot" --seed 7 --residency stream -o out.png
     handheld generate build/critter "a green robot" --text-url http://localhost:8080 -o out.png
     """  # noqa: D301
@@ -88,7 +94,9 @@ def generate(
             path=bundle.path,
             remedy="leave out --negative",
         )
-    announce_build(console)
+    chosen_device = _device(device)
+    if chosen_device is None:
+        announce_build(console)
     make = (
         _local(bundle, checkpoint) if text_url is None else _remote(bundle, text_url, text_deadline)
     )
@@ -110,7 +118,13 @@ def generate(
             if event.event == "load":
                 status.update(f"loading {event.artifact}")
 
-        picture = generate_.draw(
+        def sending(name: str, done: int, total: int) -> None:
+            status.update(f"sending {done / 1e6:.0f} of {total / 1e6:.0f} MB")
+
+        draw = generate_.draw
+        if chosen_device is not None:
+            draw = partial(generate_.draw_on, chosen_device, sending=sending)
+        picture = draw(
             bundle,
             prompt,
             embedding,
@@ -131,6 +145,7 @@ def generate(
                 "width": chosen.width,
                 "height": chosen.height,
                 "seed": seed,
+                "device": chosen_device.id if chosen_device else "host",
                 "bundle": bundle.sha256,
                 "ms": picture.milliseconds,
                 "sha256": hashlib.sha256(picture.pixels.tobytes()).hexdigest(),
@@ -142,6 +157,20 @@ def generate(
             markup=False,
             soft_wrap=True,
         )
+
+
+def _device(wanted: str) -> Device | None:
+    """Return the phone to draw on, or None for this machine, which needs no process for it."""
+    if wanted == "host":
+        return None
+    found = devices.find(wanted)
+    if len(found) != 1:
+        raise UsageError(
+            f"'{wanted}' means {len(found)} devices",
+            field="--device",
+            remedy=f"choose one: {', '.join(d.id for d in found) or 'see handheld devices'}",
+        )
+    return None if found[0].kind == "host" else found[0]
 
 
 _Make = Callable[[contextlib.ExitStack], TextEncoder | None]
