@@ -32,6 +32,18 @@ VERSION, MAX_DATA = 0x01000001, 1 << 20
 FEATURES = "cmd,stat_v2,ls_v2,fixed_push_mkdir"
 
 
+CPU = """processor\t: {}
+BogoMIPS\t: 50.00
+Features\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm asimddp
+CPU implementer\t: 0x41
+CPU architecture: 8
+CPU variant\t: 0x3
+CPU part\t: 0xd0c
+CPU revision\t: 1
+
+"""
+
+
 @dataclass(frozen=True)
 class Profile:
     """What a phone says about itself."""
@@ -204,6 +216,10 @@ class Phone:
             path = programs / name
             path.write_text(f"#!/bin/sh\n{script}\n")
             path.chmod(0o755)
+        (self.system / "root" / "proc").mkdir(parents=True, exist_ok=True)
+        (self.system / "root" / "proc" / "cpuinfo").write_text(
+            "".join(CPU.format(number) for number in range(os.cpu_count() or 1))
+        )
         (self.system / "props").mkdir(exist_ok=True)
         properties = {**self.profile.properties, "ro.serialno": self.serial}
         for key, value in properties.items():
@@ -332,7 +348,9 @@ class Phone:
         script = script.replace("/proc/sys/kernel/random/boot_id", f"{self.system}/boot_id")
         script = script.replace("/sys/devices/system/cpu/possible", f"{self.system}/possible")
         if self.profile.arm64:
-            script = script.replace("exec ./", f"exec {QEMU} -cpu neoverse-n1 ./")
+            # Engines read /proc/cpuinfo, and fall over this machine's.
+            qemu = f"{QEMU} -L {self.system}/root -cpu neoverse-n1"
+            script = script.replace("exec ./", f"exec {qemu} ./")
         return script
 
 

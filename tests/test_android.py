@@ -10,9 +10,11 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import lab
 import samples
@@ -365,6 +367,22 @@ def test_what_stops_a_phone_is_said_with_its_remedy(tmp_path, server, kits, monk
         )  # fmt: skip
         assert phone.address in {o["device"] for o in json.loads(done.stdout)["obstacles"]}
         lab.adb("disconnect", phone.address, environment=server)
+
+
+@system
+def test_a_picture_from_a_prompt(phone, device, sample, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "handheld", "generate", sample.path, samples.PROMPT,
+         "--device", device.serial, "--seed", "5", "-o", tmp_path / "out.png", "--json"],
+        capture_output=True, text=True, timeout=120, check=False, env=os.environ,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["device"], told["width"]) == (device.id, 16)
+    with Image.open(tmp_path / "out.png") as picture:
+        assert (np.asarray(picture) == samples.picture()[0]).all()
+        assert picture.text["prompt"] == samples.PROMPT
+    assert phone.left() == []
 
 
 @system

@@ -37,6 +37,18 @@ def test_the_first_wrong_call_is_named(bundle):
     assert "'unet.0' (call 0, -6.0 dB against the reference)" in str(found)
 
 
+def test_a_coarse_segment_is_not_blamed(bundle):
+    size, wanted = results(bundle)
+    rng = np.random.default_rng(1)
+    coarse = {
+        k: v + 0.16 * rng.standard_normal(v.shape).astype(np.float32) for k, v in wanted.items()
+    }
+    found = diagnose.first_wrong(bundle, size, wanted, coarse, "x", {"unet.0": 27.0})
+    assert 12 < found.snr_db < 20
+    wrong = {k: -v for k, v in wanted.items()}
+    assert diagnose.first_wrong(bundle, size, wanted, wrong, "x", {"unet.0": 27.0}).snr_db < -5
+
+
 def test_nan_is_as_wrong_as_can_be():
     one = np.ones(3, np.float32)
     assert diagnose.snr_db(one, one) == 999.0

@@ -113,7 +113,7 @@ def test_what_is_not_there_is_said(tmp_path):
 @pytest.mark.parametrize(
     ("text", "field"),
     [
-        ("devices = 1", "devices"),
+        (TABLE.replace('["host"]', "1"), "devices"),
         (TABLE.replace("iterations", "iteration"), "options.iteration"),
         (TABLE + "\n[[bundles]]\npath = 'x'\nresidency = ['swap']", "bundles[1].residency[0]"),
         (TABLE.replace("[options]", 'adb_servers = ["lab; rm -rf"]\n[options]', 1),

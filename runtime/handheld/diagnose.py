@@ -20,6 +20,9 @@ from handheld.protocol import Job
 
 WRONG_SNR_DB: Final = 20.0
 """Results that are further away than this were not rounded, they are wrong."""
+ACCUMULATED_DB: Final = 15.0
+"""Nor are those that are no further from torch than this below what the export measured of the
+coarsest segment so far: in a whole run the roundings of all of them add up."""
 CAP_DB: Final = 999.0
 
 Array = NDArray[Any]
@@ -59,26 +62,36 @@ def snr_db(wanted: Array, have: Array) -> float:
 
 
 def first_wrong(
-    bundle: Bundle, size: str, wanted: Mapping[str, Array], have: Mapping[str, Array], against: str
+    bundle: Bundle,
+    size: str,
+    wanted: Mapping[str, Array],
+    have: Mapping[str, Array],
+    against: str,
+    measured: Mapping[str, float] | None = None,
 ) -> Wrong | None:
     """Compare the results of all calls; both map ``call.INDEX.PORT`` to an array.
 
+    ``measured`` says of artifacts how many dB they are from ``wanted`` when they are right.
+
     Returns
     -------
-    The first call below :data:`WRONG_SNR_DB`; if there is none, and some differ at all, the
-    one that differs most, since the picture is wrong for some reason.
+    The first call that is wrong; if none is for certain, and some differ at all, the one that
+    is furthest below what is right, since the picture is wrong for some reason.
     """
-    worst: Wrong | None = None
+    worst: tuple[float, Wrong] | None = None
+    right = CAP_DB
     for index, call in enumerate(calls(bundle, size)):
         keys = [f"call.{index}.{port}" for port in call.results]
         if any(k not in wanted or k not in have for k in keys):
             continue
         found = Wrong(index, call.artifact, min(snr_db(wanted[k], have[k]) for k in keys), against)
-        if found.snr_db < WRONG_SNR_DB:
+        # What a coarse segment lost, those after it cannot have.
+        right = min(right, (measured or {}).get(call.artifact, CAP_DB))
+        if found.snr_db < min(WRONG_SNR_DB, right - ACCUMULATED_DB):
             return found
-        if worst is None or found.snr_db < worst.snr_db:
-            worst = found
-    return worst if worst is not None and worst.snr_db < CAP_DB else None
+        if worst is None or right - found.snr_db > worst[0]:
+            worst = (right - found.snr_db, found)
+    return worst[1] if worst is not None and worst[1].snr_db < CAP_DB else None
 
 
 def find(bundle: Bundle, job: Job, run: Callable[[Job], None]) -> Wrong | None:
@@ -106,6 +119,11 @@ def find(bundle: Bundle, job: Job, run: Callable[[Job], None]) -> Wrong | None:
             raise HarnessError("the harness wrote no results of its calls")
         have = load_tensors(path)
         wanted, against = bundle.reference(), "the bundle's reference"
+        measured: dict[str, float] | None = {
+            a.id: a.verification.snr_db
+            for a in bundle.manifest.artifacts
+            if a.verification.snr_db is not None
+        }
         keys = {f"call.{i}.{p}" for i, c in enumerate(calls(bundle, job.size)) for p in c.results}
         if not keys <= set(wanted):
             here = Path(folder) / "here.safetensors"
@@ -114,8 +132,8 @@ def find(bundle: Bundle, job: Job, run: Callable[[Job], None]) -> Wrong | None:
             )
             if not found:
                 return None
-            wanted, against = load_tensors(here), "this machine"
-        return first_wrong(bundle, job.size, wanted, have, against)
+            wanted, against, measured = load_tensors(here), "this machine", None
+        return first_wrong(bundle, job.size, wanted, have, against, measured)
 
 
 def _run_here(job: Job, folder: Path) -> bool:

@@ -367,7 +367,9 @@ def _readelf(path: Path, *options: str) -> str:
             f"cannot look into {path.name}", remedy="apt install binutils"
         ) from None
     except (OSError, subprocess.SubprocessError):
-        raise HarnessError("is no program or library", path=path) from None
+        raise HarnessError(
+            "is no program or library", path=path, remedy="build or fetch it again"
+        ) from None
 
 
 _CROSS = "aarch64-linux-gnu-g++"

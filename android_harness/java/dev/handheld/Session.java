@@ -18,7 +18,7 @@ import java.nio.charset.StandardCharsets;
  */
 public final class Session implements AutoCloseable {
     static {
-        System.loadLibrary("handheld");
+        System.loadLibrary("handheld_jni");
     }
 
     /** Told what happens, on the thread that runs. */
