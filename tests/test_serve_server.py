@@ -256,6 +256,7 @@ def test_bad_binary_requests(http):
         ("GET", "/v2/models/text/versions/1", 404),
         ("POST", "/v2/models/other/infer", 404),
         ("GET", INFER, 405),
+        ("GET", "/v2/models/text?model_version=0", 200),
         ("POST", "/v2/repository/models/text/unload", 404),
         ("POST", "/v1/models/text:predict", 404),
         ("GET", "/openapi.json", 404),
