@@ -75,7 +75,7 @@ class Server:
         """Return the log's whole lines of one kind."""
         lines = self.log.read_text().split("\n")[:-1]
         found = [json.loads(x) for x in lines if x.startswith("{")]
-        return [x for x in found if x["event"] == name]
+        return [x for x in found if x.get("event") == name]
 
     def wait(self, workers: int) -> None:
         """Wait until workers are ready."""
@@ -207,7 +207,9 @@ async def load(
     return tally
 
 
-def load_part(work: Path, stages: Stages, requests: int, clients: int) -> dict[str, Any]:
+def load_part(
+    work: Path, stages: Stages, requests: int, clients: int, threads: str
+) -> dict[str, Any]:
     """Compare batching on with batching off, without a cache."""
     checker = Checker(CRITTER, min(requests, 1000))
     found: dict[str, Any] = {"clients": clients}
@@ -215,7 +217,9 @@ def load_part(work: Path, stages: Stages, requests: int, clients: int) -> dict[s
     for name, batch, count in (("batched", "32", requests), ("one_by_one", "1", requests // 10)):
         with (
             stages(f"load, {name.replace('_', ' ')}") as end,
-            serving(work, CRITTER, "--cache-mb", "0", "--max-batch", batch) as server,
+            serving(
+                work, CRITTER, "--cache-mb", "0", "--max-batch", batch, "--threads", threads
+            ) as server,
         ):
             encoded = "handheld_text_encode_seconds"
             before = [server.metric(f"{encoded}_{x}") for x in ("sum", "count")]
@@ -234,7 +238,7 @@ def load_part(work: Path, stages: Stages, requests: int, clients: int) -> dict[s
     return found
 
 
-def hits_part(work: Path, stages: Stages, requests: int) -> dict[str, Any]:
+def hits_part(work: Path, stages: Stages, requests: int, threads: str) -> dict[str, Any]:
     """Measure one client: answers from memory, and what the server adds to the encoders."""
     found: dict[str, Any] = {}
     body, end_of_json = write_request(["a purple horned creature"], datatype="FP16")
@@ -242,7 +246,7 @@ def hits_part(work: Path, stages: Stages, requests: int) -> dict[str, Any]:
     for name, cache in (("hit", "64"), ("miss", "0")):
         with (
             stages(f"one client, cache {name}") as end,
-            serving(work, CRITTER, "--cache-mb", cache) as server,
+            serving(work, CRITTER, "--cache-mb", cache, "--threads", threads) as server,
             httpx.Client(base_url=server.url, timeout=60) as client,
         ):
             path = "/v2/models/text/infer"
@@ -325,7 +329,7 @@ def payload_part(stages: Stages, pictures: int) -> dict[str, Any]:
         drawn: dict[str, Any] = {}
         found: dict[str, Any] = {"pictures": pictures}
         for datatype in ("FP32", "FP16", "INT8"):
-            painter._encoder = Rounded(encoder, datatype)  # type: ignore[assignment, arg-type]
+            painter._encoder = Rounded(encoder, datatype)  # type: ignore[assignment]
             drawn[datatype] = painter.draw(captions, noise).numpy().astype(np.float64)
             found[datatype] = {"sdxl_bytes": wire_bytes(datatype, 77, 2048, 1280)}
             if datatype != "FP32":
@@ -601,6 +605,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "text-server.json")
+    parser.add_argument("--threads", default="0", help="of servers of critter; 0: all cores")
     parser.add_argument("--page", type=Path, help="write the figures between this page's marks")
     args = parser.parse_args()
     parts = [p for p in args.parts.split(",") if p]
@@ -614,8 +619,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="handheld-text-") as name:
         work = Path(name)
         runs = {
-            "load": lambda: load_part(work, stages, args.requests, args.clients),
-            "hits": lambda: hits_part(work, stages, min(args.requests, 2000)),
+            "load": lambda: load_part(work, stages, args.requests, args.clients, args.threads),
+            "hits": lambda: hits_part(work, stages, min(args.requests, 2000), args.threads),
             "kill": lambda: kill_part(work, stages, min(args.requests, 3000)),
             "payload": lambda: payload_part(stages, args.pictures),
             "full": lambda: full_part(work, stages),
