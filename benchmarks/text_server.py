@@ -89,6 +89,11 @@ class Server:
         lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
         return sum(float(x.rsplit(" ", 1)[1]) for x in lines if x.startswith(name))
 
+    def cpu_seconds(self) -> float:
+        """Return the processor time that a single worker has used."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def peak_bytes(self) -> int:
         """Return the high-water mark of a single worker's resident memory."""
         text = Path(f"/proc/{self.process.pid}/status").read_text()
@@ -223,10 +228,14 @@ def load_part(
         ):
             encoded = "handheld_text_encode_seconds"
             before = [server.metric(f"{encoded}_{x}") for x in ("sum", "count")]
+            cpu, own = server.cpu_seconds(), time.process_time()
             tally = anyio.run(partial(load, server, checker, count, clients))
+            cpu, own = server.cpu_seconds() - cpu, time.process_time() - own
             after = [server.metric(f"{encoded}_{x}") for x in ("sum", "count")]
             spent, batches = (b - a for a, b in zip(before, after, strict=True))
             found[name] = tally.facts() | {
+                "server_cpu_ms": round(cpu / count * 1e3, 3),
+                "client_cpu_ms": round(own / count * 1e3, 3),
                 "batches": int(batches),
                 "prompts_per_batch": round(len(tally.seconds) / batches, 2),
                 "encode_ms_per_prompt": round(spent / len(tally.seconds) * 1e3, 3),
@@ -256,12 +265,18 @@ def hits_part(work: Path, stages: Stages, requests: int, threads: str) -> dict[s
             encoded = "handheld_text_encode_seconds"
             before = [server.metric(f"{encoded}_{x}") for x in ("sum", "count")]
             seconds = []
+            cpu, own = server.cpu_seconds(), time.process_time()
             for _ in range(count):
                 began = time.perf_counter()
                 response = client.post(path, content=body, headers=headers)
                 seconds.append(time.perf_counter() - began)
                 response.raise_for_status()
-            found[name] = quantiles(seconds) | {"requests": count}
+            cpu, own = server.cpu_seconds() - cpu, time.process_time() - own
+            found[name] = quantiles(seconds) | {
+                "requests": count,
+                "server_cpu_ms": round(cpu / count * 1e3, 3),
+                "client_cpu_ms": round(own / count * 1e3, 3),
+            }
             found["answer_bytes"] = len(response.content)
             if name == "miss":
                 after = [server.metric(f"{encoded}_{x}") for x in ("sum", "count")]
@@ -500,6 +515,13 @@ print(json.dumps(dict(resident_bytes=after - before, peak_bytes=peak - before,
     return result
 
 
+def cpu_ms(facts: dict[str, Any]) -> str:
+    """Return the processor time of a request, which other processes do not add to."""
+    return (
+        f"{facts['server_cpu_ms']:.1f} ms in the server, {facts['client_cpu_ms']:.1f} in the client"
+    )
+
+
 def page(found: dict[str, Any]) -> str:
     """Return the figures as Markdown."""
     rows: list[tuple[str, str]] = []
@@ -509,22 +531,27 @@ def page(found: dict[str, Any]) -> str:
             (
                 f"{many['requests']} requests from {load['clients']} clients, no cache",
                 f"{many['per_second']} per second, p50 {many['p50_ms']:.0f} ms, p99 "
-                f"{many['p99_ms']:.0f} ms; {many['errors']} errors, {many['wrong']} wrong",
+                f"{many['p99_ms']:.0f} ms; {many['errors']} errors, {many['wrong']} wrong; "
+                f"processor time {cpu_ms(many)}",
             ),
             (
                 "the same without batching",
                 f"{one['per_second']} per second: batching gives {load['throughput_ratio']} times "
-                f"as many, {many['prompts_per_batch']} prompts a batch",
+                f"as many, {many['prompts_per_batch']} prompts a batch; processor time "
+                f"{cpu_ms(one)}",
             ),
         ]
     if (hits := found.get("hits")) is not None:
         miss = hits["miss"]
         rows += [
-            ("one client, answer from memory", f"p50 {hits['hit']['p50_ms']:.2f} ms"),
+            (
+                "one client, answer from memory",
+                f"p50 {hits['hit']['p50_ms']:.2f} ms; processor time {cpu_ms(hits['hit'])}",
+            ),
             (
                 "one client, no cache",
                 f"{miss['mean_ms']:.1f} ms, of which the encoders take "
-                f"{miss['encode_mean_ms']:.1f} ms",
+                f"{miss['encode_mean_ms']:.1f} ms; processor time {cpu_ms(miss)}",
             ),
         ]
     if (kill := found.get("kill")) is not None:
