@@ -609,7 +609,8 @@ PARTS = ("load", "hits", "kill", "payload", "full")
 def faults(found: dict[str, Any]) -> list[str]:
     """Return what was missed."""
     missed = []
-    loads = {f"load, {k}": v for k, v in found.get("load", {}).items() if isinstance(v, dict)}
+    kinds = ("batched", "one_by_one")
+    loads = {f"load, {k}": found["load"][k] for k in kinds} if "load" in found else {}
     if "kill" in found:
         loads["kill"] = found["kill"]
     for name, facts in loads.items():
