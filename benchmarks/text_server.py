@@ -566,7 +566,9 @@ def page(found: dict[str, Any]) -> str:
         for name in ("FP32", "FP16", "INT8"):
             facts = payload[name]
             text = f"{facts['sdxl_bytes'] / 1e3:.0f} kB a prompt of SDXL"
-            if "psnr_median_db" in facts:
+            if facts.get("equal_pixels") == 1.0:
+                text += "; no pixel of critter's pictures differs"
+            elif "psnr_median_db" in facts:
                 text += (
                     f"; critter's pictures differ by {facts['psnr_median_db']} dB PSNR, at worst "
                     f"{facts['psnr_worst_db']}"
