@@ -75,7 +75,7 @@ class Server:
         """Return the log's whole lines of one kind."""
         lines = self.log.read_text().split("\n")[:-1]
         found = [json.loads(x) for x in lines if x.startswith("{")]
-        return [x for x in found if x["event"] == name]
+        return [x for x in found if x.get("event") == name]
 
     def wait(self, workers: int) -> None:
         """Wait until workers are ready."""
@@ -88,6 +88,11 @@ class Server:
         """Return the sum of a metric over its labels."""
         lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
         return sum(float(x.rsplit(" ", 1)[1]) for x in lines if x.startswith(name))
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time that a single worker has used."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def peak_bytes(self) -> int:
         """Return the high-water mark of a single worker's resident memory."""
@@ -207,7 +212,9 @@ async def load(
     return tally
 
 
-def load_part(work: Path, stages: Stages, requests: int, clients: int) -> dict[str, Any]:
+def load_part(
+    work: Path, stages: Stages, requests: int, clients: int, threads: str
+) -> dict[str, Any]:
     """Compare batching on with batching off, without a cache."""
     checker = Checker(CRITTER, min(requests, 1000))
     found: dict[str, Any] = {"clients": clients}
@@ -215,14 +222,20 @@ def load_part(work: Path, stages: Stages, requests: int, clients: int) -> dict[s
     for name, batch, count in (("batched", "32", requests), ("one_by_one", "1", requests // 10)):
         with (
             stages(f"load, {name.replace('_', ' ')}") as end,
-            serving(work, CRITTER, "--cache-mb", "0", "--max-batch", batch) as server,
+            serving(
+                work, CRITTER, "--cache-mb", "0", "--max-batch", batch, "--threads", threads
+            ) as server,
         ):
             encoded = "handheld_text_encode_seconds"
             before = [server.metric(f"{encoded}_{x}") for x in ("sum", "count")]
+            cpu, own = server.cpu_seconds(), time.process_time()
             tally = anyio.run(partial(load, server, checker, count, clients))
+            cpu, own = server.cpu_seconds() - cpu, time.process_time() - own
             after = [server.metric(f"{encoded}_{x}") for x in ("sum", "count")]
             spent, batches = (b - a for a, b in zip(before, after, strict=True))
             found[name] = tally.facts() | {
+                "server_cpu_ms": round(cpu / count * 1e3, 3),
+                "client_cpu_ms": round(own / count * 1e3, 3),
                 "batches": int(batches),
                 "prompts_per_batch": round(len(tally.seconds) / batches, 2),
                 "encode_ms_per_prompt": round(spent / len(tally.seconds) * 1e3, 3),
@@ -234,7 +247,7 @@ def load_part(work: Path, stages: Stages, requests: int, clients: int) -> dict[s
     return found
 
 
-def hits_part(work: Path, stages: Stages, requests: int) -> dict[str, Any]:
+def hits_part(work: Path, stages: Stages, requests: int, threads: str) -> dict[str, Any]:
     """Measure one client: answers from memory, and what the server adds to the encoders."""
     found: dict[str, Any] = {}
     body, end_of_json = write_request(["a purple horned creature"], datatype="FP16")
@@ -242,7 +255,7 @@ def hits_part(work: Path, stages: Stages, requests: int) -> dict[str, Any]:
     for name, cache in (("hit", "64"), ("miss", "0")):
         with (
             stages(f"one client, cache {name}") as end,
-            serving(work, CRITTER, "--cache-mb", cache) as server,
+            serving(work, CRITTER, "--cache-mb", cache, "--threads", threads) as server,
             httpx.Client(base_url=server.url, timeout=60) as client,
         ):
             path = "/v2/models/text/infer"
@@ -252,12 +265,18 @@ def hits_part(work: Path, stages: Stages, requests: int) -> dict[str, Any]:
             encoded = "handheld_text_encode_seconds"
             before = [server.metric(f"{encoded}_{x}") for x in ("sum", "count")]
             seconds = []
+            cpu, own = server.cpu_seconds(), time.process_time()
             for _ in range(count):
                 began = time.perf_counter()
                 response = client.post(path, content=body, headers=headers)
                 seconds.append(time.perf_counter() - began)
                 response.raise_for_status()
-            found[name] = quantiles(seconds) | {"requests": count}
+            cpu, own = server.cpu_seconds() - cpu, time.process_time() - own
+            found[name] = quantiles(seconds) | {
+                "requests": count,
+                "server_cpu_ms": round(cpu / count * 1e3, 3),
+                "client_cpu_ms": round(own / count * 1e3, 3),
+            }
             found["answer_bytes"] = len(response.content)
             if name == "miss":
                 after = [server.metric(f"{encoded}_{x}") for x in ("sum", "count")]
@@ -325,7 +344,7 @@ def payload_part(stages: Stages, pictures: int) -> dict[str, Any]:
         drawn: dict[str, Any] = {}
         found: dict[str, Any] = {"pictures": pictures}
         for datatype in ("FP32", "FP16", "INT8"):
-            painter._encoder = Rounded(encoder, datatype)  # type: ignore[assignment, arg-type]
+            painter._encoder = Rounded(encoder, datatype)  # type: ignore[assignment]
             drawn[datatype] = painter.draw(captions, noise).numpy().astype(np.float64)
             found[datatype] = {"sdxl_bytes": wire_bytes(datatype, 77, 2048, 1280)}
             if datatype != "FP32":
@@ -496,6 +515,13 @@ print(json.dumps(dict(resident_bytes=after - before, peak_bytes=peak - before,
     return result
 
 
+def cpu_ms(facts: dict[str, Any]) -> str:
+    """Return the processor time of a request, which other processes do not add to."""
+    return (
+        f"{facts['server_cpu_ms']:.1f} ms in the server, {facts['client_cpu_ms']:.1f} in the client"
+    )
+
+
 def page(found: dict[str, Any]) -> str:
     """Return the figures as Markdown."""
     rows: list[tuple[str, str]] = []
@@ -505,22 +531,27 @@ def page(found: dict[str, Any]) -> str:
             (
                 f"{many['requests']} requests from {load['clients']} clients, no cache",
                 f"{many['per_second']} per second, p50 {many['p50_ms']:.0f} ms, p99 "
-                f"{many['p99_ms']:.0f} ms; {many['errors']} errors, {many['wrong']} wrong",
+                f"{many['p99_ms']:.0f} ms; {many['errors']} errors, {many['wrong']} wrong; "
+                f"processor time {cpu_ms(many)}",
             ),
             (
                 "the same without batching",
                 f"{one['per_second']} per second: batching gives {load['throughput_ratio']} times "
-                f"as many, {many['prompts_per_batch']} prompts a batch",
+                f"as many, {many['prompts_per_batch']} prompts a batch; processor time "
+                f"{cpu_ms(one)}",
             ),
         ]
     if (hits := found.get("hits")) is not None:
         miss = hits["miss"]
         rows += [
-            ("one client, answer from memory", f"p50 {hits['hit']['p50_ms']:.2f} ms"),
+            (
+                "one client, answer from memory",
+                f"p50 {hits['hit']['p50_ms']:.2f} ms; processor time {cpu_ms(hits['hit'])}",
+            ),
             (
                 "one client, no cache",
                 f"{miss['mean_ms']:.1f} ms, of which the encoders take "
-                f"{miss['encode_mean_ms']:.1f} ms",
+                f"{miss['encode_mean_ms']:.1f} ms; processor time {cpu_ms(miss)}",
             ),
         ]
     if (kill := found.get("kill")) is not None:
@@ -535,7 +566,9 @@ def page(found: dict[str, Any]) -> str:
         for name in ("FP32", "FP16", "INT8"):
             facts = payload[name]
             text = f"{facts['sdxl_bytes'] / 1e3:.0f} kB a prompt of SDXL"
-            if "psnr_median_db" in facts:
+            if facts.get("equal_pixels") == 1.0:
+                text += "; no pixel of critter's pictures differs"
+            elif "psnr_median_db" in facts:
                 text += (
                     f"; critter's pictures differ by {facts['psnr_median_db']} dB PSNR, at worst "
                     f"{facts['psnr_worst_db']}"
@@ -578,7 +611,8 @@ PARTS = ("load", "hits", "kill", "payload", "full")
 def faults(found: dict[str, Any]) -> list[str]:
     """Return what was missed."""
     missed = []
-    loads = {f"load, {k}": v for k, v in found.get("load", {}).items() if isinstance(v, dict)}
+    kinds = ("batched", "one_by_one")
+    loads = {f"load, {k}": found["load"][k] for k in kinds} if "load" in found else {}
     if "kill" in found:
         loads["kill"] = found["kill"]
     for name, facts in loads.items():
@@ -601,6 +635,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "text-server.json")
+    parser.add_argument("--threads", default="0", help="of servers of critter; 0: all cores")
     parser.add_argument("--page", type=Path, help="write the figures between this page's marks")
     args = parser.parse_args()
     parts = [p for p in args.parts.split(",") if p]
@@ -614,8 +649,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="handheld-text-") as name:
         work = Path(name)
         runs = {
-            "load": lambda: load_part(work, stages, args.requests, args.clients),
-            "hits": lambda: hits_part(work, stages, min(args.requests, 2000)),
+            "load": lambda: load_part(work, stages, args.requests, args.clients, args.threads),
+            "hits": lambda: hits_part(work, stages, min(args.requests, 2000), args.threads),
             "kill": lambda: kill_part(work, stages, min(args.requests, 3000)),
             "payload": lambda: payload_part(stages, args.pictures),
             "full": lambda: full_part(work, stages),

@@ -214,27 +214,3 @@ def test_workers_leave_when_their_supervisor_is_killed(sdxl):
         server.reader.join(60)
         assert not server.reader.is_alive(), "a worker still holds the log"
         assert sum(line["event"] == "stopped" for line in server.lines) == 2
-
-
-@pytest.mark.slow
-def test_requests_in_flight_are_answered_when_told_to_stop(sdxl):
-    # The encoder waits 1 s for a batch, so requests are surely in flight.
-    with process(sdxl, "--batch-wait", "1000") as server:
-        server.wait_ready(1)
-        codes = []
-
-        def ask():
-            tree = {"name": "prompt", "shape": [1], "datatype": "BYTES", "data": ["a"]}
-            response = httpx.post(
-                f"{server.url}/v2/models/text/infer", json={"inputs": [tree]}, timeout=60
-            )
-            codes.append(response.status_code)
-
-        threads = [threading.Thread(target=ask) for _ in range(5)]
-        for thread in threads:
-            thread.start()
-        time.sleep(0.5)
-        assert server.stop() == 0
-        for thread in threads:
-            thread.join(60)
-        assert codes == [200] * 5

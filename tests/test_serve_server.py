@@ -10,6 +10,7 @@ import time
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
+from threading import Thread
 
 import httpx
 import numpy as np
@@ -256,6 +257,7 @@ def test_bad_binary_requests(http):
         ("GET", "/v2/models/text/versions/1", 404),
         ("POST", "/v2/models/other/infer", 404),
         ("GET", INFER, 405),
+        ("GET", "/v2/models/text?model_version=0", 200),
         ("POST", "/v2/repository/models/text/unload", 404),
         ("POST", "/v1/models/text:predict", 404),
         ("GET", "/openapi.json", 404),
@@ -439,3 +441,29 @@ def test_the_application_travels_to_workers(sdxl):
 
     settings = Settings(sdxl, workers=3)
     assert pickle.loads(pickle.dumps(Application(settings))).settings == settings
+
+
+@pytest.mark.slow
+def test_requests_in_flight_are_answered_when_told_to_stop(sdxl):
+    # The idle encoder waits for a batch, so these requests are in flight until then.
+    with serving.running(sdxl, batch_wait=10.0, max_batch=9) as found:
+        codes = []
+
+        def ask(number):
+            with httpx.Client(timeout=120) as client:
+                url = f"{found.url}{INFER}"
+                codes.append(client.post(url, json=body(data=[f"robot {number}"])).status_code)
+
+        threads = [Thread(target=ask, args=(i,)) for i in range(5)]
+        for thread in threads:
+            thread.start()
+        with httpx.Client(base_url=found.url, timeout=60) as client:
+            give_up = time.monotonic() + 60
+            while "handheld_text_queue 5.0" not in client.get("/metrics").text:
+                assert time.monotonic() < give_up
+        found.server.should_exit = True
+        for thread in threads:
+            thread.join(120)
+        assert codes == [200] * 5
+        with pytest.raises(httpx.TransportError):
+            httpx.get(found.url)

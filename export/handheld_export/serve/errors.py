@@ -22,7 +22,7 @@ _GRPC = {
 }
 
 
-class Refusal(GrpcException):
+class Refusal(GrpcException):  # type: ignore[misc]
     """A request that is not answered, and why.
 
     Parameters

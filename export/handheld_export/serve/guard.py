@@ -120,6 +120,9 @@ class Guard:
     def _route(self, scope: Message) -> str:
         """Return what a path is called in metrics; strip its version."""
         path = scope["path"]
+        if not path.endswith("/embeddings"):
+            # KServe's endpoints take a version from here, and fail at it.
+            scope["query_string"] = b""
         if path in _OPEN:
             return _OPEN[path]
         match = _MODEL.fullmatch(path)
