@@ -130,7 +130,8 @@ def timed(name: str, words: list[str]) -> dict[str, Any]:
         "code": os.waitstatus_to_exitcode(status),
     }
     say(
-        f"{name}: {row['seconds']} s, {row['cpu_seconds']} s of processor, peak {row['peak_mb']} MB, exit code {row['code']}"
+        f"{name}: {row['seconds']} s, {row['cpu_seconds']} s of processor, "
+        f"peak {row['peak_mb']} MB, exit code {row['code']}"
     )
     return row
 
