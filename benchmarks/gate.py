@@ -43,7 +43,7 @@ def trials(
     """Compare pairs of sets that share no run; each takes turns through the runs."""
     rng = random.Random(1)
     gates = comparison.read_gates()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for _ in range(count):
         drawn = rng.sample(found, 2 * size)
         new = [planted(r, time, memory) for r in drawn[size:]]

@@ -141,6 +141,7 @@ def main() -> int:
     parser.add_argument("--version", type=int, default=1)
     parser.add_argument("--records", type=Path, help="run records from before")
     parser.add_argument("--key", type=Path, help="private key; by default a new one")
+    parser.add_argument("--gate", type=Path, default=ROOT / "benchmarks" / "release_gates.toml")
     parser.add_argument("--no-updates", action="store_true", help="skip the updates")
     arguments = parser.parse_args()
     folder: Path = arguments.output
@@ -174,6 +175,7 @@ def main() -> int:
             "critter-students",
             arguments.version,
             label=f"1.0.{arguments.version}",
+            gates=arguments.gate,
             documents=tuple(d for d in documents if d.is_file()),
         )
         manifest = build(made, runs, target, options, Identity(key=key))

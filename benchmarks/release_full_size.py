@@ -124,10 +124,15 @@ def timed(name: str, words: list[str]) -> dict[str, Any]:
     row = {
         "stage": name,
         "seconds": round(seconds, 1),
+        # What the stage would take on a machine that does nothing else, or less.
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_mb": round(usage.ru_maxrss * 1024 / 1e6, 1),
         "code": os.waitstatus_to_exitcode(status),
     }
-    say(f"{name}: {row['seconds']} s, peak {row['peak_mb']} MB, exit code {row['code']}")
+    say(
+        f"{name}: {row['seconds']} s, {row['cpu_seconds']} s of processor, "
+        f"peak {row['peak_mb']} MB, exit code {row['code']}"
+    )
     return row
 
 

@@ -195,10 +195,10 @@ def test_harness_build(capsys):
 
 def test_schema(capsys, tmp_path):
     _, out, _ = outcome(capsys, "schema")
-    assert sorted(json.loads(out)) == ["event", "job", "manifest", "record"]
+    assert sorted(json.loads(out)) == ["event", "job", "manifest", "record", "release"]
     assert json.loads(outcome(capsys, "schema", "job")[1])["title"] == "handheld job"
     assert outcome(capsys, "schema", "-o", "out")[0] == 0
-    assert len(list((tmp_path / "out").iterdir())) == 4
+    assert len(list((tmp_path / "out").iterdir())) == 5
 
 
 def test_without_the_exporter(capsys, monkeypatch):

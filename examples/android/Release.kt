@@ -5,6 +5,7 @@ package org.handheld.release
 
 import org.json.JSONArray
 import org.json.JSONObject
+import java.io.Closeable
 import java.io.File
 
 /** What is known of a phone; null where it does not tell. */
@@ -79,7 +80,7 @@ interface Harness {
     fun open(jobJson: String): Session
 }
 
-interface Session : AutoCloseable {
+interface Session : Closeable {
     fun setInput(name: String, data: ByteArray)
     fun setSeed(seed: Long)
     fun run()
