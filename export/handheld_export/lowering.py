@@ -272,7 +272,9 @@ def cached(root: Path, key: str) -> dict[str, Any] | None:
         return None
     try:
         meta: dict[str, Any] = json.loads((root / key / "meta.json").read_text())
-        if all(_file(root / key / f["path"], root / key) == f for f in meta["files"]):
+        if meta["files"] and all(
+            _file(root / key / f["path"], root / key) == f for f in meta["files"]
+        ):
             return meta
     except (OSError, ValueError, KeyError):
         pass
