@@ -100,9 +100,10 @@ def test_a_device_that_goes_away_is_tried_again(tmp_path, monkeypatch):
         return real(*arguments, **options)
 
     monkeypatch.setattr(fleet.bench, "run", sometimes)
+    before = threading.active_count()
     results, _ = run(tmp_path)
     assert [r.outcome for r in results] == ["done", "done"]
-    assert threading.active_count() < 20
+    assert threading.active_count() <= before + 2
 
 
 def test_what_is_not_there_is_said(tmp_path):

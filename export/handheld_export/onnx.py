@@ -40,8 +40,8 @@ class Layer:
     """A quantized layer of an artifact, to be read back."""
 
     name: str
-    initializer: str
-    """Name of the codes in the file."""
+    initializers: tuple[str, ...]
+    """What the codes may be called in the file: one name for each place that uses the layer."""
     weight: QuantizedWeight
 
 
@@ -184,29 +184,24 @@ def replace(
     TargetError
         If a grid does not run.
     """
-    layers: list[Layer] = []
-    done: dict[int, nn.Module] = {}
+    found: dict[int, tuple[nn.Module, str, QuantizedWeight, list[str]]] = {}
     for name, layer in list(module.named_modules(remove_duplicate=False)):
         if not isinstance(layer, nn.Linear | nn.Conv2d):
             continue
         stored: QuantizedWeight | None = getattr(layer, "quantized", None)
         if stored is None:
             continue
-        source = str(getattr(layer, "source_name", name))
-        new = done.get(id(layer))
-        if new is None:
+        if id(layer) not in found:
+            source = str(getattr(layer, "source_name", name))
             weight = container(stored)
             check(source, weight)
-            new = (
-                CodedLinear(layer, weight)
-                if isinstance(layer, nn.Linear)
-                else CodedConv(layer, weight)
-            )
-            done[id(layer)] = new
-            layers.append(Layer(source, f"{name}.codes", weight))
+            kind = CodedLinear if isinstance(layer, nn.Linear) else CodedConv
+            found[id(layer)] = kind(layer, weight), source, weight, []  # type: ignore[arg-type]
+        new, _, _, names = found[id(layer)]
+        names.append(f"{name}.codes")
         parent, _, own = name.rpartition(".")
         setattr(module.get_submodule(parent), own, new)
-    return layers
+    return [Layer(s, tuple(names), weight) for _, s, weight, names in found.values()]
 
 
 def lower(
@@ -291,9 +286,12 @@ def read_back(path: Path, layers: Sequence[Layer]) -> None:
     model = onnx.load(str(path))
     stored = {t.name: t for t in model.graph.initializer}
     for layer in layers:
-        names = layer.initializer, layer.initializer.removesuffix("codes") + "scales"
-        if any(n not in stored for n in names):
-            raise TargetError(f"layer '{layer.name}': the file holds no codes under {names[0]}")
+        own_name = next((n for n in layer.initializers if n in stored), None)
+        if own_name is None:
+            raise TargetError(
+                f"layer '{layer.name}': the file holds no codes under {layer.initializers[0]}"
+            )
+        names = own_name, own_name.removesuffix("codes") + "scales"
         codes, scales = (numpy_helper.to_array(stored[n]) for n in names)
         own = layer.weight
         if not _same(codes, scales, own):
