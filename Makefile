@@ -9,6 +9,11 @@ export PIP_NO_INPUT := 1
 INSTALLED := .venv/.installed
 TRAINING := .venv/.installed-train
 
+# Apart, and last: a dependency of litert-converter asks for an old typing-extensions, sigstore for a
+# new one. Both work with the new one, but pip cannot choose it for both at once, and says so.
+WITH_RELEASE := $(PY) -m pip install --quiet -e ".[release]" 2>.venv/pip-release.log || \
+	{ cat .venv/pip-release.log >&2; exit 1; }
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all bench critter lint docs clean
 .DELETE_ON_ERROR:
@@ -23,10 +28,11 @@ $(INSTALLED): pyproject.toml
 	@test -x $(PY) || "$(PYTHON)" -m venv .venv
 	@echo "Installing torch, the engines and handheld into .venv (some minutes, 3 GB)"
 	@start=$$(date +%s) && $(PY) -m pip install --quiet torch==2.13.0 -e ".[export,dev]" && \
+		{ $(WITH_RELEASE); } && \
 		echo $$(($$(date +%s) - start)) > $@ && echo "Installed in $$(cat $@) s"
 
 $(TRAINING): $(INSTALLED)
-	@$(PY) -m pip install --quiet -e ".[train]" && touch $@
+	@$(PY) -m pip install --quiet -e ".[train]" && { $(WITH_RELEASE); } && touch $@
 
 demo: $(INSTALLED)  ## Export critter, draw with it, measure it (10 minutes on 2 cores)
 	@$(PY) benchmarks/demo.py

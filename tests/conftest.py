@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import pytest
+
+# Phones that are plugged in are none of the tests' business; those that want one bring it.
+os.environ["HANDHELD_ADB"] = os.environ["HANDHELD_XCRUN"] = "/none"
 
 if importlib.util.find_spec("torch") is not None:
     import torch

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from safetensors.numpy import load, save
 
 import fake_harness
 import samples
@@ -121,6 +122,24 @@ def test_what_goes_wrong_is_recorded(sample, host, monkeypatch, fault, status, m
     assert record.status == status
     assert message in record.error
     assert record.passes
+
+
+def test_the_first_wrong_segment_is_named(tmp_path, host, monkeypatch):
+    manifest, files = samples.content()
+    stored = {**load(files["reference.safetensors"]),
+              "call.0.y": np.ones((1, 8, 16, 3), np.float32)}  # fmt: skip
+    files["reference.safetensors"] = save(stored)
+    reference = manifest.reference.model_copy(
+        update={"file": samples.ref("reference.safetensors", files["reference.safetensors"])}
+    )
+    sample = samples.bundles.write(
+        manifest.model_copy(update={"reference": reference}), files, tmp_path / "b"
+    )
+    monkeypatch.setenv("HANDHELD_FAKE", "wrong")
+    record = bench.run(sample, host, FAST)
+    assert record.status == "failed"
+    assert "the first segment that went wrong is 'unet.0' (call 0, 0.0 dB" in record.error
+    assert record.passes[-1].purpose == "diagnosis"
 
 
 def test_rounding_differences_pass(sample, host, monkeypatch):

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import save
 
 import samples
+from handheld import archive
 from handheld import bundle as bundles
 from handheld.bundle import Bundle, find, manifest_bytes, parse_manifest, write
 from handheld.errors import BundleError, HandheldError, OutputError, UsageError
@@ -447,7 +448,7 @@ def test_zip_with_duplicates(tmp_path, name):
 
 
 def test_zip_bomb(tmp_path, monkeypatch):
-    monkeypatch.setattr(bundles, "MAX_ZIP_FREE_BYTES", 1000)
+    monkeypatch.setattr(archive, "MAX_ZIP_FREE_BYTES", 1000)
     path = tmp_path / "bomb.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
         for name, data in [*bundle_entries(), ("zeros", bytes(10**7))]:
@@ -467,7 +468,7 @@ def test_zip_that_lies_about_sizes(tmp_path):
 
 
 def test_zip_with_too_many_entries(tmp_path, monkeypatch):
-    monkeypatch.setattr(bundles, "MAX_ZIP_ENTRIES", 2)
+    monkeypatch.setattr(archive, "MAX_ZIP_ENTRIES", 2)
     assert "over the limit" in str(error_of(zipped(tmp_path, bundle_entries())))
 
 

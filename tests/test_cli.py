@@ -21,7 +21,8 @@ from handheld.records import read
 HANDHELD = [sys.executable, "-m", "handheld"]
 COMMANDS = [
     "generate", "export", "verify", "bench", "devices", "bundle show", "harness build", "doctor",
-    "schema",
+    "schema", "report", "compare", "release build", "release verify", "release select",
+    "release pack", "release publish", "release update", "release confirm", "release revert",
 ]  # fmt: skip
 
 
@@ -94,7 +95,7 @@ def test_version(capsys):
         (["generate", "sample", "x", "-o", "x.png", "--negative", "y"], "without guidance"),
         (["generate", "sample", "x", "-o", "x.png", "--size", "1x1"], "has no size '1x1'"),
         (["generate", "sample", "unknown", "-o", "x.png"], "holds no embeddings"),
-        (["generate", "sample", "x", "-o", "x.png", "--text-url", "y"], "not supported yet"),
+        (["generate", "sample", "x", "-o", "x.png", "--text-url", "y"], "not the URL of a server"),
     ],
 )
 def test_bad_usage(capsys, sample, args, message):
@@ -194,10 +195,10 @@ def test_harness_build(capsys):
 
 def test_schema(capsys, tmp_path):
     _, out, _ = outcome(capsys, "schema")
-    assert sorted(json.loads(out)) == ["event", "job", "manifest", "record"]
+    assert sorted(json.loads(out)) == ["event", "job", "manifest", "record", "release"]
     assert json.loads(outcome(capsys, "schema", "job")[1])["title"] == "handheld job"
     assert outcome(capsys, "schema", "-o", "out")[0] == 0
-    assert len(list((tmp_path / "out").iterdir())) == 4
+    assert len(list((tmp_path / "out").iterdir())) == 5
 
 
 def test_without_the_exporter(capsys, monkeypatch):

@@ -129,14 +129,14 @@ def entry(exports, bundle, start):
     """The cache entry of a bundle's artifact."""
     wanted = next(a.file.sha256 for a in bundle.manifest.artifacts if a.id.startswith(start))
     for meta in (exports.folder / "cache" / "handheld" / "artifacts").glob("*/meta.json"):
-        if json.loads(meta.read_text())["sha256"] == wanted:
+        if json.loads(meta.read_text())["files"][0]["sha256"] == wanted:
             return meta.parent
     raise AssertionError(start)
 
 
 def test_damaged_cache_is_made_again(exports, smallest):
     first = exports.of(smallest, TARGETS[0])[0]
-    artifact = entry(exports, first, "embedding") / "artifact.pte"
+    (artifact,) = entry(exports, first, "embedding").glob("*.pte")
     data = artifact.read_bytes()
     artifact.write_bytes(bytes([data[0] ^ 1]) + data[1:])
     again, count = exports.run(smallest, target=TARGETS[0], precision="fp32", references=True)
@@ -144,20 +144,28 @@ def test_damaged_cache_is_made_again(exports, smallest):
     assert again.sha256 == first.sha256
 
 
+def only(folder):
+    """The artifact of a cache entry."""
+    (artifact,) = folder.glob("*.pte")
+    return artifact
+
+
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda e: (e / "artifact.pte").unlink(),
-        lambda e: (e / "artifact.pte").write_bytes((e / "artifact.pte").read_bytes()[:-1]),
+        lambda e: only(e).unlink(),
+        lambda e: only(e).write_bytes(only(e).read_bytes()[:-1]),
         lambda e: (e / "meta.json").unlink(),
         lambda e: (e / "meta.json").write_text("{"),
         lambda e: (e / "meta.json").write_text("{}"),
+        lambda e: (e / "meta.json").write_text('{"files": []}'),
     ],
 )
 def test_damaged_entries_are_dropped(exports, smallest, tmp_path, damage):
     source = entry(exports, exports.of(smallest, TARGETS[0])[0], "embedding")
     copy = tiny.copied(source, tmp_path / "key")
-    assert lowering.cached(tmp_path, "key")["file"] == "artifact.pte"
+    (file,) = lowering.cached(tmp_path, "key")["files"]
+    assert file["path"] == only(source).name
     damage(copy)
     assert lowering.cached(tmp_path, "key") is None
     assert not copy.exists()

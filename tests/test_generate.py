@@ -3,20 +3,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import samples
+import test_text_client
 from handheld import generate, models, text
 from handheld.cli import run
 from handheld.commands import generate as command
 from handheld.errors import BundleError, HandheldError, MissingDependencyError, UsageError
 from handheld.generate import Picture
 from handheld.protocol import Iteration
-from handheld.text import PromptEmbedding
+from handheld.text import PromptEmbedding, oip
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +165,72 @@ def test_draws_a_bundle(sample, session, capsys, tmp_path):
     facts = json.loads(capsys.readouterr().out)
     assert facts["sha256"] == hashlib.sha256(samples.picture().tobytes()).hexdigest()
     assert session.jobs[1].job.cache is None
+
+
+# Text servers
+
+
+@pytest.fixture
+def text_server():
+    """Answers like a text server of the sample's encoders."""
+    server = test_text_client.Server()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            content = self.rfile.read(int(self.headers["content-length"]))
+            prompts, _ = test_text_client.asked(content, self.headers[oip.JSON_LENGTH])
+            answer = server.answer(prompts)
+            self.send_response(200)
+            for name, value in answer.headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(answer.content)
+            server.requests.append((self.headers["authorization"], content))
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        Thread(target=http.serve_forever, daemon=True).start()
+        server.url = f"http://127.0.0.1:{http.server_port}"
+        yield server
+        http.shutdown()
+
+
+def test_draws_with_a_text_server(sample, session, text_server, monkeypatch, capsys):
+    monkeypatch.setenv("HANDHELD_TEXT_TOKEN", "secret")
+    args = ["generate", "sample", "-o", "out.png", "--text-url", text_server.url]
+    assert run([*args, samples.PROMPT]) == 0
+    assert not text_server.requests, "the bundle holds this prompt"
+    assert run([*args, "new"]) == 0
+    assert (session.jobs[1].inputs["pooled"] == len("new")).all()
+    assert text_server.requests[0][0] == "Bearer secret"
+    assert run([*args, "new"]) == 0
+    assert len(text_server.requests) == 1, "the second time it is on disk"
+    assert run([*args, "a prompt with more tokens"]) == 0
+    assert "was cut off: a prompt with more tokens" in capsys.readouterr().err
+
+
+def test_a_text_server_that_is_away_fails_in_time(sample, session, capsys):
+    args = ["generate", "sample", "-o", "out.png", "--text-url", "http://127.0.0.1:9"]
+    assert run([*args, samples.PROMPT]) == 0
+    began = time.monotonic()
+    assert run([*args, "new", "--text-deadline", "0.3"]) == 2
+    assert time.monotonic() - began < 5
+    error = capsys.readouterr().err
+    assert "no answer within 0.3 s" in error and samples.PROMPT in error
+    assert run([*args, "new", "--text-deadline", "0.3", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == "text-server"
+    assert run([*args, "new", "--text-checkpoint", "x"]) == 2
+    assert not Path("other.png").exists()
+
+
+def test_a_text_server_of_other_encoders_is_refused(sample, session, text_server, capsys):
+    text_server.sha = "2" * 64
+    args = ["generate", "sample", "new", "-o", "new.png", "--text-url", text_server.url]
+    assert run(args) == 2
+    assert "other text encoders" in capsys.readouterr().err
+    assert not Path("new.png").exists()
 
 
 # Models by name

@@ -411,6 +411,63 @@ def test_session(bundle):
     assert [e.code for e in seen if e.event == "error"] == ["input"]
 
 
+def test_a_memory_warning_streams_and_changes_nothing(bundle):
+    from handheld.native import Session
+
+    seen, told = [], []
+    with Session(Job(bundle=str(bundle), size=SIZE, seed=11), seen.append) as session:
+        session.set_inputs(hb.inputs())
+        session.on_progress(lambda done, total: told.append((done, total)))
+        session.run()
+        first = session.output()
+        assert told == [(i + 1, len(told)) for i in range(len(told))]
+        session.memory_warning()
+        phases = [e.phase for e in seen if e.event == "memory"]
+        assert phases == ["start", "loaded", "first", "warning"]
+        session.run()
+        assert (session.output() == first).all()
+        # In the midst of a run, after its first call.
+        session.on_progress(lambda done, total: done == 1 and session.memory_warning())
+        session.run()
+        assert (session.output() == first).all()
+        assert [e.phase for e in seen if e.event == "memory"][4:] == ["warning"]
+
+        def stop(done, total):
+            raise ZeroDivisionError
+
+        session.on_progress(stop)
+        with pytest.raises(ZeroDivisionError):
+            session.run()
+
+
+def test_the_picture_is_compared_where_it_is_drawn(built, bundle, inputs, tmp_path):
+    picture = tmp_path / "picture.raw"
+    good = job(bundle, inputs, output=str(picture))
+    _, events = run(built, tmp_path, good)
+    assert next(e for e in events if e.event == "output").psnr_db is None
+    pixels = np.fromfile(picture, np.uint8)
+    for change, wanted in ((0, 999.0), (1, 20 * np.log10(255))):
+        other = tmp_path / f"expect{change}.safetensors"
+        save_file({"picture": (pixels ^ change).reshape(1, 16, 24, 3)}, other)
+        _, events = run(
+            built, tmp_path, {**good, "expect": {"path": str(other), "tensor": "picture"}}
+        )
+        said = next(e for e in events if e.event == "output" and e.role == "picture")
+        assert said.psnr_db == pytest.approx(wanted, abs=1e-3)
+
+
+def test_runs_end_when_the_median_is_known(built, bundle, inputs, tmp_path):
+    def timed(**changes):
+        status, events = run(built, tmp_path, job(bundle, inputs, **changes))
+        assert status == 0
+        return [e.total_ms for e in events if e.event == "iteration" and e.kind == "timed"]
+
+    assert len(timed(iterations=1, precision=1.0)) >= 6
+    limited = timed(iterations=2, precision=1e-9, max_seconds=0.3)
+    assert len(limited) >= 2
+    assert sum(limited) < 10_000
+
+
 def test_session_is_interrupted(bundle):
     from handheld.native import NativeError, Session
 

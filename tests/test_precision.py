@@ -61,4 +61,4 @@ def test_groups_that_do_not_divide_become_channels():
 def test_unknown():
     with pytest.raises(UsageError) as e:
         find("int3")
-    assert "fp32, int8, int4, int4g32, int2" in e.value.remedy
+    assert "fp32, fp16, int8, int4, int4g32, int2" in e.value.remedy

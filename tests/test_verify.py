@@ -135,6 +135,11 @@ def test_wrong_engine_version(bundle):
     assert not failed(report)
     assert report.problems[0].startswith("unet.01.mid_block: made for engine version 0.0.1")
     result = run(bundle, "--json")
+    assert result.exit_code == 1
+    told = json.loads(result.stdout)
+    assert told["passed"] is False
+    assert "unet.01.mid_block" in told["problems"][0]
+    result = run(bundle)
     assert isinstance(result.exception, GateError)
     assert result.exception.exit_code == 1
     assert "unet.01.mid_block" in str(result.exception)

@@ -1,7 +1,7 @@
 /* Handheld: run a bundle.
  *
  * The C API that apps embed. All functions may be called from any thread, one at a time per
- * session; hh_cancel may be called at any moment. Strings are UTF-8. Nothing throws.
+ * session; hh_cancel and hh_memory_warning may be called at any moment. Strings are UTF-8. Nothing throws.
  */
 #ifndef HANDHELD_H
 #define HANDHELD_H
@@ -35,6 +35,12 @@ HH_API const char* hh_engines(void);
 /* What went wrong last in this thread: a JSON object {"code": ..., "message": ...}. */
 HH_API const char* hh_last_error(void);
 
+/* Check that a bundle is the variant of a release that its release.json (a path) means: the hash of
+ * its manifest, and size and hash of every file. Do it once after an update; hh_open checks the
+ * bundle against its own manifest every time. */
+HH_API hh_status hh_check_release(const char* release_json, const char* variant,
+                                  const char* bundle);
+
 /* Open the bundle of a job (the JSON text of protocol.Job), plan residency, make resident
  * artifacts ready. Events may be NULL. */
 HH_API hh_status hh_open(const char* job_json, hh_event_fn events, void* user, hh_session** out);
@@ -59,6 +65,15 @@ HH_API hh_status hh_output(hh_session* session, const char* role, const void** d
  * NULL, make every hh_open under way do so after the current artifact. Only stores to atomics,
  * so a signal handler may call it. */
 HH_API void hh_cancel(hh_session* session);
+
+/* Be told after each call of the program how many of its calls are done. On the thread that
+ * runs it. NULL stops it. */
+typedef void (*hh_progress_fn)(void* user, size_t done, size_t total);
+HH_API hh_status hh_on_progress(hh_session* session, hh_progress_fn progress, void* user);
+
+/* The system is short of memory: drop resident artifacts, and stream them from now on. Call it
+ * from any thread, also during a run, which then goes on and draws the same picture. */
+HH_API void hh_memory_warning(hh_session* session);
 
 HH_API void hh_close(hh_session* session);
 

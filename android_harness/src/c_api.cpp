@@ -8,6 +8,7 @@
 #include "engines.hpp"
 #include "json.hpp"
 #include "noise.hpp"
+#include "release.hpp"
 #include "session.hpp"
 
 struct hh_session {
@@ -70,6 +71,13 @@ const char* hh_engines(void) {
 
 const char* hh_last_error(void) { return last_error.c_str(); }
 
+hh_status hh_check_release(const char* release_json, const char* variant, const char* bundle) {
+  return guarded({}, [&] {
+    if (!release_json || !variant || !bundle) throw hh::Error("job", "a name is missing");
+    hh::check_release(release_json, variant, bundle);
+  });
+}
+
 hh_status hh_open(const char* job_json, hh_event_fn events, void* user, hh_session** out) {
   hh::EventSink sink;
   if (events) sink = [events, user](const char* json) { events(user, json); };
@@ -119,6 +127,19 @@ void hh_cancel(hh_session* session) {
   } else {
     open_generation.fetch_add(1);
   }
+}
+
+hh_status hh_on_progress(hh_session* session, hh_progress_fn progress, void* user) {
+  return guarded({}, [&] {
+    if (!session) throw hh::Error("input", "no session");
+    hh::Session::Progress told;
+    if (progress) told = [=](size_t done, size_t total) { progress(user, done, total); };
+    session->session.on_progress(std::move(told));
+  });
+}
+
+void hh_memory_warning(hh_session* session) {
+  if (session) guarded({}, [&] { session->session.memory_warning(); });
 }
 
 void hh_close(hh_session* session) { delete session; }

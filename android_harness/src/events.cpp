@@ -49,7 +49,7 @@ Event& Event::add(const char* name, std::optional<uint64_t> value) {
   return value ? add(name, *value) : raw(name, "null");
 }
 
-Event& Event::milliseconds(const char* name, double value) {
+Event& Event::number(const char* name, double value) {
   key(name);
   append_number(text_, value);
   return *this;

@@ -21,7 +21,8 @@ class Event {
   Event& add(const char* name, uint64_t value);
   Event& add(const char* name, int value) { return add(name, static_cast<uint64_t>(value)); }
   Event& add(const char* name, std::optional<uint64_t> value);
-  Event& milliseconds(const char* name, double value);
+  Event& number(const char* name, double value);  // four digits after the point
+  Event& milliseconds(const char* name, double value) { return number(name, value); }
   Event& list(const char* name, std::span<const double> milliseconds);
   Event& list(const char* name, std::span<const int64_t> values);
   Event& raw(const char* name, std::string_view json);

@@ -18,6 +18,17 @@ std::string read_path(const json::Node& node) {
   return path;
 }
 
+TensorFile read_tensor_file(const json::Node& node) {
+  node.only({"path", "tensor"});
+  return {read_path(node.at("path")), node.at("tensor").string()};
+}
+
+double read_positive(const json::Node& node, double most) {
+  double value = node.number(0, most);
+  if (value <= 0) node.fail("is not positive");
+  return value;
+}
+
 }  // namespace
 
 Job read_job(std::string_view text) {
@@ -29,8 +40,8 @@ Job read_job(std::string_view text) {
     if (int64_t version = protocol->integer(INT64_MIN, INT64_MAX); version != 1)
       protocol->fail("unknown version " + std::to_string(version) + ", this harness speaks 1");
   root.only({"protocol", "bundle", "size", "seed", "inputs", "residency", "residency_by_artifact",
-             "prefetch", "threads", "cache", "warmup", "iterations", "min_seconds", "verify_hashes",
-             "reset_peak", "output", "dump_calls"});
+             "prefetch", "threads", "cache", "warmup", "iterations", "min_seconds", "precision",
+             "max_seconds", "verify_hashes", "reset_peak", "output", "expect", "dump_calls"});
   Job job;
   job.bundle = read_path(root.at("bundle"));
   job.size = read_name(root.at("size"));
@@ -38,8 +49,7 @@ Job read_job(std::string_view text) {
   if (auto n = root.find("inputs"))
     for (const auto& [name, file] : n->members()) {
       check_name(file, name);
-      file.only({"path", "tensor"});
-      job.inputs.emplace(name, TensorFile{read_path(file.at("path")), file.at("tensor").string()});
+      job.inputs.emplace(name, read_tensor_file(file));
     }
   if (auto n = root.find("residency")) job.stream = read_residency(*n);
   if (auto n = root.find("residency_by_artifact"))
@@ -50,9 +60,12 @@ Job read_job(std::string_view text) {
   if (auto n = root.find("warmup")) job.warmup = n->integer(0, INT32_MAX);
   if (auto n = root.find("iterations")) job.iterations = n->integer(1, INT32_MAX);
   if (auto n = root.find("min_seconds")) job.min_seconds = n->number(0, 1e9);
+  if (auto n = root.find("precision")) job.precision = read_positive(*n, 1);
+  if (auto n = root.find("max_seconds")) job.max_seconds = read_positive(*n, 1e9);
   if (auto n = root.find("verify_hashes")) job.verify_hashes = n->boolean();
   if (auto n = root.find("reset_peak")) job.reset_peak = n->boolean();
   if (auto n = root.find("output")) job.output = read_path(*n);
+  if (auto n = root.find("expect")) job.expect = read_tensor_file(*n);
   if (auto n = root.find("dump_calls")) job.dump_calls = read_path(*n);
   return job;
 }

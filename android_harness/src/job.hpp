@@ -26,9 +26,12 @@ struct Job {
   int64_t warmup = 1;
   int64_t iterations = 1;
   double min_seconds = 0;
+  double precision = 0;    // of the median; 0: not asked for
+  double max_seconds = 0;  // for which precision is waited for; 0: for ever
   bool verify_hashes = true;
   bool reset_peak = false;
   std::string output;      // empty: nowhere
+  std::optional<TensorFile> expect;  // the picture that must come out
   std::string dump_calls;  // empty: nowhere
 };
 

@@ -61,8 +61,16 @@ bool read_job(const char* path, std::string& text) {
 int main(int argc, char** argv) {
   if (argc == 2 && std::strcmp(argv[1], "--version") == 0) return std::puts(hh_version()) < 0;
   if (argc == 2 && std::strcmp(argv[1], "--engines") == 0) return std::puts(hh_engines()) < 0;
+  if (argc == 5 && std::strcmp(argv[1], "--check-release") == 0) {
+    hh_status status = hh_check_release(argv[2], argv[3], argv[4]);
+    if (status != HH_OK) std::fprintf(stderr, "%s\n", hh_last_error());
+    return status;
+  }
   if (argc != 2 || (argv[1][0] == '-' && argv[1][1] != '\0')) {
-    std::fputs("usage: handheld-harness JOB.json | - | --version | --engines\n", stderr);
+    std::fputs(
+        "usage: handheld-harness JOB.json | - | --version | --engines |\n"
+        "       --check-release RELEASE.json VARIANT BUNDLE\n",
+        stderr);
     return HH_BAD_INPUT;
   }
   struct sigaction action {};

@@ -33,19 +33,6 @@ void check_inside(const json::Node& node, const std::string& path) {
   }
 }
 
-FileRef read_ref(const json::Node& node) {
-  node.only({"path", "sha256", "bytes"});
-  FileRef ref;
-  ref.path = node.at("path").string();
-  check_inside(node.at("path"), ref.path);
-  ref.sha256 = node.at("sha256").string();
-  auto hex = [](char c) { return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f'); };
-  if (ref.sha256.size() != 64 || !std::ranges::all_of(ref.sha256, hex))
-    node.at("sha256").fail("is not a sha256");
-  ref.bytes = static_cast<uint64_t>(node.at("bytes").integer(0, INT64_MAX));
-  return ref;
-}
-
 std::vector<std::pair<std::string, TensorSpec>> read_port_list(const json::Node& node) {
   std::vector<std::pair<std::string, TensorSpec>> out;
   for (const auto& [name, spec] : node.members()) {
@@ -56,8 +43,8 @@ std::vector<std::pair<std::string, TensorSpec>> read_port_list(const json::Node&
 }
 
 Artifact read_artifact(const json::Node& node) {
-  node.only({"id", "target", "engine", "engine_version", "file", "ports", "units", "component",
-             "weights", "held", "macs", "partitions", "tools", "verification"});
+  node.only({"id", "target", "engine", "engine_version", "file", "parts", "ports", "units",
+             "component", "weights", "held", "macs", "partitions", "tools", "verification"});
   Artifact artifact;
   artifact.field = node.path();
   artifact.id = read_name(node.at("id"));
@@ -72,6 +59,8 @@ Artifact read_artifact(const json::Node& node) {
   node.at("engine_version").string();
   for (const json::Node& unit : node.at("units").items()) unit.string();
   artifact.file = read_ref(node.at("file"));
+  if (auto parts = node.find("parts"))
+    for (const json::Node& part : parts->items()) artifact.parts.push_back(read_ref(part));
   json::Node ports = node.at("ports");
   ports.only({"inputs", "outputs"});
   artifact.ports.inputs = read_port_list(ports.at("inputs"));
@@ -115,6 +104,19 @@ void check_version(const json::Node& root) {
 }
 
 }  // namespace
+
+FileRef read_ref(const json::Node& node) {
+  node.only({"path", "sha256", "bytes"});
+  FileRef ref;
+  ref.path = node.at("path").string();
+  check_inside(node.at("path"), ref.path);
+  ref.sha256 = node.at("sha256").string();
+  auto hex = [](char c) { return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f'); };
+  if (ref.sha256.size() != 64 || !std::ranges::all_of(ref.sha256, hex))
+    node.at("sha256").fail("is not a sha256");
+  ref.bytes = static_cast<uint64_t>(node.at("bytes").integer(0, INT64_MAX));
+  return ref;
+}
 
 const Artifact* Manifest::artifact(const std::string& id) const {
   for (const Artifact& a : artifacts)

@@ -20,6 +20,7 @@ struct Artifact {
   std::string id;
   std::string engine;
   FileRef file;
+  std::vector<FileRef> parts;  // which the engine finds from `file`
   Ports ports;
   std::string field;  // "artifacts[3]"
 };
@@ -38,6 +39,9 @@ struct Manifest {
 
   const Artifact* artifact(const std::string& id) const;
 };
+
+// Reads a field that names a file.
+FileRef read_ref(const json::Node&);
 
 // Reads and checks manifest.json; the files that it names are checked by check_file.
 Manifest read_manifest(const std::string& folder);

@@ -100,6 +100,12 @@ void Residency::drop_streamed() {
   if (requested_ != kNone) await();
 }
 
+void Residency::stream_all() {
+  drop_streamed();
+  for (Slot& slot : slots_) slot.stream = true;
+  for (auto& model : residents_) model.reset();
+}
+
 void Residency::request(size_t slot) {
   requested_ = slot;
   {

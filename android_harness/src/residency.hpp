@@ -37,6 +37,8 @@ class Residency {
   void release(size_t call);
   // Drops every streamed model, also after an error.
   void drop_streamed();
+  // From now on everything is streamed; what was resident goes. Between calls only.
+  void stream_all();
 
  private:
   static constexpr size_t kNone = SIZE_MAX;

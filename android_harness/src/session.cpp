@@ -4,11 +4,13 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "memory.hpp"
 #include "noise.hpp"
 #include "sha256.hpp"
+#include "thermal.hpp"
 
 namespace hh {
 namespace {
@@ -37,6 +39,19 @@ std::vector<Port> ports_of(const std::vector<std::pair<std::string, TensorSpec>>
   return out;
 }
 
+// Half the width of the 95 % confidence interval of the median, as part of it: by order
+// statistics, so that no distribution is assumed. Infinite below six values.
+double median_uncertainty(std::vector<double> values) {
+  const size_t n = values.size();
+  if (n < 6) return INFINITY;
+  std::ranges::sort(values);
+  const double spread = 1.959964 * std::sqrt(static_cast<double>(n));
+  const auto low = static_cast<size_t>(std::max(0.0, std::floor((n - spread) / 2)));
+  const auto high = std::min(n - 1, static_cast<size_t>(std::ceil((n + spread) / 2)));
+  const double median = n % 2 ? values[n / 2] : (values[n / 2 - 1] + values[n / 2]) / 2;
+  return median > 0 ? std::max(median - values[low], values[high] - median) / median : INFINITY;
+}
+
 const char* cache_name(CacheState state) {
   switch (state) {
     case CacheState::built: return "built";
@@ -60,6 +75,7 @@ Session::Session(Job job, EventSink events, const std::function<bool()>& cancell
                      .add("base_rss_bytes", base.rss)
                      .add("engine_library_bytes", 0)));
   emit_memory("start");
+  emit_thermal();
   auto go_on = [&] {
     if (cancelled()) throw Error("cancelled", "cancelled while the bundle was opened");
   };
@@ -202,6 +218,7 @@ void Session::check_cancelled() {
 
 void Session::pass(SafeTensorsWriter* dump) {
   timing_.engine = timing_.load = 0;
+  size_t done = 0;
   for (const Step& step : executor_->steps()) {
     const auto* call = std::get_if<CallStep>(&step);
     if (!call) {
@@ -209,6 +226,7 @@ void Session::pass(SafeTensorsWriter* dump) {
       continue;
     }
     if (cancelled_.load(std::memory_order_relaxed)) check_cancelled();
+    if (memory_is_short_.load(std::memory_order_relaxed)) save_memory();
     double before = now_ms();
     Model& model = residency_->acquire(call->call);
     double start = now_ms();
@@ -218,6 +236,7 @@ void Session::pass(SafeTensorsWriter* dump) {
     timing_.load += start - before;
     timing_.engine += end - start;
     timing_.calls[call->call] = end - start;
+    if (progress_) progress_(++done, timing_.calls.size());
     if (dump) {
       const Artifact& artifact = manifest_.artifacts[call->artifact];
       for (size_t i = 0; i < call->outputs.size(); ++i)
@@ -226,7 +245,7 @@ void Session::pass(SafeTensorsWriter* dump) {
   }
 }
 
-void Session::iterate(const char* kind) {
+double Session::iterate(const char* kind) {
   prepare_inputs();
   ran_ = false;
   double start = now_ms();
@@ -246,28 +265,57 @@ void Session::iterate(const char* kind) {
                      .milliseconds("load_ms", timing_.load)
                      .list("calls_ms", std::span<const double>(timing_.calls))));
   if (index_++ == 0) emit_memory("first");
+  return total;
+}
+
+void Session::memory_warning() {
+  memory_is_short_.store(true, std::memory_order_relaxed);
+  // A run under way sees it before its next call.
+  if (std::unique_lock lock(running_, std::try_to_lock); lock) save_memory();
+}
+
+void Session::save_memory() {
+  if (!memory_is_short_.exchange(false, std::memory_order_relaxed)) return;
+  residency_->stream_all();
+  trim_heap();
+  emit_memory("warning");
+}
+
+// Whether there are enough timed runs: at least so many, for so long, and until the median is
+// known well enough or has been waited for long enough.
+bool Session::enough(const std::vector<double>& timed, double elapsed_ms) {
+  if (timed.size() < static_cast<size_t>(job_.iterations)) return false;
+  if (elapsed_ms < job_.min_seconds * 1000.0) return false;
+  if (job_.precision <= 0) return true;
+  if (job_.max_seconds > 0 && elapsed_ms >= job_.max_seconds * 1000.0) return true;
+  // Sorting again after each of very many runs would take longer than they do.
+  if (timed.size() < judged_ + judged_ / 20) return false;
+  judged_ = timed.size();
+  return median_uncertainty(timed) <= job_.precision;
 }
 
 void Session::run() {
+  std::lock_guard lock(running_);
   iterate(index_ == 0 ? "first" : "timed");
   check_cancelled();
 }
 
 void Session::run_job() {
+  std::lock_guard lock(running_);
   check_cancelled();
   if (index_ == 0) iterate("first");
   for (int64_t i = 0; i < job_.warmup; ++i) iterate("warmup");
   double start = now_ms();
-  int64_t timed = 0;
-  while (timed < job_.iterations || now_ms() - start < job_.min_seconds * 1000.0) {
-    iterate("timed");
-    ++timed;
-  }
+  judged_ = 0;
+  std::vector<double> timed;
+  do timed.push_back(iterate("timed"));
+  while (!enough(timed, now_ms() - start));
   emit_memory("end");
+  emit_thermal();
   if (!job_.dump_calls.empty()) dump_calls();
   emit_outputs();
   check_cancelled();
-  emit(std::move(Event("done").add("iterations", static_cast<uint64_t>(timed))));
+  emit(std::move(Event("done").add("iterations", static_cast<uint64_t>(timed.size()))));
 }
 
 // One more pass, outside of the measurements: writing would spoil them, and every pass gives the
@@ -311,8 +359,32 @@ void Session::emit_outputs() const {
       file.commit();
       event.add("file", job_.output);
     }
+    if (role == "picture" && job_.expect)
+      event.number("psnr_db", psnr({view.data, view.spec.bytes()}));
     emit(std::move(event));
   }
+}
+
+// Peak 255; 999 where all is equal.
+double Session::psnr(std::span<const std::byte> picture) const {
+  constexpr double kMost = 999;
+  SafeTensors file(job_.expect->path, "input");
+  const SafeTensors::Tensor& wanted = file.at(job_.expect->tensor);
+  if (wanted.spec.dtype != DType::u8 || wanted.data.size() != picture.size())
+    throw Error("input", job_.expect->path + ": tensor '" + job_.expect->tensor + "' is " +
+                             wanted.spec.text() + ", which is no picture of this size");
+  uint64_t squares = 0;
+  for (size_t i = 0; i < picture.size(); ++i) {
+    int d = std::to_integer<int>(picture[i]) - std::to_integer<int>(wanted.data[i]);
+    squares += static_cast<uint64_t>(d * d);
+  }
+  if (squares == 0) return kMost;
+  const double mean = static_cast<double>(squares) / static_cast<double>(picture.size());
+  return std::min(kMost, 10 * std::log10(255.0 * 255.0 / mean));
+}
+
+void Session::emit_thermal() const {
+  if (auto status = thermal_status()) emit(std::move(Event("thermal").add("status", *status)));
 }
 
 void Session::emit_memory(const char* phase) const {
@@ -323,7 +395,10 @@ void Session::emit_memory(const char* phase) const {
       .add("peak_rss", use.peak_rss)
       .add("anon", use.anon)
       .add("file", use.file)
-      .add("swap", use.swap);
+      .add("swap", use.swap)
+      .add("dma_buf", use.dma_buf)
+      .add("phys_footprint", use.phys_footprint)
+      .add("phys_footprint_peak", use.phys_footprint_peak);
   if (executor_) event.add("activations", executor_->bytes());
   emit(std::move(event));
 }

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -19,6 +20,8 @@ namespace hh {
 
 class Session {
  public:
+  using Progress = std::function<void(size_t done, size_t total)>;
+
   // `cancelled` is asked while the bundle is being opened.
   Session(Job job, EventSink events, const std::function<bool()>& cancelled);
 
@@ -28,6 +31,9 @@ class Session {
   void run_job();
   std::span<const std::byte> output(const std::string& role) const;
   void cancel() { cancelled_.store(true, std::memory_order_relaxed); }
+  // From any thread: everything is streamed from the next call on.
+  void memory_warning();
+  void on_progress(Progress progress) { progress_ = std::move(progress); }
   void emit(Event event) const { emit_text(event.text()); }
   void emit_text(const char* json) const {
     if (events_) events_(json);
@@ -44,11 +50,15 @@ class Session {
   std::unique_ptr<SafeTensors> open_constants() const;
   void read_job_inputs();
   void prepare_inputs();
-  void iterate(const char* kind);
+  double iterate(const char* kind);  // its milliseconds
+  bool enough(const std::vector<double>& timed, double elapsed_ms);
+  void save_memory();
   void pass(SafeTensorsWriter* dump);
   void dump_calls();
   void emit_memory(const char* phase) const;
+  void emit_thermal() const;
   void emit_outputs() const;
+  double psnr(std::span<const std::byte> picture) const;
   void check_cancelled();
 
   Job job_;
@@ -65,6 +75,10 @@ class Session {
   int64_t index_ = 0;
   Timing timing_;
   std::atomic<bool> cancelled_{false};
+  Progress progress_;
+  std::mutex running_;
+  std::atomic<bool> memory_is_short_{false};
+  size_t judged_ = 0;  // timed runs when their spread was last looked at
 };
 
 }  // namespace hh

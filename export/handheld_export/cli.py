@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from handheld import models
-from handheld.errors import GateError, UsageError
+from handheld.errors import GateError, TargetError, UsageError
 
 
 def quiet() -> None:
@@ -39,15 +39,17 @@ def export(
         str, typer.Argument(help="Folder in diffusers layout, .safetensors file, or model name.")
     ],
     target: Annotated[
-        list[str] | None, typer.Option("--target", "-t", help="Engine to lower for; repeatable.")
+        list[str] | None,
+        typer.Option("--target", "-t", help="Engine to lower for, or 'all'; repeatable."),
     ] = None,
     precision: Annotated[
         list[str] | None,
         typer.Option(
             "--precision",
             "-p",
-            help="fp32, int8, int4, int4g32 or int2, by rounding to nearest; layers that a "
-            "student has quantized already keep their codes. Repeatable.",
+            help="fp32, fp16, int8, int4, int4g32 or int2, by rounding to nearest, or 'all' that "
+            "a target has; layers that a student has quantized already keep their codes. "
+            "Repeatable.",
         ),
     ] = None,
     output: Annotated[
@@ -86,9 +88,7 @@ def export(
     handheld export critter --dry-run
     """  # noqa: D301
     quiet()
-    targets_ = target or ["litert-cpu"]
-    precisions = precision or ["int8"]
-    chosen = [(t, p) for t in dict.fromkeys(targets_) for p in dict.fromkeys(precisions)]
+    chosen, absent = _choose(target or ["litert-cpu"], precision or ["int8"])
     if jobs is not None and jobs < 1:
         raise UsageError(f"--jobs {jobs} is not positive")
     if output is None and not dry_run:
@@ -133,7 +133,7 @@ def export(
                 "target": name,
                 "precision": level,
                 "artifacts": len(manifest.artifacts),
-                "bytes": sum(a.file.bytes for a in manifest.artifacts),
+                "bytes": sum(f.bytes for a in manifest.artifacts for f in (a.file, *a.parts)),
                 "snr_db": manifest.verification.snr_db,
                 "student_snr_db": manifest.verification.student_snr_db,
                 "psnr_db": manifest.verification.psnr_db,
@@ -142,13 +142,47 @@ def export(
                 "lowered": bar.lowered,
             }
         )
+    results += [{"target": e.field, "skipped": e.message, "remedy": e.remedy} for e in absent]
     if json_output:
         sys.stdout.write(json.dumps(results, indent=2) + "\n")
     elif dry_run:
-        for result in results:
+        for result in results[: len(chosen)]:
             _print_plan(result)
     else:
-        _print_bundles(results)
+        _print_bundles(results[: len(chosen)])
+    for error in absent:
+        console.print(
+            f"skipped {error.message}: {error.remedy}", style="yellow", markup=False, soft_wrap=True
+        )
+
+
+def _choose(wanted: list[str], precisions: list[str]) -> tuple[list[tuple[str, str]], list[Any]]:
+    """Return pairs of target and precision, and why others of ``all`` targets are left out.
+
+    Raises
+    ------
+    UsageError, TargetError
+        For a target that was named and is unknown or lacks its tools; if none is left.
+    """
+    from handheld_export import targets
+
+    names = targets.names() if "all" in wanted else list(dict.fromkeys(wanted))
+    chosen: list[tuple[str, str]] = []
+    absent: list[TargetError] = []
+    for name in names:
+        try:
+            own = targets.find(name).precisions
+        except TargetError as error:
+            if name in wanted:
+                raise
+            error.field = name
+            absent.append(error)
+            continue
+        levels = own if "all" in precisions else tuple(dict.fromkeys(precisions))
+        chosen += [(name, level) for level in levels]
+    if not chosen and absent:
+        raise absent[0]
+    return chosen, absent
 
 
 def verify(
@@ -209,6 +243,8 @@ def verify(
         for problem in report.problems:
             Console().print(f"[red]{problem}[/red]")
     if not report.passed:
+        if json_output:  # one document, which says it
+            raise typer.Exit(1)
         failed = [r.artifact for r in report.rows if not r.passed]
         what = ", ".join(failed) or (report.problems[0] if report.problems else "end to end")
         raise GateError(f"verification failed: {what}", path=bundle)

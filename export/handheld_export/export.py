@@ -638,7 +638,7 @@ def _verify(
     metas: dict[str, dict[str, Any]],
     root: Path,
 ) -> Verification:
-    paths = {i: root / "artifacts" / k / metas[i]["file"] for i, k in keys.items()}
+    paths = {i: root / "artifacts" / k / metas[i]["files"][0]["path"] for i, k in keys.items()}
     runners = Runners(plan.target, {s.id: s for _, s, _ in plan.segments}, paths)
     result = _run(plan, runners, texts.inputs[0], plan.options.seed)
     student_snr = None
@@ -719,17 +719,18 @@ def _manifest(
     macs = _macs(plan)
     for _, segment, _ in plan.segments:
         meta = metas[segment.id]
+        file, *parts = (
+            FileRef(path=f"artifacts/{f['path']}", sha256=f["sha256"], bytes=f["bytes"])
+            for f in meta["files"]
+        )
         artifacts.append(
             Artifact(
                 id=segment.id,
                 target=plan.target.name,
                 engine=plan.target.engine,
                 engine_version=meta["engine_version"],
-                file=FileRef(
-                    path=f"artifacts/{segment.id}{plan.target.suffix}",
-                    sha256=meta["sha256"],
-                    bytes=meta["bytes"],
-                ),
+                file=file,
+                parts=tuple(parts),
                 ports=segment.ports,
                 units=tuple(u.name for u in segment.units),
                 component=segment.graph.component,
@@ -828,7 +829,8 @@ def _recorded(record: Path, root: Path) -> Manifest | None:
                 return None
         for artifact in manifest.artifacts:
             meta = lowering.cached(root / "artifacts", keys[artifact.id])
-            if meta is None or meta["sha256"] != artifact.file.sha256:
+            wanted = [ref.sha256 for ref in (artifact.file, *artifact.parts)]
+            if meta is None or [f["sha256"] for f in meta["files"]] != wanted:
                 return None
     except (OSError, ValueError, KeyError):
         return None
@@ -849,8 +851,9 @@ def _pack(manifest: Manifest, record: Path, root: Path, output: Path) -> None:
     keys = json.loads((record / "export.json").read_text())["keys"]
     files: dict[str, Path] = {}
     for artifact in manifest.artifacts:
-        suffix = Path(artifact.file.path).suffix
-        files[artifact.file.path] = root / "artifacts" / keys[artifact.id] / f"artifact{suffix}"
+        entry = root / "artifacts" / keys[artifact.id]
+        for ref in (artifact.file, *artifact.parts):
+            files[ref.path] = entry / ref.path.removeprefix("artifacts/")
     for ref in _own_files(manifest):
         files[ref.path] = record / ref.path
     bundle.write(manifest, files, output)

@@ -150,6 +150,7 @@ def segment_key(
             h.update(f"{name}|{value.dtype}|{tuple(value.shape)}".encode())
             h.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
     essence = {
+        "id": segment.id,  # the artifact's files are named by it
         "units": [u.name for u in segment.units],
         "ports": segment.ports.model_dump(mode="json"),
         "order": [segment.inputs, segment.outputs],
@@ -230,15 +231,13 @@ def lower(task: Task) -> dict[str, Any]:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         try:
-            path = work / f"artifact{target.suffix}"
+            path = work / f"{segment.id}{target.suffix}"
             lowered = target.lower(SegmentInput(segment.id, module, segment.ports, inputs), path)
-            runner = target.load(path, segment.ports)
+            runner = target.load(lowered.path, segment.ports)
             outputs = runner(*(x.numpy() for x in inputs))
             reference = [example[f"out.{n}"] for n in segment.outputs]
             meta = {
-                "sha256": sha256_file(path),
-                "bytes": path.stat().st_size,
-                "file": path.name,
+                "files": [_file(p, work) for p in (lowered.path, *lowered.parts)],
                 "partitions": lowered.partitions,
                 "notes": list(lowered.notes),
                 "weights": storage,
@@ -273,13 +272,22 @@ def cached(root: Path, key: str) -> dict[str, Any] | None:
         return None
     try:
         meta: dict[str, Any] = json.loads((root / key / "meta.json").read_text())
-        artifact = root / key / meta["file"]
-        if artifact.stat().st_size == meta["bytes"] and sha256_file(artifact) == meta["sha256"]:
+        if meta["files"] and all(
+            _file(root / key / f["path"], root / key) == f for f in meta["files"]
+        ):
             return meta
     except (OSError, ValueError, KeyError):
         pass
     shutil.rmtree(root / key, ignore_errors=True)
     return None
+
+
+def _file(path: Path, folder: Path) -> dict[str, Any]:
+    return {
+        "path": path.relative_to(folder).as_posix(),
+        "sha256": sha256_file(path),
+        "bytes": path.stat().st_size,
+    }
 
 
 def sweep(root: Path) -> None:

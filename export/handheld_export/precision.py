@@ -72,6 +72,7 @@ PRECISIONS: dict[str, Precision] = {
     p.name: p
     for p in (
         Precision("fp32"),
+        Precision("fp16"),
         Precision("int8", _INT8, _INT8),
         Precision("int4", Choice("int4"), _INT8),
         Precision("int4g32", Choice("int4", 32), _INT8),

@@ -9,10 +9,8 @@ torch.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 from handheld.bundle import Bundle
 from handheld.errors import TargetError, UsageError
 from handheld.execute import execute
+from handheld.gates import gates
 from handheld.manifest import Verification
 from handheld.models import checkpoint as find_model
 from handheld.program import Call
@@ -85,35 +84,6 @@ class Report:
         }
 
 
-def gates(precision: str, path: Path | None = None) -> tuple[float, float]:
-    """Return the least SNR per artifact and end to end, in dB.
-
-    Parameters
-    ----------
-    precision : str
-    path : Path, optional
-        A TOML file with a table per precision; by default ``gates.toml`` of the package.
-
-    Raises
-    ------
-    UsageError
-        If the file is not readable or lacks the precision.
-    """
-    source = path or Path(str(files("handheld_export") / "gates.toml"))
-    try:
-        table = tomllib.loads(source.read_text(encoding="utf-8"))[precision]
-        return float(table["artifact_db"]), float(table["end_to_end_db"])
-    except OSError as e:
-        raise UsageError(f"cannot be read: {e.strerror}", path=source) from None
-    except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as e:
-        raise UsageError(
-            f"has no usable gates: {e}",
-            path=source,
-            field=precision,
-            remedy="give artifact_db and end_to_end_db",
-        ) from None
-
-
 def verify(bundle: Bundle, checkpoint: Path | None = None, gate: Path | None = None) -> Report:
     """Verify a bundle.
 
@@ -124,7 +94,7 @@ def verify(bundle: Bundle, checkpoint: Path | None = None, gate: Path | None = N
         Where the fp32 reference comes from if the bundle does not carry it; by default the
         model that the manifest names.
     gate : Path, optional
-        Thresholds; see :func:`gates`.
+        Thresholds; see :func:`handheld.gates.gates`.
 
     Raises
     ------

@@ -1,12 +1,15 @@
 """Benchmarks: latency and memory of bundles on devices, as run records.
 
 A record is made of three processes of the harness. The first finds no packed weights
-(first-ever), the second measures times, the third does nothing but show its memory.
+(first-ever), the second measures times, the third does nothing but show its memory. A fourth
+may run for minutes, to show what heat does (sustained). docs/benchmark-protocol.md has the rules.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,11 +22,19 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from handheld import __version__
+from handheld import __version__, diagnose
 from handheld.bundle import Bundle
 from handheld.devices.base import Device, Place
-from handheld.errors import BundleError, GateError, HandheldError, HarnessError, UsageError
+from handheld.errors import (
+    BundleError,
+    DeviceError,
+    GateError,
+    HandheldError,
+    HarnessError,
+    UsageError,
+)
 from handheld.files import output_errors, weights_cache
+from handheld.gate import Gate, wait
 from handheld.manifest import Size
 from handheld.protocol import (
     Done,
@@ -43,6 +54,7 @@ from handheld.records import (
     Check,
     DeviceFacts,
     Heat,
+    HeatSample,
     MemoryFigures,
     Pass,
     RunRecord,
@@ -58,7 +70,9 @@ MOST_PSNR_DB = 40.0
 ALLOWED_DB = 3.0
 """How much worse than its export a bundle may be."""
 CAP_DB = 999.0
-Purpose = Literal["first-ever", "latency", "memory"]
+SAMPLE_S = 30.0
+"""How often a sustained pass looks at the device's heat."""
+Purpose = Literal["first-ever", "latency", "memory", "sustained", "diagnosis"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,14 @@ class Options:
     threads, warmup, iterations : int
     min_seconds : float
         Timed iterations go on until this has passed as well.
+    precision : float or None
+        And until half the width of the median's 95 % confidence interval is at most this part
+        of it, or ``max_seconds`` have passed.
+    max_seconds : float
+    sustained_s : float
+        Length of a sustained pass in seconds; 0 makes none.
+    gate : Gate
+        What the device must be like before it is measured.
     seed : int or None
         None takes the reference's, whose picture is then compared.
     cache : bool
@@ -92,6 +114,10 @@ class Options:
     warmup: int = 1
     iterations: int = 5
     min_seconds: float = 0.0
+    precision: float | None = None
+    max_seconds: float = 120.0
+    sustained_s: float = 0.0
+    gate: Gate = field(default_factory=Gate)
     seed: int | None = None
     cache: bool = True
     first_ever: bool = True
@@ -101,6 +127,8 @@ class Options:
 
 Progress = Callable[[Purpose, Event | None], None]
 """Told of a pass when it starts (None) and of every event in it."""
+Notice = Callable[[str], None]
+"""Told in words what goes on between passes: files on their way, a hot device waited for."""
 
 
 def run(
@@ -110,6 +138,7 @@ def run(
     *,
     command: tuple[str, ...] = (),
     progress: Progress = lambda purpose, event: None,
+    notice: Notice = lambda text: None,
     keep: Callable[[RunRecord], None] = lambda record: None,
 ) -> RunRecord:
     """Run a bundle on a device and return what was seen.
@@ -125,12 +154,22 @@ def run(
         If the device cannot run bundles at all, or lacks this one's engine.
     """
     size_name, size = bundle.size(options.size)
-    with _inputs(bundle, size_name, size, options) as given, device.prepare(bundle) as place:
-        facts = device.facts()
-        _check_engines(bundle, facts)
-        attempt = _Attempt(bundle, place, options, size_name, given, progress)
+    facts = device.facts()
+    _check_engines(bundle, facts)
+
+    def sending(name: str, done: int, total: int) -> None:
+        notice(f"sending {done / 1e6:.0f} of {total / 1e6:.0f} MB: {name}")
+
+    def waiting(reasons: list[str], seconds: float) -> None:
+        notice(f"waiting for {device.id}, {seconds:.0f} s: {', '.join(reasons)}")
+
+    with (
+        _inputs(bundle, size_name, size, options) as given,
+        device.prepare(bundle, sending) as place,
+    ):
+        heat_start, gate = wait(options.gate, device.heat, waiting=waiting)
+        attempt = _Attempt(bundle, device, place, options, size_name, given, progress)
         started = datetime.now(UTC)
-        heat_start = device.heat()
         status: Literal["ok", "failed", "partial"] = "ok"
         error: str | None = None
         interrupt: KeyboardInterrupt | None = None
@@ -143,11 +182,13 @@ def run(
             status, error = "failed", str(e)
             if any(p.iterations for p in attempt.passes) and not isinstance(e, GateError):
                 status = "partial"
-        heat_end = device.heat()
+        heat_end = _heat(device)
         check = attempt.check
         if status == "ok" and check is not None and not check.matches:
             status = "failed"
             error = f"the picture is wrong: {check.psnr_db:.1f} dB from the reference"
+            if check.first_wrong:
+                error += f"; {check.first_wrong}"
         hello = next((p.hello for p in attempt.passes if p.hello), None)
         if hello is not None:
             facts = facts.model_copy(update={"engines": hello.engines})
@@ -177,16 +218,25 @@ def run(
                 warmup=options.warmup,
                 iterations=options.iterations,
                 min_seconds=options.min_seconds,
+                precision=options.precision,
+                max_seconds=None if options.precision is None else options.max_seconds,
+                sustained_s=options.sustained_s or None,
                 inputs=given.source,
                 cache=options.cache,
             ),
+            transfer=place.transfer,
             passes=tuple(attempt.passes),
             memory=_memory(attempt.passes),
+            gate=gate,
             heat_start=heat_start,
             heat_end=heat_end,
+            battery_drop_percent=_battery_drop(heat_start, heat_end),
+            energy_j_per_picture=attempt.energy,
             check=check,
-            noisy=noise_reasons(latency.milliseconds("timed") if latency else [], heat_start),
-            throttled=_throttled(attempt.passes, heat_start, heat_end),
+            noisy=noise_reasons(
+                latency.milliseconds("timed") if latency else [], heat_start, heat_end
+            ),
+            throttled=gate.too_hot or _throttled(attempt.passes, heat_start, heat_end),
         )
     keep(record)
     if interrupt is not None:
@@ -256,6 +306,8 @@ class _Given:
     source: Literal["reference", "prefetched"]
     picture: NDArray[np.uint8] | None
     """What must come out, if that is known."""
+    expect: TensorFile | None = None
+    """Where that is."""
 
 
 @contextmanager
@@ -264,6 +316,7 @@ def _inputs(bundle: Bundle, size_name: str, size: Size, options: Options) -> Ite
     if reference is not None and reference.size == size_name:
         path = str(bundle.file(reference.file))
         seed = reference.seed if options.seed is None else options.seed
+        picture = bundle.reference().get("picture") if seed == reference.seed else None
         yield _Given(
             inputs={
                 item.name: TensorFile(path=path, tensor=f"input.{item.name}")
@@ -272,7 +325,8 @@ def _inputs(bundle: Bundle, size_name: str, size: Size, options: Options) -> Ite
             },
             seed=seed,
             source="reference",
-            picture=bundle.reference().get("picture") if seed == reference.seed else None,
+            picture=picture,
+            expect=None if picture is None else TensorFile(path=path, tensor="picture"),
         )
         return
     text = bundle.manifest.text
@@ -316,6 +370,7 @@ def _inputs(bundle: Bundle, size_name: str, size: Size, options: Options) -> Ite
 @dataclass
 class _Attempt:
     bundle: Bundle
+    device: Device
     place: Place
     options: Options
     size: str
@@ -323,6 +378,7 @@ class _Attempt:
     progress: Progress
     passes: list[Pass] = field(default_factory=list)
     check: Check | None = None
+    energy: float | None = None
 
     def run(self) -> None:
         """Run all passes."""
@@ -340,7 +396,10 @@ class _Attempt:
                     "warmup": options.warmup,
                     "iterations": options.iterations,
                     "min_seconds": options.min_seconds,
+                    "precision": options.precision,
+                    "max_seconds": None if options.precision is None else options.max_seconds,
                     "output": str(output),
+                    "expect": self.given.expect,
                 }
             )
             self._pass("latency", job)
@@ -353,6 +412,10 @@ class _Attempt:
                 path=self.bundle.path,
                 remedy="report it: an engine is not deterministic",
             )
+        if self.check is not None and not self.check.matches:
+            self._diagnose(job)
+        elif options.sustained_s:
+            self._sustain(cache)
 
     def _job(self, cache: str | None) -> Job:
         return Job(
@@ -369,14 +432,31 @@ class _Attempt:
             verify_hashes=False,
         )
 
-    def _pass(self, purpose: Purpose, job: Job) -> None:
+    def _diagnose(self, job: Job) -> None:
+        assert self.check is not None
+        # That it could not be found out is no reason to lose the run.
+        with contextlib.suppress(HarnessError, DeviceError, BundleError):
+            wrong = diagnose.find(self.bundle, job, lambda job: self._pass("diagnosis", job))
+            if wrong is not None:
+                self.check = self.check.model_copy(update={"first_wrong": str(wrong)})
+
+    def _sustain(self, cache: str | None) -> None:
+        before = self.device.heat()
+        job = self._job(cache).model_copy(update={"min_seconds": self.options.sustained_s})
+        self._pass("sustained", job, sample_s=SAMPLE_S)
+        pictures = len(self.passes[-1].iterations)
+        self.energy = energy_j(before, self.device.heat(), pictures)
+
+    def _pass(self, purpose: Purpose, job: Job, sample_s: float | None = None) -> None:
         self.progress(purpose, None)
+        next_sample = sample_s or math.inf
         seen: dict[str, list[Any]] = {
             "loads": [],
             "iterations": [],
             "memory": [],
             "thermal": [],
             "outputs": [],
+            "heat": [],
         }
         names = {
             Load: "loads",
@@ -400,6 +480,14 @@ class _Attempt:
                 if isinstance(event, Done):
                     values["done"] = True
                 self.progress(purpose, event)
+                seconds = received.since_spawn_ms / 1000
+                if seconds >= next_sample:
+                    seen["heat"].append(HeatSample(t_s=seconds, heat=self.device.heat()))
+                    next_sample = seconds + (sample_s or math.inf)
+            if self.device.kind != "host":
+                # A phone that was hot for this pass may have cooled before the next.
+                seconds = (datetime.now(UTC) - started).total_seconds()
+                seen["heat"].append(HeatSample(t_s=seconds, heat=self.device.heat()))
         except KeyboardInterrupt:
             values["error"] = "interrupted"
             raise
@@ -426,7 +514,10 @@ class _Attempt:
             raise BundleError("the harness wrote no picture", path=self.bundle.path)
         limit = self.options.min_psnr_db
         limit = expected_psnr(self.bundle) if limit is None else limit
-        self.check = compare(picture, self.given.picture, limit)
+        told = [o.psnr_db for p in self.passes for o in p.outputs if o.psnr_db is not None]
+        self.check = compare(picture, self.given.picture, limit).model_copy(
+            update={"device_psnr_db": told[-1] if told else None}
+        )
 
 
 def _memory(passes: list[Pass]) -> MemoryFigures | None:
@@ -463,10 +554,42 @@ def _memory(passes: list[Pass]) -> MemoryFigures | None:
     )
 
 
+def _heat(device: Device) -> Heat:
+    """Return a device's state; one that went away tells nothing."""
+    try:
+        return device.heat()
+    except DeviceError:
+        return Heat()
+
+
+def _battery_drop(start: Heat, end: Heat) -> float | None:
+    if start.battery_percent is None or end.battery_percent is None:
+        return None
+    return None if start.charging or end.charging else start.battery_percent - end.battery_percent
+
+
+def energy_j(before: Heat, after: Heat, pictures: int) -> float | None:
+    """Return the energy of a picture in joules, from the battery's charge and voltage.
+
+    None while it charges, where the phone does not tell, and where the charge has not moved.
+    The rest of the phone, the screen above all, is in it.
+    """
+    if before.charging is not False or after.charging is not False or not pictures:
+        return None
+    if before.charge_uah is None or after.charge_uah is None:
+        return None
+    if before.battery_mv is None or after.battery_mv is None:
+        return None
+    drop = before.charge_uah - after.charge_uah
+    volts = (before.battery_mv + after.battery_mv) / 2000
+    return drop * 3.6e-3 * volts / pictures if drop > 0 else None
+
+
 def _throttled(passes: list[Pass], start: Heat, end: Heat) -> bool | None:
     statuses = [t.status for p in passes for t in p.thermal if t.status is not None]
     statuses += [h.status for h in (start, end) if h.status is not None]
     known = bool(statuses)
+    statuses += [h.heat.status for p in passes for h in p.heat if h.heat.status is not None]
     hot = any(s >= 2 for s in statuses)
     if start.throttle_events is not None and end.throttle_events is not None:
         known = True

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import stat
 import tempfile
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +17,8 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
+from handheld.archive import Kind, pack, unpack, walk
+from handheld.documents import json_bytes, parse_object
 from handheld.errors import BundleError, OutputError, UsageError
 from handheld.files import (
     cache_root,
@@ -35,12 +34,9 @@ from handheld.program import TensorSpec, check
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 * 2**20
 MAX_TENSOR_BYTES = 4 * 2**30
-MAX_ZIP_ENTRIES = 100_000
-MAX_ZIP_RATIO = 100
-MAX_ZIP_FREE_BYTES = 256 * 2**20
-"""An archive may always unpack to this much, however well it is compressed."""
 
 _AGAIN = "fetch or export the bundle again"
+_KIND = Kind("bundle", MANIFEST, BundleError, _AGAIN)
 _DTYPES = {"F32": "float32", "F16": "float16", "U8": "uint8", "I8": "int8", "I32": "int32"}
 Array = NDArray[Any]
 
@@ -92,7 +88,7 @@ class Bundle:
             except BundleError:
                 # Somebody touched the cache; the archive is what counts.
                 shutil.rmtree(folder, ignore_errors=True)
-        _unpack(path, folder)
+        unpack(path, folder, _KIND)
         return cls.open(folder, verify_hashes)
 
     @property
@@ -196,7 +192,7 @@ class Bundle:
             self._check_file(field, ref, verify_hashes)
         known = {ref.path for _, ref in references(self.manifest)}
         folder = self.path / "artifacts"
-        for path in _walk(folder) if folder.is_dir() else ():
+        for path in walk(folder) if folder.is_dir() else ():
             relative = path.relative_to(self.path).as_posix()
             if relative not in known:
                 raise BundleError(
@@ -312,6 +308,8 @@ def references(manifest: Manifest) -> Iterator[tuple[str, FileRef]]:
     """Yield every file that a manifest names, with its field."""
     for i, artifact in enumerate(manifest.artifacts):
         yield f"artifacts[{i}].file", artifact.file
+        for j, part in enumerate(artifact.parts):
+            yield f"artifacts[{i}].parts[{j}]", part
     if manifest.constants:
         yield "constants", manifest.constants
     if manifest.text.prefetched:
@@ -328,16 +326,7 @@ def parse_manifest(data: bytes, path: str | Path = MANIFEST) -> Manifest:
     BundleError
         For broken JSON, an unknown schema version, or up to ten faults of the fields at once.
     """
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise BundleError(f"{len(data)} bytes is over the limit", path=path, remedy=_AGAIN)
-    try:
-        tree = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except RecursionError:
-        raise BundleError("the JSON is nested too deeply", path=path, remedy=_AGAIN) from None
-    except ValueError as error:
-        raise BundleError(f"broken JSON: {error}", path=path, remedy=_AGAIN) from None
-    if not isinstance(tree, dict):
-        raise BundleError("is not a JSON object", path=path, remedy=_AGAIN)
+    tree = parse_object(data, MAX_MANIFEST_BYTES, path, BundleError, _AGAIN)
     version = tree.get("schema_version")
     if type(version) is not int:
         raise BundleError(
@@ -477,7 +466,7 @@ def write(
             folder.mkdir()
             _fill(folder, manifest, files, target)
             archive = Path(name) / "bundle.zip"
-            _pack(folder, archive)
+            pack(folder, archive)
             _fsync(archive)
             archive.replace(target)
         fsync_folder(target.parent)
@@ -502,7 +491,7 @@ def _fill(
     except BundleError as error:
         where = (error.path or "").replace(str(folder), str(target))
         raise BundleError(error.message, path=where, field=error.field) from None
-    for file in _walk(folder):
+    for file in walk(folder):
         _fsync(file)
 
 
@@ -513,8 +502,7 @@ def _fsync(file: Path) -> None:
 
 def manifest_bytes(manifest: Manifest) -> bytes:
     """Return a manifest as the bytes of ``manifest.json``: the same model, the same bytes."""
-    tree = manifest.model_dump(mode="json")
-    return (json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return json_bytes(manifest.model_dump(mode="json"))
 
 
 def find(sha256: str, roots: Iterable[str | Path]) -> Bundle | None:
@@ -572,18 +560,6 @@ def _read_manifest(path: Path) -> Manifest:
     return parse_manifest(data, path)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree = dict(pairs)
-    if len(tree) != len(pairs):
-        name = next(k for k, n in Counter(k for k, _ in pairs).items() if n > 1)
-        raise ValueError(f"the key '{name}' occurs twice in one object")
-    return tree
-
-
-def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not a JSON number")
-
-
 def _specs(manifest: Manifest) -> Iterator[tuple[str, TensorSpec]]:
     for i, artifact in enumerate(manifest.artifacts):
         for name, spec in artifact.ports.inputs.items():
@@ -605,15 +581,6 @@ def _list(names: Iterable[str]) -> str:
     return ", ".join(f"'{n}'" for n in names)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Yield files and symbolic links below ``folder``, in order."""
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.is_symlink():
-            yield from _walk(path)
-        else:
-            yield path
-
-
 def check_replaceable(path: Path, zipped: bool = False) -> None:
     """Raise OutputError if something that is not a bundle is at ``path``."""
     if not path.exists() and not path.is_symlink():
@@ -630,86 +597,3 @@ def check_replaceable(path: Path, zipped: bool = False) -> None:
         path=path,
         remedy="remove it or choose another place",
     )
-
-
-def _pack(folder: Path, archive: Path) -> None:
-    """Zip a folder so that equal files give equal archives."""
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as out:
-        for path in _walk(folder):
-            if path == archive:
-                continue
-            info = zipfile.ZipInfo(path.relative_to(folder).as_posix())
-            info.external_attr = (stat.S_IFREG | 0o644) << 16
-            info.file_size = path.stat().st_size
-            with path.open("rb") as source, out.open(info, "w") as sink:
-                shutil.copyfileobj(source, sink, 1 << 20)
-
-
-def _unpack(path: Path, folder: Path) -> None:
-    """Unpack a zipped bundle into ``folder``."""
-
-    def fail(message: str, name: str | None = None) -> BundleError:
-        return BundleError(message, path=path, field=name, remedy=_AGAIN)
-
-    if not zipfile.is_zipfile(path):
-        raise fail("is neither a folder nor a zip file")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = [e for e in archive.infolist() if not e.is_dir()]
-            if len(entries) > MAX_ZIP_ENTRIES:
-                raise fail(f"{len(entries)} entries are over the limit")
-            prefix = _prefix(entries, fail)
-            total = sum(e.file_size for e in entries)
-            if total > max(MAX_ZIP_FREE_BYTES, MAX_ZIP_RATIO * path.stat().st_size):
-                raise fail(f"would unpack to {total} bytes, which looks like a zip bomb")
-            with replaced_folder(folder) as temporary:
-                free = shutil.disk_usage(temporary).free
-                if total > free:
-                    raise OutputError(
-                        f"the bundle needs {total} bytes, {free} are free",
-                        path=folder.parent,
-                        remedy="free some space or set XDG_CACHE_HOME",
-                    )
-                for entry in entries:
-                    target = temporary / entry.filename.removeprefix(prefix)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    with archive.open(entry) as source, target.open("xb") as sink:
-                        shutil.copyfileobj(source, sink, 1 << 20)
-    except (
-        zipfile.BadZipFile,
-        zipfile.LargeZipFile,
-        zlib.error,
-        EOFError,
-        NotImplementedError,
-        RuntimeError,
-        ValueError,
-        FileExistsError,
-    ) as error:
-        raise fail(f"broken zip file: {error}") from None
-    except OSError as error:
-        raise fail(f"broken zip file: {describe_os_error(error)[0]}") from None
-
-
-def _prefix(entries: list[zipfile.ZipInfo], fail: Any) -> str:
-    """Check the entries' names; return the folder in which all of them lie, if any."""
-    seen: set[str] = set()
-    for entry in entries:
-        name = entry.filename
-        parts = name.split("/")
-        if "\\" in name or ":" in name or any(p in ("", ".", "..") for p in parts):
-            raise fail("an entry's path leaves the archive", name)
-        mode = stat.S_IFMT(entry.external_attr >> 16)
-        if mode not in (0, stat.S_IFREG):
-            raise fail("an entry is neither a file nor a folder", name)
-        if entry.flag_bits & 0x1:
-            raise fail("an entry is encrypted", name)
-        if name.casefold() in seen:
-            raise fail("an entry occurs twice", name)
-        seen.add(name.casefold())
-    names = [e.filename for e in entries]
-    if MANIFEST in names:
-        return ""
-    roots = {n.split("/")[0] for n in names}
-    if len(roots) == 1 and f"{(root := roots.pop())}/{MANIFEST}" in names:
-        return f"{root}/"
-    raise fail(f"is not a bundle: it has no {MANIFEST}")

@@ -32,16 +32,20 @@ _COMMANDS = {
     "compress": "Distil, trim and quantize a checkpoint to a student.",
     "export": "Lower a checkpoint to verified bundles.",
     "verify": "Check the numerics of a bundle's artifacts against torch.",
+    "serve-text": "Serve text encoders by the Open Inference Protocol.",
     "bench": "Measure latency and peak memory of bundles on devices.",
     "devices": "List this machine and attached phones.",
+    "release": "Build, verify, select from, publish and install releases.",
+    "report": "Make a page of run records.",
+    "compare": "Compare run records, with a gate.",
     "bundle": "Look into bundles.",
     "harness": "Make the native program that runs bundles.",
     "doctor": "Say what is missing here and how to get it.",
-    "schema": "Print the JSON Schemas of manifests, jobs, events and records.",
+    "schema": "Print the JSON Schemas of manifests, jobs, events, records and releases.",
 }
 LISTED = tuple(_COMMANDS)
 """Names of this distribution's commands."""
-_HEAVY = ("compress", "export", "verify")
+_HEAVY = ("compress", "export", "verify", "serve-text")
 _INSTALL = 'install with  pip install "handheld[export]"'
 
 
@@ -86,7 +90,8 @@ def load(name: str) -> Any:
     elif name in _entries():
         target = _entries()[name].load()
     else:
-        raise MissingDependencyError(f"'{name}' is not installed", remedy=_INSTALL)
+        remedy = _INSTALL.replace("export", "serve") if name == "serve-text" else _INSTALL
+        raise MissingDependencyError(f"'{name}' is not installed", remedy=remedy)
     if isinstance(target, typer.Typer):
         return typer.main.get_command(target)
     app = typer.Typer(add_completion=False, rich_markup_mode=None)

@@ -53,6 +53,7 @@ _PACKAGES = (
     ("transformers", "transformers", "text encoders"),
     ("litert-torch", "litert_torch", "export --target litert-cpu"),
     ("executorch", "executorch", "export --target executorch-xnnpack"),
+    ("kserve", "kserve", "serve-text"),
 )
 _EXTRA = 'pip install "handheld[export]"'
 
@@ -98,13 +99,13 @@ def _harness() -> list[Finding]:
 def _devices() -> list[Finding]:
     findings = []
     for name, provider in devices.providers().items():
-        problems = [] if name == "host" else provider.problems()
+        obstacles = [] if name == "host" else provider.obstacles()
         count = len(provider.attached())
         findings.append(
             Finding(
                 f"devices: {name}",
-                not problems,
-                "; ".join(problems) or f"{count} attached",
+                not obstacles,
+                "; ".join(str(o) for o in obstacles) or f"{count} attached",
                 "bench",
                 required=False,
             )
@@ -125,7 +126,8 @@ def _package(name: str, module: str, purpose: str) -> Finding:
     except (ImportError, ValueError, importlib.metadata.PackageNotFoundError):
         version = None
     missing = version is None
-    return Finding(name, not missing, version, purpose, _EXTRA if missing else None, required=False)
+    extra = _EXTRA.replace("export", "serve") if purpose == "serve-text" else _EXTRA
+    return Finding(name, not missing, version, purpose, extra if missing else None, required=False)
 
 
 def _models() -> Finding:

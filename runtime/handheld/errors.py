@@ -116,3 +116,22 @@ class DeviceError(HandheldError):
     """A device is unknown, gone or cannot do what was asked."""
 
     code = "device"
+
+
+class TextServerError(HandheldError):
+    """A text server cannot be reached in time, refuses, or answers wrongly."""
+
+    code = "text-server"
+
+
+class ReleaseError(HandheldError):
+    """A release is malformed, incomplete or cannot be made."""
+
+    code = "release"
+
+
+class TrustError(HandheldError):
+    """A release is not what its signature says, or too old to be used."""
+
+    exit_code = 1
+    code = "trust"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.numpy import save_file
 
 from handheld import __version__
 from handheld.bundle import Bundle
-from handheld.errors import UsageError
+from handheld.devices.base import Device, Sending
+from handheld.errors import HarnessError, UsageError
 from handheld.files import output_errors, weights_cache, write_file
 from handheld.program import Program
-from handheld.protocol import AnyEvent, Job, Residency
+from handheld.protocol import AnyEvent, Job, Residency, TensorFile
 from handheld.text import PromptEmbedding
 
 Array = NDArray[Any]
@@ -108,6 +111,64 @@ def draw(
         raw = session.output("picture")
     pixels = np.asarray(raw, dtype=np.uint8).reshape(chosen.height, chosen.width, 3)
     return Picture(pixels, prompt, negative, seed, bundle.sha256, total)
+
+
+def draw_on(
+    device: Device,
+    bundle: Bundle,
+    prompt: str,
+    embedding: PromptEmbedding,
+    *,
+    negative: str | None = None,
+    negative_embedding: PromptEmbedding | None = None,
+    seed: int = 0,
+    size: str | None = None,
+    residency: Residency = "resident",
+    threads: int = 2,
+    cache: bool = True,
+    on_event: Callable[[AnyEvent], None] | None = None,
+    sending: Sending = lambda name, done, total: None,
+) -> Picture:
+    """Draw one picture on a device, such as a phone; otherwise as :func:`draw`.
+
+    Raises
+    ------
+    DeviceError
+        If the device goes away.
+    HarnessError
+        If its harness is not built or the run fails.
+    """
+    name, chosen = bundle.size(size)
+    inputs = program_inputs(chosen.program, embedding, negative_embedding)
+    total = 0.0
+    with tempfile.TemporaryDirectory(prefix="handheld-") as folder:
+        file, output = Path(folder) / "inputs.safetensors", Path(folder) / "picture.raw"
+        with output_errors(file):
+            save_file(inputs, file)
+        job = Job(
+            bundle=str(bundle.path.resolve()),
+            size=name,
+            seed=seed,
+            inputs={key: TensorFile(path=str(file), tensor=key) for key in inputs},
+            residency=residency,
+            threads=threads,
+            cache=str(weights_cache(bundle.sha256, threads)) if cache else None,
+            warmup=0,
+            verify_hashes=False,
+            output=str(output),
+        )
+        with device.prepare(bundle, sending) as place:
+            for received in place.run(job, timeout_s=3600):
+                event = received.event
+                if event.event == "iteration":
+                    total = event.total_ms
+                if on_event is not None:
+                    on_event(event)
+        pixels = np.fromfile(output, np.uint8)
+    if pixels.size != chosen.height * chosen.width * 3:
+        raise HarnessError(f"the picture has {pixels.size} bytes", path=bundle.path)
+    shaped = pixels.reshape(chosen.height, chosen.width, 3)
+    return Picture(shaped, prompt, negative, seed, bundle.sha256, total)
 
 
 def needs_negative(program: Program) -> bool:

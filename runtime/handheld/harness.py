@@ -8,16 +8,21 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from handheld import kit
 from handheld.errors import HarnessError, MissingDependencyError
 from handheld.files import cache_root, output_errors, replaced_folder
+from handheld.kit import Kit
 
 OVERRIDE = "HANDHELD_HARNESS"
 """Environment variable: a folder with a harness that was built elsewhere, or its program."""
@@ -178,7 +183,7 @@ def build(force: bool = False) -> HarnessPaths:
         # Another process may have built it while this one waited.
         if not force and (built := _built(folder)):
             return built
-        _compile(folder)
+        _compile(folder, _packages(), [])
     built = _built(folder)
     if built is None:
         raise HarnessError("the build left no harness", path=folder)
@@ -198,6 +203,284 @@ def library() -> Path:
 def engines() -> dict[str, str]:
     """Return the engines of the harness, name to version, building it if need be."""
     return (find() or build()).engines
+
+
+def build_kit(name: str, force: bool = False) -> Kit:
+    """Build the harness that phones of one kind run, with every library that it needs.
+
+    Parameters
+    ----------
+    name : str
+        One of :data:`handheld.kit.NAMES`.
+    force : bool
+        Build again even if there is one.
+
+    Raises
+    ------
+    MissingDependencyError
+        If a tool is missing.
+    HarnessError
+        If it does not compile.
+    """
+    if name == "android-arm64":
+        raise MissingDependencyError(
+            "building for Android needs Google's NDK, which no package index has",
+            remedy=f"follow docs/android.md: cmake --preset android-arm64, in {sources()}",
+        )
+    native = {"linux-x86_64": "x86_64", "linux-arm64": "aarch64"}[name] == platform.machine()
+    if not native and name != "linux-arm64":
+        raise HarnessError(f"this machine cannot build for {name}", remedy="build it on such one")
+    target = kit.folder(name)
+    with output_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(target.with_suffix(".lock")):
+        source = _kit_source(name, native)
+        if not force and (found := _fresh(name, source)):
+            return found
+        if native:
+            paths = build(force)
+            compiler, packages, folder = _compiler(), _packages(), paths.program.parent
+        else:
+            compiler = shutil.which(_CROSS)
+            if compiler is None:
+                raise MissingDependencyError(
+                    "there is no compiler for arm64 Linux",
+                    remedy="apt install g++-aarch64-linux-gnu",
+                )
+            packages = {e: _wheel(e) for e in _ENGINES}
+            folder = cache_root() / "harness" / f"{name}-{source}"
+            if force or not (folder / PROGRAM).is_file():
+                _compile(
+                    folder,
+                    packages,
+                    [
+                        "-DCMAKE_SYSTEM_NAME=Linux",
+                        "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+                        f"-DCMAKE_CXX_COMPILER={compiler}",
+                    ],
+                )
+        assert compiler is not None
+        _collect(name, source, folder, packages, compiler)
+    made = kit.find(name)
+    assert made is not None
+    return made
+
+
+def add_kit(folder: Path) -> Kit:
+    """Check a harness that was built with Android's NDK and keep it for phones.
+
+    Parameters
+    ----------
+    folder : Path
+        With the program, its library, and the engines' libraries for Android.
+
+    Raises
+    ------
+    HarnessError
+        If a file is missing or could not be loaded by a phone.
+    """
+    name = "android-arm64"
+    files = sorted(p for p in folder.iterdir() if p.name == PROGRAM or p.suffix == ".so")
+    for needed in (PROGRAM, "libhandheld.so"):
+        if not any(p.name == needed for p in files):
+            raise HarnessError(
+                f"there is no {needed}", path=folder, remedy="build it: docs/android.md"
+            )
+    names = {p.name for p in files}
+    for path in files:
+        check_android_library(path, names)
+    holds = {"litert": "libLiteRt.so", "executorch": "libhandheld_executorch.so"}
+    # A library for another processor cannot be asked; every run says the versions.
+    engines = {engine: "unknown" for engine, file in holds.items() if file in names}
+    if not engines:
+        raise HarnessError(
+            "it holds no engine", path=folder, remedy="copy the engines' libraries beside it"
+        )
+    target = kit.folder(name)
+    with replaced_folder(target) as temporary:
+        for path in files:
+            shutil.copyfile(path, temporary / path.name)
+            (temporary / path.name).chmod(0o755)
+        environment = {"LD_LIBRARY_PATH": ".", "ADSP_LIBRARY_PATH": "."}
+        if "litert" in engines:
+            environment["HANDHELD_LITERT_LIBRARY"] = "libLiteRt.so"
+        kit.write(temporary, name, engines, (f"./{PROGRAM}",), environment)
+    made = kit.find(name)
+    assert made is not None
+    return made
+
+
+PAGE_BYTES = 16384
+_ANDROID_OWN = {"libc.so", "libm.so", "libdl.so", "liblog.so", "libandroid.so", "libEGL.so",
+                "libGLESv2.so", "libGLESv3.so", "libvulkan.so", "libnativewindow.so",
+                "libcdsprpc.so", "libOpenCL.so"}  # fmt: skip
+_FUNCTIONS = {
+    "libhandheld.so": ("hh_open", "hh_run_job", "hh_memory_warning"),
+    "libLiteRt.so": ("LiteRtCreateEnvironment", "LiteRtCreateCompiledModel"),
+    "libhandheld_executorch.so": ("hh_make_executorch",),
+}
+
+
+def check_android_library(path: Path, beside: set[str]) -> None:
+    """Check that a phone can load a library or program.
+
+    Raises
+    ------
+    HarnessError
+        Naming the first thing that is wrong: another processor, glibc, too little alignment,
+        a library or function that is missing.
+    """
+    if path.name.startswith("libQnnHtp") and path.name.endswith("Skel.so"):
+        return  # runs on the signal processor, not on Android
+
+    def fail(what: str, remedy: str) -> HarnessError:
+        return HarnessError(what, path=path, remedy=remedy)
+
+    text = _readelf(path, "-hlWd")
+    rebuild = "build or fetch it for Android, arm64-v8a"
+    if not re.search(r"Machine:\s+AArch64", text):
+        raise fail("is not for arm64", rebuild)
+    needed = re.findall(r"\(NEEDED\)\s+Shared library: \[([^\]]+)\]", text)
+    if glibc := [n for n in needed if re.search(r"\.so\.\d", n) or n.startswith("ld-linux")]:
+        raise fail(f"is made for glibc ({glibc[0]}), which Android lacks", rebuild)
+    align = [int(a, 16) for a in re.findall(r"^\s+LOAD\s.*(0x[0-9a-f]+)$", text, re.MULTILINE)]
+    if not align or min(align) < PAGE_BYTES:
+        raise fail(
+            "is aligned to pages of less than 16 KB, which newer phones do not load",
+            "link it with -Wl,-z,max-page-size=16384, or fetch a newer one",
+        )
+    if missing := sorted(set(needed) - beside - _ANDROID_OWN):
+        raise fail(f"needs {missing[0]}, which is not beside it", "copy it there")
+    wanted = _FUNCTIONS.get(path.name, ())
+    symbols = set(re.findall(r"\s(\w+)(?:@\S*)?$", _readelf(path, "-sW", "--dyn-syms"), re.M))
+    if lacking := [f for f in wanted if f not in symbols]:
+        raise fail(f"lacks the function {lacking[0]}", "use the version that docs/android.md names")
+
+
+def _readelf(path: Path, *options: str) -> str:
+    try:
+        return subprocess.run(
+            ["readelf", *options, path], capture_output=True, text=True, timeout=60, check=True
+        ).stdout
+    except FileNotFoundError:
+        raise MissingDependencyError(
+            f"cannot look into {path.name}", remedy="apt install binutils"
+        ) from None
+    except (OSError, subprocess.SubprocessError):
+        raise HarnessError(
+            "is no program or library", path=path, remedy="build or fetch it again"
+        ) from None
+
+
+_CROSS = "aarch64-linux-gnu-g++"
+_SOURCE = "source.txt"
+_LIBRARIES = {"executorch": "lib", "litert": ""}
+
+
+def _kit_source(name: str, native: bool) -> str:
+    versions = sorted(f"{e}={p.version}" for e, p in _packages().items())
+    text = f"{name} {_folder().name} {native} {versions}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _fresh(name: str, source: str) -> Kit | None:
+    try:
+        found = kit.find(name)
+        fresh = (kit.folder(name) / _SOURCE).read_text() == source
+    except (HarnessError, OSError):
+        return None
+    return found if fresh else None
+
+
+def _wheel(engine: str) -> _Package:
+    """Return an engine's package for arm64 Linux, fetched by pip once."""
+    distribution, module, file = _ENGINES[engine]
+    try:
+        version = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        raise MissingDependencyError(
+            f"{distribution} is not installed, so its version for arm64 is not known",
+            remedy=f"pip install {distribution}",
+        ) from None
+    version = version.partition("+")[0]
+    folder = cache_root() / "wheels" / f"{distribution}-{version}-aarch64"
+    if not (folder / module / file).is_file():
+        with replaced_folder(folder) as temporary:
+            wheels = temporary / "wheels"
+            command = [
+                sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
+                "--only-binary=:all:", "--implementation=cp",
+                f"--python-version={sys.version_info.major}.{sys.version_info.minor}",
+                "--platform=manylinux_2_28_aarch64", "--platform=manylinux_2_27_aarch64",
+                "--platform=manylinux2014_aarch64",
+                f"--dest={wheels}", f"{distribution}=={version}",
+            ]  # fmt: skip
+            _step(
+                command,
+                folder.with_name(f"{folder.name}.log"),
+                f"lacks {distribution} for arm64 Linux",
+            )
+            for wheel in wheels.glob("*.whl"):
+                with zipfile.ZipFile(wheel) as archive:
+                    archive.extractall(temporary)
+            shutil.rmtree(wheels)
+    return _Package(version, folder / module)
+
+
+def _collect(
+    name: str, source: str, built: Path, packages: dict[str, _Package], compiler: str
+) -> None:
+    """Gather the harness, and all that it is linked to, in one folder."""
+    folders = [built, *(p.folder / _LIBRARIES[e] for e, p in packages.items())]
+    waiting = [built / PROGRAM, built / LIBRARY]
+    environment = {}
+    if "executorch" in packages:
+        waiting.append(built / "libhandheld_executorch.so")
+    if "litert" in packages:
+        waiting.append(packages["litert"].folder / "libLiteRt.so")
+        environment["HANDHELD_LITERT_LIBRARY"] = "libLiteRt.so"
+    taken: dict[str, Path] = {}
+    while waiting:
+        path = waiting.pop()
+        if path.name in taken:
+            continue
+        taken[path.name] = path
+        waiting += [_locate(needed, folders, compiler) for needed in _needed(path)]
+    loader = next(n for n in taken if n.startswith("ld-linux"))
+    with replaced_folder(kit.folder(name)) as temporary:
+        for file, path in taken.items():
+            shutil.copyfile(path.resolve(), temporary / file)
+            (temporary / file).chmod(0o755)
+        (temporary / _SOURCE).write_text(source)
+        kit.write(
+            temporary,
+            name,
+            {e: p.version.partition("+")[0] for e, p in packages.items()},
+            (f"./{loader}", "--library-path", ".", f"./{PROGRAM}"),
+            environment,
+        )
+
+
+def _needed(path: Path) -> list[str]:
+    """Return the libraries that a program or library is linked to, its loader among them."""
+    text = _readelf(path, "-ld", "--wide")
+    names = re.findall(r"\(NEEDED\)\s+Shared library: \[([^\]]+)\]", text)
+    loader = re.search(r"program interpreter: ([^\]]+)\]", text)
+    return [*names, Path(loader[1]).name] if loader else names
+
+
+def _locate(name: str, folders: list[Path], compiler: str) -> Path:
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    done = subprocess.run(
+        [compiler, f"-print-file-name={name}"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    path = Path(done.stdout.strip())
+    if not path.is_absolute() or not path.is_file():
+        raise HarnessError(f"the library {name} is missing", remedy="reinstall the compiler")
+    return path
 
 
 def _overridden(path: Path) -> HarnessPaths:
@@ -241,9 +524,8 @@ def _folder() -> Path:
             digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
             digest.update(hashlib.sha256(path.read_bytes()).digest())
     digest.update(f"{_compiler()}\0{os.environ.get('CXXFLAGS', '')}\0".encode())
-    for engine, (distribution, module, file) in _ENGINES.items():
-        if package := _package(distribution, module, file):
-            digest.update(f"{engine} {package.version} {package.folder}\0".encode())
+    for engine, package in _packages().items():
+        digest.update(f"{engine} {package.version} {package.folder}\0".encode())
     return cache_root() / "harness" / digest.hexdigest()[:16]
 
 
@@ -254,7 +536,17 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _compile(folder: Path) -> None:
+def _packages() -> dict[str, _Package]:
+    """Return the engines that are installed."""
+    return {
+        engine: package
+        for engine, (distribution, module, file) in _ENGINES.items()
+        if (package := _package(distribution, module, file))
+    }
+
+
+def _compile(folder: Path, found: dict[str, _Package], options: list[str]) -> None:
+    """Compile into ``folder``, with some engines and more options of CMake."""
     cmake, ninja = _tool("cmake"), _tool("ninja")
     if cmake is None or ninja is None:
         raise MissingDependencyError("cmake or ninja is missing", remedy="pip install cmake ninja")
@@ -263,11 +555,6 @@ def _compile(folder: Path) -> None:
         raise MissingDependencyError(
             "nlohmann-json is missing", remedy="pip install nlohmann-json==3.12.0"
         )
-    found = {
-        engine: package
-        for engine, (distribution, module, file) in _ENGINES.items()
-        if (package := _package(distribution, module, file))
-    }
     log = folder.with_suffix(".log")
     with output_errors(log):
         log.unlink(missing_ok=True)
@@ -287,6 +574,7 @@ def _compile(folder: Path) -> None:
             str(sources()),
             "-B",
             str(work),
+            *options,
         ]
         if package := found.get("executorch"):
             configure.append(f"-DHANDHELD_EXECUTORCH_ROOT={package.folder}")

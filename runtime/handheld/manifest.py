@@ -64,6 +64,9 @@ class Artifact(Model):
     engine: Literal["litert", "executorch", "coreml", "qnn", "onnx"]
     engine_version: str
     file: FileRef
+    parts: tuple[FileRef, ...] = ()
+    """Further files that the engine finds from the first one: external weights beside it, the rest
+    of a package around it."""
     ports: Ports
     units: tuple[str, ...]
     """Module paths of the segment, first to last."""
@@ -170,6 +173,7 @@ class Manifest(Model):
                     a.ports.model_dump(mode="json"),
                     list(a.ports.inputs),
                     list(a.ports.outputs),
+                    *([[p.path, p.sha256] for p in a.parts]),
                 ]
                 for a in self.artifacts
             ),

@@ -23,6 +23,7 @@ EventFunction = Callable[[AnyEvent], None]
 
 _EVENT: TypeAdapter[AnyEvent] = TypeAdapter(AnyEvent)
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_char_p)
+_PROGRESS = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)
 _OK = 0
 _POLL_S = 0.1
 _libraries: dict[Path, ctypes.CDLL] = {}
@@ -75,6 +76,8 @@ def load_library(path: Path | None = None) -> ctypes.CDLL:
             [p, ctypes.c_char_p, ctypes.POINTER(p), ctypes.POINTER(size)],
         ),
         "hh_cancel": (None, [p]),
+        "hh_on_progress": (ctypes.c_int, [p, _PROGRESS, p]),
+        "hh_memory_warning": (None, [p]),
         "hh_close": (None, [p]),
         "hh_noise": (None, [ctypes.c_uint64, ctypes.c_uint32, p, size]),
     }
@@ -132,6 +135,7 @@ class Session:
         self._raised: BaseException | None = None
         # Kept alive as long as the library may call it.
         self._callback = _CALLBACK(self._receive)
+        self._progress: Any = None
         self._handle: ctypes.c_void_p | None = None
         self._done: threading.Event | None = None
         handle = ctypes.c_void_p()
@@ -202,6 +206,29 @@ class Session:
         """Make the run that is under way end with an error."""
         if self._handle:
             self._lib.hh_cancel(self._handle)
+
+    def on_progress(self, function: Callable[[int, int], None]) -> None:
+        """Have a function told after each call how many of how many are done.
+
+        It is called on the thread that runs; what it raises is raised by the run.
+        """
+
+        def tell(_user: int | None, done: int, total: int) -> None:
+            try:
+                if self._raised is None:
+                    function(done, total)
+            except BaseException as error:
+                self._raised = error
+                self.cancel()
+
+        told = _PROGRESS(tell)
+        self._check(self._lib.hh_on_progress(self._open, told, None))
+        self._progress = told  # kept alive as long as the library may call it
+
+    def memory_warning(self) -> None:
+        """Drop what is resident and stream it from now on; a run under way goes on."""
+        if self._handle:
+            self._lib.hh_memory_warning(self._handle)
 
     def __del__(self) -> None:
         self.close()

@@ -47,14 +47,21 @@ class Job(Model):
     """Folder for packed weights; null packs in memory."""
     warmup: Annotated[int, Field(ge=0)] = 1
     iterations: Annotated[int, Field(ge=1)] = 1
-    min_seconds: Annotated[float, Field(ge=0)] = 0.0
+    min_seconds: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     """Timed iterations go on until both ``iterations`` and this are reached."""
+    precision: Annotated[float, Field(gt=0, le=1)] | None = None
+    """And until half the width of the 95 % confidence interval of their median is at most
+    this part of it."""
+    max_seconds: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    """But no longer than this."""
     verify_hashes: bool = True
     """Check every file's sha256 against the manifest before it is used."""
     reset_peak: bool = False
     """Reset the process's high-water mark after loading, to see the runs alone."""
     output: str | None = None
     """Where to write the last picture: raw uint8 ``[H, W, 3]``."""
+    expect: TensorFile | None = None
+    """The picture that must come out, uint8: it is compared where it was drawn."""
     dump_calls: str | None = None
     """Where to write every call's results of the last iteration, as safetensors with names
     ``call.INDEX.PORT``."""
@@ -116,7 +123,8 @@ class Memory(Event):
     """Memory of the process, in bytes; null where the platform does not tell."""
 
     event: Literal["memory"] = "memory"
-    phase: Literal["start", "loaded", "first", "end"]
+    phase: Literal["start", "loaded", "first", "end", "warning"]
+    """``warning``: resident artifacts were dropped, since memory was short."""
     rss: int | None = None
     peak_rss: int | None = None
     """High-water mark (VmHWM)."""
@@ -146,6 +154,8 @@ class Output(Event):
     shape: tuple[int, ...]
     dtype: str
     file: str | None = None
+    psnr_db: float | None = None
+    """Of the picture against the job's ``expect``; 999 if equal."""
 
 
 BAD_INPUT = frozenset({"job", "bundle", "hash", "engine-missing", "input"})

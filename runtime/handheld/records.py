@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import secrets
 from dataclasses import dataclass
@@ -48,7 +49,22 @@ class DeviceFacts(Model):
     free_bytes: int | None = None
     """Free space where bundles and caches are kept."""
     os: str | None = None
+    os_build: str | None = None
     engines: dict[str, str] = {}
+    harness: str | None = None
+    """Which build of the harness it runs, where there are several."""
+    transport: str | None = None
+    """The program that reaches it, with its version."""
+
+
+class Transfer(Model):
+    """What was sent to a device before the run."""
+
+    files: int = 0
+    bytes: int = 0
+    kept_files: int = 0
+    """Files that were there already."""
+    kept_bytes: int = 0
 
 
 class Heat(Model):
@@ -59,10 +75,36 @@ class Heat(Model):
     celsius: float | None = None
     """The hottest sensor."""
     battery_celsius: float | None = None
+    battery_percent: Annotated[float, Field(ge=0, le=100)] | None = None
+    charging: bool | None = None
+    charge_uah: int | None = None
+    """What the battery holds, in microampere-hours."""
+    battery_mv: int | None = None
     throttle_events: int | None = None
     """Times the processor throttled since it was started."""
     busy: Annotated[float, Field(ge=0, le=1)] | None = None
     """Part of all cores that was in use over a moment, before or after the run."""
+
+
+class GateFigures(Model):
+    """How the device was waited for before the run."""
+
+    waited_s: Annotated[float, Field(ge=0)] = 0.0
+    passed: bool
+    """Whether it was fit in the end."""
+    waited_for: tuple[str, ...] = ()
+    """What was wrong at first."""
+    reasons: tuple[str, ...] = ()
+    """What was still wrong when the run began."""
+    too_hot: bool = False
+
+
+class HeatSample(Model):
+    """Thermal state during a run."""
+
+    t_s: float
+    """Seconds since the pass was started."""
+    heat: Heat
 
 
 class BundleFacts(Model):
@@ -87,6 +129,9 @@ class Settings(Model):
     warmup: int
     iterations: int
     min_seconds: float
+    precision: float | None = None
+    max_seconds: float | None = None
+    sustained_s: float | None = None
     inputs: Literal["reference", "prefetched"] = "reference"
     cache: bool = True
     """Whether packed weights were kept in files."""
@@ -95,7 +140,7 @@ class Settings(Model):
 class Pass(Model):
     """One process of the harness, from start to end."""
 
-    purpose: Literal["first-ever", "latency", "memory"]
+    purpose: Literal["first-ever", "latency", "memory", "sustained", "diagnosis"]
     """``first-ever`` starts without packed weights, the others find them."""
     started: AwareDatetime
     finished: AwareDatetime
@@ -108,6 +153,7 @@ class Pass(Model):
     memory: tuple[Memory, ...] = ()
     thermal: tuple[Thermal, ...] = ()
     outputs: tuple[Output, ...] = ()
+    heat: tuple[HeatSample, ...] = ()
     done: bool = False
     error: str | None = None
 
@@ -153,6 +199,10 @@ class Check(Model):
     snr_db: float
     psnr_db: float
     max_abs_error: int
+    device_psnr_db: float | None = None
+    """The same as ``psnr_db``, computed on the device itself."""
+    first_wrong: str | None = None
+    """Of a wrong picture, the first segment that went wrong, if that could be found out."""
     min_psnr_db: float
     """Below this the picture is wrong."""
 
@@ -177,13 +227,18 @@ class RunRecord(Model):
     device: DeviceFacts
     bundle: BundleFacts
     settings: Settings
+    transfer: Transfer | None = None
+    """Null where nothing has to be sent."""
     passes: tuple[Pass, ...] = ()
     memory: MemoryFigures | None = None
+    gate: GateFigures | None = None
     heat_start: Heat | None = None
     heat_end: Heat | None = None
     placement: dict[str, dict[str, int]] | None = None
     """Per artifact, operations by compute unit; null where the engine does not tell."""
     battery_drop_percent: float | None = None
+    energy_j_per_picture: float | None = None
+    """From the battery's charge counter over the sustained pass; null while it charges."""
     check: Check | None = None
     """Null where the inputs were not the reference's."""
     noisy: tuple[str, ...] = ()
@@ -202,11 +257,14 @@ class RunRecord(Model):
         first = latency.milliseconds("first") if latency else []
         ever = next((p for p in self.passes if p.purpose == "first-ever"), None)
         stats = statistics(timed)
+        sustained = next((p for p in self.passes if p.purpose == "sustained"), None)
+        curve = [ms for _, ms in sustained_curve(sustained)] if sustained else []
         return {
             "median_ms": stats.median if stats else None,
             "p5_ms": stats.p5 if stats else None,
             "p95_ms": stats.p95 if stats else None,
             "spread": stats.spread if stats else None,
+            "precision": median_uncertainty(timed),
             "timed": len(timed),
             "first_ms": first[0] if first else None,
             "load_ms": latency.load_ms if latency else None,
@@ -214,6 +272,8 @@ class RunRecord(Model):
             "first_ever_ms": ever.spawn_to_first_ms if ever else None,
             "drift": drift(timed),
             "peak_rss": self.memory.peak_rss if self.memory else None,
+            "sustained_start_ms": curve[0] if curve else None,
+            "sustained_end_ms": curve[-1] if curve else None,
             "matches": self.check.matches if self.check else None,
             "psnr_db": self.check.psnr_db if self.check else None,
         }
@@ -245,6 +305,35 @@ def statistics(values: list[float]) -> Statistics | None:
     return Statistics(median, p5, p95)
 
 
+def median_uncertainty(values: list[float]) -> float | None:
+    """Return half the width of the median's 95 % confidence interval, as part of the median.
+
+    By order statistics, so that no distribution is assumed; None below six values. The
+    harness stops by the same rule.
+    """
+    n = len(values)
+    if n < 6:
+        return None
+    ordered = sorted(values)
+    spread = 1.959964 * math.sqrt(n)
+    low = max(0, math.floor((n - spread) / 2))
+    high = min(n - 1, math.ceil((n + spread) / 2))
+    median = float(np.median(ordered))
+    return max(median - ordered[low], ordered[high] - median) / median if median > 0 else None
+
+
+def sustained_curve(item: Pass, bin_s: float = 30.0) -> list[tuple[float, float]]:
+    """Return (seconds since the first timed run, median milliseconds) for every bin of time."""
+    timed = [i for i in item.iterations if i.kind == "timed"]
+    if not timed:
+        return []
+    start = timed[0].t_ms - timed[0].total_ms
+    bins: dict[int, list[float]] = {}
+    for iteration in timed:
+        bins.setdefault(int((iteration.t_ms - start) / 1000 / bin_s), []).append(iteration.total_ms)
+    return [(index * bin_s, float(np.median(values))) for index, values in sorted(bins.items())]
+
+
 def drift(values: list[float]) -> float | None:
     """Return by which part the last third is slower than the first third."""
     third = len(values) // 3
@@ -253,7 +342,9 @@ def drift(values: list[float]) -> float | None:
     return float(np.median(values[-third:]) / np.median(values[:third]) - 1)
 
 
-def noise_reasons(timed: list[float], start: Heat | None) -> tuple[str, ...]:
+def noise_reasons(
+    timed: list[float], start: Heat | None, end: Heat | None = None
+) -> tuple[str, ...]:
     """Return the reasons not to trust the times of a run."""
     reasons = []
     stats = statistics(timed)
@@ -262,8 +353,9 @@ def noise_reasons(timed: list[float], start: Heat | None) -> tuple[str, ...]:
     change = drift(timed)
     if change is not None and abs(change) > NOISY_SPREAD:
         reasons.append(f"the last third is {change:+.0%} against the first")
-    if start and start.busy is not None and start.busy > NOISY_LOAD:
-        reasons.append(f"other processes used {start.busy:.0%} of the cores before the start")
+    for heat, when in ((start, "before the start"), (end, "after the end")):
+        if heat and heat.busy is not None and heat.busy > NOISY_LOAD:
+            reasons.append(f"other processes used {heat.busy:.0%} of the cores {when}")
     return tuple(reasons)
 
 

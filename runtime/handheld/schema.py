@@ -16,12 +16,14 @@ from handheld.files import write_file
 from handheld.manifest import Manifest
 from handheld.protocol import AnyEvent, Job
 from handheld.records import RunRecord
+from handheld.release.manifest import ReleaseManifest
 
 _TYPES: dict[str, Any] = {
     "manifest": Manifest,
     "job": Job,
     "event": AnyEvent,
     "record": RunRecord,
+    "release": ReleaseManifest,
 }
 NAMES = tuple(_TYPES)
 

@@ -30,6 +30,7 @@ from handheld.program import (
     Slice,
     Term,
 )
+from handheld.text import oip
 from samples import spec
 
 Tree = dict[str, Any]
@@ -134,15 +135,33 @@ FULL_JOB: Tree = {
     "warmup": 0,
     "iterations": 3,
     "min_seconds": 1.5,
+    "precision": 0.02,
+    "max_seconds": 60.0,
     "verify_hashes": False,
     "reset_peak": True,
     "output": "picture.raw",
+    "expect": {"path": "reference.safetensors", "tensor": "picture"},
     "dump_calls": "calls.safetensors",
 }
 JOBS: dict[str, tuple[bool, Tree]] = {
     "valid-least": (True, JOB),
     "valid-full": (True, FULL_JOB),
-    "valid-nulls": (True, {**JOB, "cache": None, "output": None, "dump_calls": None}),
+    "valid-nulls": (
+        True,
+        {
+            **JOB,
+            "cache": None,
+            "output": None,
+            "dump_calls": None,
+            "precision": None,
+            "max_seconds": None,
+            "expect": None,
+        },
+    ),
+    "precision-zero": (False, {**JOB, "precision": 0}),
+    "precision-over-one": (False, {**JOB, "precision": 1.5}),
+    "max-seconds-negative": (False, {**JOB, "max_seconds": -1}),
+    "expect-incomplete": (False, {**JOB, "expect": {"path": "x"}}),
     "newer": (False, {**JOB, "protocol": 2}),
     "no-bundle": (False, {"protocol": 1, "size": SIZE}),
     "seed-negative": (False, {**JOB, "seed": -1}),
@@ -176,6 +195,10 @@ EVENTS: dict[str, tuple[bool, Any]] = {
     "thermal": (True, {"event": "thermal", "t_ms": 9.6, "status": None}),
     "output": (True, {"event": "output", "t_ms": 9.7, "role": "picture", "sha256": "0" * 64,
                       "shape": [1, 8, 16, 3], "dtype": "uint8", "file": None}),
+    "output-compared": (True, {"event": "output", "t_ms": 9.7, "role": "picture",
+                               "sha256": "0" * 64, "shape": [1, 8, 16, 3], "dtype": "uint8",
+                               "psnr_db": 46.25}),
+    "memory-warning": (True, {"event": "memory", "t_ms": 9.5, "phase": "warning"}),
     "error": (True, {"event": "error", "t_ms": 9.8, "code": "memory", "message": "out of \"it\""}),
     "done": (True, {"event": "done", "t_ms": 9.9, "iterations": 3}),
     "unknown": (False, {"event": "weather", "t_ms": 1.0}),
@@ -283,6 +306,66 @@ SEED = 2**63 + 5
 NOISE = [(0, 0), (1, 0), (0, 1), (2**64 - 1, 2**32 - 1), (0x0123456789ABCDEF, 77)]
 
 
+VERSION = "0123456789abcdef" * 4
+EMBEDS = np.array([[[0.0, 1.0, -1.5, 0.1], [65504.0, 6e-8, -0.25, 3.0]]], np.float32)
+POOLED = np.array([[1.0, -2.0, 0.5]], np.float32)
+
+
+def answer(datatype: oip.Datatype) -> bytes:
+    """What a text server writes for one prompt of 4 tokens, by encoders that read 2."""
+    tensors = {
+        **oip.to_wire("prompt_embeds", EMBEDS, datatype),
+        **oip.to_wire("pooled", POOLED, datatype),
+        "tokens": np.array([[4, 4]], "<i4"),
+    }
+    names = {"<f4": "FP32", "<f2": "FP16", "|i1": "INT8", "<i4": "INT32"}
+    outputs = [
+        {
+            "name": name,
+            "shape": list(value.shape),
+            "datatype": names[value.dtype.str],
+            "parameters": {"binary_data_size": value.nbytes},
+        }
+        for name, value in tensors.items()
+    ]
+    head = {
+        "id": "7",
+        "model_name": "text",
+        "model_version": VERSION,
+        "outputs": outputs,
+        "parameters": {"encoders_sha256": VERSION, "truncated": 1},
+    }
+    front = json.dumps(head, separators=(",", ":")).encode()
+    return front + b"".join(v.tobytes() for v in tensors.values())
+
+
+def travelled(value: Any, datatype: oip.Datatype) -> Any:
+    found = oip.from_wire("x", oip.to_wire("x", value, datatype))
+    assert found is not None
+    return found.tolist()
+
+
+def text_api() -> tuple[dict[str, bytes], list[Tree]]:
+    """Requests and answers of the text API, and how long their JSON is."""
+    asked, length = oip.write_request(["a robot"], datatype="FP16", request_id="7")
+    out = {"text/request.bin": asked}
+    listed: list[Tree] = [{"file": "text/request.bin", "json_length": length}]
+    for datatype in oip.DATATYPES:
+        name = f"text/answer-{datatype.lower()}.bin"
+        out[name] = answer(datatype)
+        end = out[name].rindex(b"}}") + 2
+        listed.append(
+            {
+                "file": name,
+                "json_length": end,
+                "prompt_embeds": travelled(EMBEDS, datatype),
+                "pooled": travelled(POOLED, datatype),
+                "tokens": [[4, 4]],
+            }
+        )
+    return out, listed
+
+
 def text(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
@@ -347,6 +430,8 @@ def files() -> dict[str, bytes]:
     out["noise.json"] = text(vectors)
     index["noise"] = "noise.json"
     index["bundle"] = {"folder": "bundle", "sha256": manifest.sha256}
+    made, index["text"] = text_api()
+    out |= made
     out["index.json"] = text(index)
     return out
 

@@ -58,6 +58,9 @@ class Lowered:
     partitions: int | None = None
     tools: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    parts: tuple[Path, ...] = ()
+    """Further files that the engine finds from the main one: beside it, named as it is with more
+    behind, or below the folder that it lies in."""
 
 
 class Target(ABC):

@@ -75,6 +75,19 @@ public struct Hello: Codable, Equatable, Sendable {
     public var platform: String
     public var base_rss_bytes: Int?
     public var engine_library_bytes: Int?
+
+    public init(
+        protocol: Int, harness: String, pid: Int, engines: [String: String], platform: String,
+        base_rss_bytes: Int? = nil, engine_library_bytes: Int? = nil
+    ) {
+        self.protocol = `protocol`
+        self.harness = harness
+        self.pid = pid
+        self.engines = engines
+        self.platform = platform
+        self.base_rss_bytes = base_rss_bytes
+        self.engine_library_bytes = engine_library_bytes
+    }
 }
 
 public struct Load: Codable, Equatable, Sendable {
@@ -82,6 +95,12 @@ public struct Load: Codable, Equatable, Sendable {
     public var artifact: String
     public var ms: Double
     public var cache: Cache?
+
+    public init(artifact: String, ms: Double, cache: Cache?) {
+        self.artifact = artifact
+        self.ms = ms
+        self.cache = cache
+    }
 }
 
 public struct Iteration: Codable, Equatable, Sendable {
@@ -92,10 +111,22 @@ public struct Iteration: Codable, Equatable, Sendable {
     public var engine_ms: Double
     public var load_ms: Double?
     public var calls_ms: [Double]?
+
+    public init(
+        index: Int, kind: Kind, total_ms: Double, engine_ms: Double, load_ms: Double?,
+        calls_ms: [Double]?
+    ) {
+        self.index = index
+        self.kind = kind
+        self.total_ms = total_ms
+        self.engine_ms = engine_ms
+        self.load_ms = load_ms
+        self.calls_ms = calls_ms
+    }
 }
 
 public struct Memory: Codable, Equatable, Sendable {
-    public enum Phase: String, Codable, Sendable { case start, loaded, first, end }
+    public enum Phase: String, Codable, Sendable { case start, loaded, first, end, warning }
     public var phase: Phase
     public var rss: Int?
     public var peak_rss: Int?
@@ -106,10 +137,18 @@ public struct Memory: Codable, Equatable, Sendable {
     public var phys_footprint_peak: Int?
     public var dma_buf: Int?
     public var activations: Int?
+
+    public init(phase: Phase) {
+        self.phase = phase
+    }
 }
 
 public struct Thermal: Codable, Equatable, Sendable {
     public var status: Int?
+
+    public init(status: Int?) {
+        self.status = status
+    }
 }
 
 public struct Output: Codable, Equatable, Sendable {
@@ -118,6 +157,14 @@ public struct Output: Codable, Equatable, Sendable {
     public var shape: [Int]
     public var dtype: String
     public var file: String?
+    public var psnr_db: Double?
+
+    public init(role: String, sha256: String, shape: [Int], dtype: String) {
+        self.role = role
+        self.sha256 = sha256
+        self.shape = shape
+        self.dtype = dtype
+    }
 }
 
 public struct Failure: Codable, Equatable, Sendable {
@@ -126,8 +173,17 @@ public struct Failure: Codable, Equatable, Sendable {
     }
     public var code: Code
     public var message: String
+
+    public init(code: Code, message: String) {
+        self.code = code
+        self.message = message
+    }
 }
 
 public struct Done: Codable, Equatable, Sendable {
     public var iterations: Int
+
+    public init(iterations: Int) {
+        self.iterations = iterations
+    }
 }

@@ -33,9 +33,12 @@ public struct Job: Codable, Equatable, Sendable {
     public var warmup: Int
     public var iterations: Int
     public var minSeconds: Double
+    public var precision: Double?
+    public var maxSeconds: Double?
     public var verifyHashes: Bool
     public var resetPeak: Bool
     public var output: String?
+    public var expect: TensorFile?
     public var dumpCalls: String?
 
     enum CodingKeys: String, CodingKey, CaseIterable {
@@ -44,9 +47,11 @@ public struct Job: Codable, Equatable, Sendable {
         case residencyByArtifact = "residency_by_artifact"
         case prefetch, threads, cache, warmup, iterations
         case minSeconds = "min_seconds"
+        case precision
+        case maxSeconds = "max_seconds"
         case verifyHashes = "verify_hashes"
         case resetPeak = "reset_peak"
-        case output
+        case output, expect
         case dumpCalls = "dump_calls"
     }
 
@@ -69,9 +74,12 @@ public struct Job: Codable, Equatable, Sendable {
         warmup = try value(.warmup, 1)
         iterations = try value(.iterations, 1)
         minSeconds = try value(.minSeconds, 0)
+        precision = try values.decodeIfPresent(Double.self, forKey: .precision)
+        maxSeconds = try values.decodeIfPresent(Double.self, forKey: .maxSeconds)
         verifyHashes = try value(.verifyHashes, true)
         resetPeak = try value(.resetPeak, false)
         output = try values.decodeIfPresent(String.self, forKey: .output)
+        expect = try values.decodeIfPresent(TensorFile.self, forKey: .expect)
         dumpCalls = try values.decodeIfPresent(String.self, forKey: .dumpCalls)
 
         try decoder.require(
@@ -83,6 +91,10 @@ public struct Job: Codable, Equatable, Sendable {
         try decoder.require((1...256).contains(threads), "'threads' is not in 1 to 256")
         try decoder.require(warmup >= 0, "'warmup' is negative")
         try decoder.require(iterations >= 1, "'iterations' is not positive")
-        try decoder.require(minSeconds >= 0 && minSeconds.isFinite, "'min_seconds' is negative")
+        try decoder.require((0...1e9).contains(minSeconds), "'min_seconds' is not in 0 to 1e9")
+        try decoder.require(
+            precision.map { $0 > 0 && $0 <= 1 } ?? true, "'precision' is not in 0 to 1")
+        try decoder.require(
+            maxSeconds.map { $0 > 0 && $0 <= 1e9 } ?? true, "'max_seconds' is not in 0 to 1e9")
     }
 }

@@ -6,6 +6,7 @@ import itertools
 import math
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -20,6 +21,7 @@ from handheld import devices, records
 from handheld.bundle import Bundle
 from handheld.commands.output import announce_build, megabytes, milliseconds, print_json
 from handheld.errors import GateError, HandheldError, UsageError
+from handheld.gate import Gate
 from handheld.protocol import Event, Iteration, Residency
 from handheld.records import RunRecord
 
@@ -39,6 +41,27 @@ def bench(
     min_seconds: Annotated[
         float, typer.Option(min=0.0, help="Go on with timed iterations for this long.")
     ] = 0.0,
+    precision: Annotated[
+        float | None,
+        typer.Option(
+            help="And until the median is known to this part of it, with 95 % confidence: 0.02."
+        ),
+    ] = None,
+    max_seconds: Annotated[
+        float, typer.Option(min=1.0, help="For how long --precision is waited for.")
+    ] = 120.0,
+    sustained: Annotated[
+        float, typer.Option(min=0.0, help="Minutes of a further pass that shows what heat does.")
+    ] = 0.0,
+    cooldown: Annotated[
+        float, typer.Option(min=0.0, help="Seconds of rest between two runs on a device.")
+    ] = 0.0,
+    max_battery_celsius: Annotated[
+        float, typer.Option(help="A phone whose battery is hotter is waited for.")
+    ] = 37.0,
+    patience: Annotated[
+        float, typer.Option(min=0.0, help="Seconds to wait for a hot phone.")
+    ] = 600.0,
     warmup: Annotated[int, typer.Option(min=0, help="Iterations before the timed ones.")] = 1,
     threads: Annotated[int, typer.Option(min=1, max=256)] = 2,
     seed: Annotated[
@@ -69,25 +92,37 @@ def bench(
     Each record takes three processes: one without packed weights (ever: from its start to its
     first picture), one for the times (cold: the same with packed weights; first: its first
     picture alone), one for memory. A picture that is not the reference's fails: exit code 1.
+    A hot phone is waited for; if it stays hot, its record is marked throttled.
 
     \b
     handheld bench build/critter
     handheld bench build/a build/b --residency resident,stream --iterations 20 --json
     handheld bench build/critter --min-seconds 60 --records runs/critter.jsonl
+    handheld bench build/critter --device android --precision 0.02 --sustained 10
     """  # noqa: D301
     modes = _residencies(residency)
     for option, value in (
         ("--min-seconds", min_seconds),
         ("--timeout", timeout),
         ("--min-psnr", min_psnr),
+        ("--precision", precision),
+        ("--max-seconds", max_seconds),
+        ("--sustained", sustained),
+        ("--cooldown", cooldown),
+        ("--patience", patience),
+        ("--max-battery-celsius", max_battery_celsius),
     ):
         if value is not None and not math.isfinite(value):
             raise UsageError(f"'{value}' is not a number of this kind", field=option)
+    if precision is not None and not 0 < precision <= 1:
+        raise UsageError("is not in 0 to 1", field="--precision", remedy="for 2 %, say 0.02")
     chosen = devices.find(device)
     opened = [Bundle.open(path) for path in bundles]
     done: list[RunRecord] = []
     console = Console(stderr=True)
-    announce_build(console)
+    if any(d.kind == "host" for d in chosen):
+        announce_build(console)
+    used: set[str] = set()
 
     def keep(record: RunRecord) -> None:
         records.append(records_file, record)
@@ -103,12 +138,23 @@ def bench(
                 warmup=warmup,
                 iterations=iterations,
                 min_seconds=min_seconds,
+                precision=precision,
+                max_seconds=max_seconds,
+                sustained_s=60 * sustained,
+                gate=Gate(
+                    max_battery_celsius=max_battery_celsius,
+                    patience_s=patience,
+                    cooldown_s=cooldown,
+                ),
                 seed=seed,
                 cache=cache,
                 first_ever=first_ever,
                 timeout_s=timeout,
                 min_psnr_db=min_psnr,
             )
+            if one.id in used:
+                time.sleep(cooldown)
+            used.add(one.id)
             title = f"{bundle.manifest.model.id} on {one.id}, {mode}"
             with _Bar(console, title, iterations + warmup) as bar:
                 bench_.run(
@@ -117,6 +163,7 @@ def bench(
                     options,
                     command=("handheld", *(shlex.quote(a) for a in sys.argv[1:])),
                     progress=bar.see,
+                    notice=bar.say,
                     keep=keep,
                 )
     except (HandheldError, KeyboardInterrupt) as error:
@@ -186,6 +233,10 @@ class _Bar:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """Show what goes on between passes."""
+        self._bar.reset(self._task, total=None, description=text, last="")
 
     def see(self, purpose: str, event: Event | None) -> None:
         """Show where the run is."""

@@ -7,9 +7,11 @@ import hashlib
 import io
 import json
 import logging
+import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,10 +19,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from handheld import __version__, models
+from handheld import __version__, devices, models
 from handheld import generate as generate_
 from handheld.bundle import MANIFEST, Bundle
 from handheld.commands.output import announce_build, print_json
+from handheld.devices import Device
 from handheld.errors import BundleError, HandheldError, MissingDependencyError, UsageError
 from handheld.protocol import AnyEvent, Residency
 from handheld.text import PromptEmbedding, TextEncoder, embed, local_encoder
@@ -45,27 +48,37 @@ def generate(
     residency: Annotated[
         Residency, typer.Option(help="stream needs less memory and takes longer.")
     ] = "resident",
+    device: Annotated[
+        str, typer.Option("--device", "-d", help="Draw on a phone: its id, serial or kind.")
+    ] = "host",
     threads: Annotated[int, typer.Option(min=1, max=256)] = 2,
     cache: Annotated[bool, typer.Option(help="Keep packed weights in files.")] = True,
     text_checkpoint: Annotated[
         str | None, typer.Option(help="Checkpoint or model whose text encoders to use.")
     ] = None,
-    text_url: Annotated[str | None, typer.Option(hidden=True)] = None,
+    text_url: Annotated[
+        str | None,
+        typer.Option(help="Text server to ask; its token is read from HANDHELD_TEXT_TOKEN."),
+    ] = None,
+    text_deadline: Annotated[
+        float, typer.Option(min=0.1, max=3600, help="Seconds for the text server's answer.")
+    ] = 10.0,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Draw a picture from a prompt.
 
     A model or checkpoint is first exported for this machine's CPU, once. Prompts that the
-    bundle holds need nothing more; others are encoded with the checkpoint's text encoders.
+    bundle holds need nothing more; others are encoded by a text server, or with the
+    checkpoint's text encoders. What a server answered is kept on disk.
 
     \b
     handheld generate critter "a purple horned creature" -o out.png
+    handheld generate build/critter "a green robot" --device android -o phone.png
     handheld generate build/critter "a green robot" --seed 7 --residency stream -o out.png
+    handheld generate build/critter "a green robot" --text-url http://localhost:8080 -o out.png
     """  # noqa: D301
-    if text_url is not None:
-        raise UsageError(
-            "text servers are not supported yet", field="--text-url", remedy="leave it out"
-        )
+    if text_url is not None and text_checkpoint is not None:
+        raise UsageError("--text-url and --text-checkpoint exclude each other")
     if output.suffix.lower() != ".png":
         raise UsageError("pictures are PNG files", path=output, remedy="name it .png")
     # Bound to the stream itself, so that progress is seen while libraries are kept quiet.
@@ -81,18 +94,37 @@ def generate(
             path=bundle.path,
             remedy="leave out --negative",
         )
-    announce_build(console)
-    encode = _Encoder(bundle, checkpoint)
-    with console.status("encoding the prompt"):
+    chosen_device = _device(device)
+    if chosen_device is None:
+        announce_build(console)
+    make = (
+        _local(bundle, checkpoint) if text_url is None else _remote(bundle, text_url, text_deadline)
+    )
+    with console.status("encoding the prompt"), contextlib.ExitStack() as held:
+        encode = _Encoder(bundle, lambda: make(held))
         embedding = encode(prompt)
         other = encode(negative or "") if guided else None
+    for words, found in ((prompt, embedding), (negative or "", other)):
+        if found is not None and found.truncated:
+            console.print(
+                f"the encoders read {bundle.manifest.text.tokens} tokens, the end of this prompt "
+                f"was cut off: {words}",
+                markup=False,
+                soft_wrap=True,
+            )
     with console.status("drawing") as status:
 
         def show(event: AnyEvent) -> None:
             if event.event == "load":
                 status.update(f"loading {event.artifact}")
 
-        picture = generate_.draw(
+        def sending(name: str, done: int, total: int) -> None:
+            status.update(f"sending {done / 1e6:.0f} of {total / 1e6:.0f} MB")
+
+        draw = generate_.draw
+        if chosen_device is not None:
+            draw = partial(generate_.draw_on, chosen_device, sending=sending)
+        picture = draw(
             bundle,
             prompt,
             embedding,
@@ -113,6 +145,7 @@ def generate(
                 "width": chosen.width,
                 "height": chosen.height,
                 "seed": seed,
+                "device": chosen_device.id if chosen_device else "host",
                 "bundle": bundle.sha256,
                 "ms": picture.milliseconds,
                 "sha256": hashlib.sha256(picture.pixels.tobytes()).hexdigest(),
@@ -126,21 +159,59 @@ def generate(
         )
 
 
-class _Encoder:
-    """Embeddings from the bundle, or from text encoders that are loaded when needed."""
+def _device(wanted: str) -> Device | None:
+    """Return the phone to draw on, or None for this machine, which needs no process for it."""
+    if wanted == "host":
+        return None
+    found = devices.find(wanted)
+    if len(found) != 1:
+        raise UsageError(
+            f"'{wanted}' means {len(found)} devices",
+            field="--device",
+            remedy=f"choose one: {', '.join(d.id for d in found) or 'see handheld devices'}",
+        )
+    return None if found[0].kind == "host" else found[0]
 
-    def __init__(self, bundle: Bundle, checkpoint: Path | None) -> None:
+
+_Make = Callable[[contextlib.ExitStack], TextEncoder | None]
+
+
+def _local(bundle: Bundle, checkpoint: Path | None) -> _Make:
+    def make(_: contextlib.ExitStack) -> TextEncoder | None:
+        path = checkpoint or _checkpoint_of(bundle)
+        return None if path is None else local_encoder(path)
+
+    return make
+
+
+def _remote(bundle: Bundle, url: str, deadline: float) -> _Make:
+    def make(held: contextlib.ExitStack) -> TextEncoder:
+        from handheld.text.client import TextClient
+        from handheld.text.store import Store
+
+        token = os.environ.get("HANDHELD_TEXT_TOKEN") or None
+        return held.enter_context(
+            TextClient.for_bundle(
+                url, bundle, token=token, deadline=deadline, store=Store.default()
+            )
+        )
+
+    return make
+
+
+class _Encoder:
+    """Embeddings from the bundle, or from a text encoder that is made when it is needed."""
+
+    def __init__(self, bundle: Bundle, make: Callable[[], TextEncoder | None]) -> None:
         self._bundle = bundle
-        self._checkpoint = checkpoint
+        self._make = make
         self._encoder: TextEncoder | None = None
 
     def __call__(self, prompt: str) -> PromptEmbedding:
         if (found := self._bundle.prefetched(prompt)) is not None:
             return PromptEmbedding(*found)
         with _quiet():
-            if self._encoder is None:
-                path = self._checkpoint or _checkpoint_of(self._bundle)
-                self._encoder = None if path is None else local_encoder(path)
+            self._encoder = self._encoder or self._make()
             return embed(self._bundle, prompt, self._encoder)
 
 

@@ -14,7 +14,7 @@ from handheld.errors import UsageError
 
 def schema(
     name: Annotated[
-        str | None, typer.Argument(help="manifest, job, event or record; by default all.")
+        str | None, typer.Argument(help="manifest, job, event, record or release; by default all.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write NAME.json files to this folder.")
@@ -23,7 +23,7 @@ def schema(
         bool, typer.Option("--json", help="What is printed is JSON anyway.")
     ] = False,
 ) -> None:
-    """Print the JSON Schemas of manifests, jobs, events and records.
+    """Print the JSON Schemas of manifests, jobs, events, records and releases.
 
     \b
     handheld schema manifest

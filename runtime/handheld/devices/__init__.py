@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
-from handheld.devices.base import Device, Devices
+from handheld.devices.base import Device, Devices, Obstacle
 from handheld.errors import DeviceError
 
 GROUP = "handheld.devices"
 
-__all__ = ["GROUP", "Device", "Devices", "find", "providers"]
+__all__ = ["GROUP", "Device", "Devices", "Obstacle", "find", "providers"]
 
 
 def providers() -> dict[str, Devices]:
@@ -18,19 +18,26 @@ def providers() -> dict[str, Devices]:
 
 
 def find(wanted: str) -> list[Device]:
-    """Return the devices that ``wanted`` names: a kind, a device's id, or ``all``.
+    """Return the devices that ``wanted`` names: a kind, a device's id or serial, or ``all``.
 
     Raises
     ------
     DeviceError
-        If there is none.
+        If there is none, or what is named cannot be used as it is.
     """
-    attached = {name: provider.attached() for name, provider in providers().items()}
-    devices = [d for group in attached.values() for d in group]
+    kinds = providers()
+    if wanted in kinds:
+        # Other kinds are not asked: some start programs to look for devices.
+        kinds = {wanted: kinds[wanted]}
+    devices = [d for provider in kinds.values() for d in provider.attached()]
     if wanted == "all":
         return devices
-    chosen = attached.get(wanted) or [d for d in devices if d.id == wanted]
-    if not chosen:
-        names = ", ".join([*attached, *(d.id for d in devices)])
-        raise DeviceError(f"there is no device '{wanted}'", remedy=f"choose one of: all, {names}")
-    return chosen
+    chosen = [d for d in devices if wanted in (d.kind, d.id, d.serial)]
+    if chosen:
+        return chosen
+    for provider in kinds.values():
+        for obstacle in provider.obstacles():
+            if wanted in kinds or obstacle.device == wanted:
+                raise DeviceError(obstacle.what, path=obstacle.device, remedy=obstacle.remedy)
+    names = ", ".join([*providers(), *(d.id for d in devices)])
+    raise DeviceError(f"there is no device '{wanted}'", remedy=f"choose one of: all, {names}")

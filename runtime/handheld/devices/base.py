@@ -7,14 +7,14 @@ devices, and one of :class:`Device`, found by the entry point group ``handheld.d
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar
 
 from handheld.bundle import Bundle
 from handheld.protocol import AnyEvent, Job
-from handheld.records import DeviceFacts, Heat
+from handheld.records import DeviceFacts, Heat, Transfer
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,29 @@ class Received:
     since_spawn_ms: float
 
 
+@dataclass(frozen=True)
+class Obstacle:
+    """Why a device, or a whole kind of device, cannot be used, and what helps."""
+
+    what: str
+    remedy: str
+    device: str | None = None
+    """Serial number of the device; None for the kind."""
+
+    def __str__(self) -> str:
+        where = f"{self.device}: " if self.device else ""
+        return f"{where}{self.what} ({self.remedy})"
+
+
+Sending = Callable[[str, int, int], None]
+"""Told what is on its way to a device: ``sending(name, bytes_done, bytes_total)``."""
+
+
 class Place(ABC):
     """A bundle on a device, ready to run; what a context manager gives and cleans up."""
+
+    transfer: Transfer | None = None
+    """What had to be sent; None where nothing is ever sent."""
 
     @abstractmethod
     def run(self, job: Job, timeout_s: float | None = None) -> Generator[Received, None, None]:
@@ -54,6 +75,8 @@ class Device(ABC):
 
     id: str
     kind: ClassVar[str]
+    serial: str | None = None
+    """What its own tools call it. Shown on this machine, never recorded."""
 
     @abstractmethod
     def facts(self) -> DeviceFacts:
@@ -64,8 +87,13 @@ class Device(ABC):
         """Return the thermal state now."""
 
     @abstractmethod
-    def prepare(self, bundle: Bundle) -> AbstractContextManager[Place]:
-        """Bring a bundle and the harness to the device.
+    def prepare(
+        self, bundle: Bundle, sending: Sending = lambda name, done, total: None
+    ) -> AbstractContextManager[Place]:
+        """Bring a bundle and the harness to the device, sending only what it lacks.
+
+        Whatever an earlier, broken run left there is removed first. On leaving, all is
+        removed but the cache of sent files and packed weights.
 
         Raises
         ------
@@ -84,5 +112,5 @@ class Devices(ABC):
         """Return the devices at hand."""
 
     @abstractmethod
-    def problems(self) -> list[str]:
-        """Return one line for each thing that is missing, with its remedy."""
+    def obstacles(self) -> list[Obstacle]:
+        """Return what keeps this kind, or an attached device of it, from being used."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from handheld import harness
 from handheld.bundle import Bundle
 from handheld.devices import process
-from handheld.devices.base import Device, Devices, Place, Received
+from handheld.devices.base import Device, Devices, Obstacle, Place, Received, Sending
 from handheld.files import cache_root, output_errors
 from handheld.protocol import Job
 from handheld.records import DeviceFacts, Heat
@@ -73,7 +73,9 @@ class HostDevice(Device):
         return Heat(celsius=_hottest(), throttle_events=_throttled(), busy=_busy())
 
     @contextmanager
-    def prepare(self, bundle: Bundle) -> Iterator[Place]:
+    def prepare(
+        self, bundle: Bundle, sending: Sending = lambda name, done, total: None
+    ) -> Iterator[Place]:
         """Find or build the harness and make a folder for its files."""
         binary = harness.binary()
         with tempfile.TemporaryDirectory(prefix="handheld-") as work:
@@ -87,10 +89,10 @@ class HostDevices(Devices):
         """Return this machine."""
         return [HostDevice()]
 
-    def problems(self) -> list[str]:
+    def obstacles(self) -> list[Obstacle]:
         """Return what the harness lacks."""
         if harness.find() is None:
-            return ["the harness is not built: run `handheld harness build`"]
+            return [Obstacle("the harness is not built", "run `handheld harness build`")]
         return []
 
 

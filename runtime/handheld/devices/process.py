@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import IO
 
 from pydantic import TypeAdapter, ValidationError
@@ -19,8 +20,21 @@ from handheld.errors import HarnessError
 from handheld.native import NativeError
 from handheld.protocol import PROTOCOL_VERSION, AnyEvent, Done, Failure, Hello
 
+PROBE_S = 20.0
+"""After so long without a word, a remote harness's device is asked whether it is there."""
+MAX_LINE_BYTES = 4 * 2**20
 GRACE_S = 5.0
 """How long a harness may take to end after SIGTERM before it is killed."""
+
+
+class HarnessEndedError(HarnessError):
+    """A harness ended before its job was done, and did not say why."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+        """Exit code, negative for a signal."""
+
 
 _EVENT: TypeAdapter[AnyEvent] = TypeAdapter(AnyEvent)
 
@@ -30,10 +44,13 @@ def run(
     *,
     environment: Mapping[str, str] | None = None,
     timeout_s: float | None = None,
+    probe: Callable[[], None] | None = None,
 ) -> Generator[Received, None, None]:
     """Run a harness and yield its events.
 
     Lines that are no events (engines print to standard output, too) are passed over.
+    ``probe`` is called after each :data:`PROBE_S` of silence, and raises if the harness's
+    device is gone.
 
     Raises
     ------
@@ -59,13 +76,17 @@ def run(
                 remedy="run `handheld harness build`",
             ) from None
         try:
-            yield from _events(process, start, timeout_s, errors)
+            yield from _events(process, start, timeout_s, errors, probe)
         finally:
             _end(process)
 
 
 def _events(
-    process: subprocess.Popen[bytes], start: float, timeout_s: float | None, errors: IO[bytes]
+    process: subprocess.Popen[bytes],
+    start: float,
+    timeout_s: float | None,
+    errors: IO[bytes],
+    probe: Callable[[], None] | None,
 ) -> Generator[Received, None, None]:
     assert process.stdout is not None
     lines: queue.SimpleQueue[tuple[bytes, float] | None] = queue.SimpleQueue()
@@ -74,16 +95,20 @@ def _events(
     failure: Failure | None = None
     done = False
     while True:
-        left = None if deadline is None else deadline - time.monotonic()
+        left = math.inf if deadline is None else max(deadline - time.monotonic(), 0.0)
+        wait = min(left, math.inf if probe is None else PROBE_S)
         try:
-            item = lines.get(timeout=None if left is None else max(left, 0.0))
+            item = lines.get(timeout=None if wait == math.inf else wait)
         except queue.Empty:
+            if probe is not None and wait < left:
+                probe()
+                continue
             raise HarnessError(
                 f"the harness took longer than {timeout_s:g} s", remedy="raise --timeout"
             ) from None
         if item is None:
             break
-        event = _parse(item[0])
+        event = parse(item[0])
         if event is None:
             continue
         if isinstance(event, Hello) and event.protocol != PROTOCOL_VERSION:
@@ -94,23 +119,31 @@ def _events(
         failure = event if isinstance(event, Failure) else failure
         done = done or isinstance(event, Done)
         yield Received(event, item[1])
-    code = process.wait()
+    try:
+        code = process.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        raise HarnessError("the harness closed its output and did not end") from None
     if failure:
         raise NativeError(failure.code, f"{failure.code}: {failure.message}")
     if code or not done:
-        raise HarnessError(_describe_end(code, errors))
+        raise HarnessEndedError(_describe_end(code, errors), code)
 
 
 def _read(
     stream: IO[bytes], lines: queue.SimpleQueue[tuple[bytes, float] | None], start: float
 ) -> None:
     with stream:
-        for line in stream:
-            lines.put((line, (time.monotonic() - start) * 1000))
+        whole = True
+        while line := stream.readline(MAX_LINE_BYTES):
+            # What follows the head of an endless line is no event either.
+            if whole and line.endswith(b"\n"):
+                lines.put((line, (time.monotonic() - start) * 1000))
+            whole = line.endswith(b"\n")
     lines.put(None)
 
 
-def _parse(line: bytes) -> AnyEvent | None:
+def parse(line: bytes) -> AnyEvent | None:
+    """Read a line as an event; None if it is none."""
     if not line.lstrip().startswith(b"{"):
         return None
     try:
@@ -120,10 +153,11 @@ def _parse(line: bytes) -> AnyEvent | None:
 
 
 def _describe_end(code: int, errors: IO[bytes]) -> str:
-    if code < 0:
-        name = signal.Signals(-code).name
-        text = f"the harness was ended by {name}"
-        if -code == signal.SIGKILL:
+    # A shell, and Android's, adds 128 to a signal's number.
+    number = -code if code < 0 else code - 128
+    if number in set(signal.Signals):
+        text = f"the harness was ended by {signal.Signals(number).name}"
+        if number == signal.SIGKILL:
             text += ", probably because memory ran out"
     elif code:
         text = f"the harness ended with {code} and no error event"

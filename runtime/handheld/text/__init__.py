@@ -12,7 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from handheld.bundle import Bundle
-from handheld.errors import BundleError, HandheldError, MissingDependencyError, UsageError
+from handheld.errors import (
+    BundleError,
+    HandheldError,
+    MissingDependencyError,
+    TextServerError,
+    UsageError,
+)
 
 GROUP = "handheld.text"
 
@@ -25,6 +31,13 @@ class PromptEmbedding:
     """``[tokens, width]``."""
     pooled: NDArray[np.float32] | None = None
     """``[pooled_width]``."""
+    tokens: tuple[int, ...] = ()
+    """Tokens of the whole prompt per encoder, with those for start and end; empty if unknown."""
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the prompt was longer than what the encoders read."""
+        return any(n > len(self.prompt_embeds) for n in self.tokens)
 
 
 class TextEncoder(Protocol):
@@ -74,18 +87,30 @@ def embed(bundle: Bundle, prompt: str, encoder: TextEncoder | None) -> PromptEmb
         If the prompt is not prefetched and there is no encoder.
     BundleError
         If the encoder is not the one that the bundle was made for.
+    TextServerError
+        If the encoder is a server, which fails.
     """
     text = bundle.manifest.text
     if (found := bundle.prefetched(prompt)) is not None:
         return PromptEmbedding(*found)
+    known = text.prefetched.prompts if text.prefetched else ()
+    listed = "".join(f", or use {p!r}" for p in known[:3])
     if encoder is None:
-        known = text.prefetched.prompts if text.prefetched else ()
-        listed = "".join(f", or use {p!r}" for p in known[:3])
         raise UsageError(
             "the bundle holds no embeddings of this prompt, and no text encoder is at hand",
             path=bundle.path,
-            remedy=f"name the checkpoint with --text-checkpoint{listed}",
+            remedy="name the checkpoint with --text-checkpoint or a server with --text-url"
+            f"{listed}",
         )
+    try:
+        return _encoded(bundle, prompt, encoder)
+    except TextServerError as error:
+        error.remedy = f"{error.remedy or 'try again'}{listed}"
+        raise
+
+
+def _encoded(bundle: Bundle, prompt: str, encoder: TextEncoder) -> PromptEmbedding:
+    text = bundle.manifest.text
     if text.encoders_sha256 and encoder.encoders_sha256 != text.encoders_sha256:
         raise BundleError(
             f"was made for other text encoders ({text.encoders_sha256[:12]}) than these "

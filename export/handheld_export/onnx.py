@@ -1,0 +1,317 @@
+"""Segments as ONNX graphs that hold the student's codes.
+
+Quantized layers are replaced by modules that keep codes and scales as buffers in the very layout
+of onnxruntime's kernels and name the operators that read them; torch's exporter turns everything
+else into ONNX, and buffers become initializers.
+
+- Linear layers are ``com.microsoft.MatMulNBits`` in 2, 4 or 8 bits, whose kernels quantize
+  activations to int8 in blocks while running.
+- Convolutions are ``DynamicQuantizeLinear`` and ``ConvInteger`` with int8 codes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from handheld.errors import TargetError
+from handheld_export.quantization import BITS, QuantizedWeight, unpack
+from handheld_export.quantization import pack as pack_rows
+
+OPSET = 23
+DOMAIN = "com.microsoft"
+EXTERNAL_FROM = 1024
+"""Bytes from which a tensor lies in the file of external data."""
+_INT8_ACTIVATIONS = 4
+"""``accuracy_level`` of MatMulNBits: activations in int8."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A quantized layer of an artifact, to be read back."""
+
+    name: str
+    initializers: tuple[str, ...]
+    """What the codes may be called in the file: one name for each place that uses the layer."""
+    weight: QuantizedWeight
+
+
+class CodedLinear(nn.Module):
+    """A linear layer that holds its codes as MatMulNBits reads them."""
+
+    codes: Tensor
+    scales: Tensor
+    bias: Tensor
+
+    def __init__(self, layer: nn.Linear, weight: QuantizedWeight) -> None:
+        super().__init__()
+        out, self.inputs = layer.out_features, layer.in_features
+        self.bits = BITS[weight.grid]
+        self.block = weight.group_size or _block(self.inputs)
+        blocks = -(-self.inputs // self.block)
+        half = 1 << (self.bits - 1)
+        padded = np.zeros((out, blocks * self.block), np.int8)
+        padded[:, : self.inputs] = weight.codes
+        offset = (padded.astype(np.int16) + half).astype(np.uint8)
+        rows = offset if self.bits == 8 else pack_rows(offset.view(np.int8), self.bits)
+        scales = weight.scales.reshape(out, -1)
+        self.register_buffer("codes", torch.from_numpy(rows.reshape(out, blocks, -1)))
+        self.register_buffer(
+            "scales", torch.from_numpy(np.broadcast_to(scales, (out, blocks)).copy())
+        )
+        bias = torch.zeros(out) if layer.bias is None else layer.bias.detach()
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = len(self.bias)
+        y: Tensor = torch.onnx.ops.symbolic(
+            f"{DOMAIN}::MatMulNBits",
+            (x, self.codes, self.scales, None, None, self.bias),
+            {
+                "K": self.inputs,
+                "N": out,
+                "bits": self.bits,
+                "block_size": self.block,
+                "accuracy_level": _INT8_ACTIVATIONS,
+            },
+            dtype=torch.float32,
+            shape=(*x.shape[:-1], out),
+            version=1,
+        )
+        return y
+
+
+class CodedConv(nn.Module):
+    """A convolution that holds its codes as ConvInteger reads them."""
+
+    codes: Tensor
+    scales: Tensor
+    bias: Tensor
+
+    def __init__(self, layer: nn.Conv2d, weight: QuantizedWeight) -> None:
+        super().__init__()
+        if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+            raise TargetError(f"padding {layer.padding} of mode {layer.padding_mode} is not taken")
+        self.register_buffer("codes", torch.from_numpy(np.ascontiguousarray(weight.codes)))
+        self.register_buffer("scales", torch.from_numpy(weight.scales.reshape(1, -1, 1, 1).copy()))
+        bias = torch.zeros(layer.out_channels) if layer.bias is None else layer.bias.detach()
+        self.register_buffer("bias", bias.reshape(1, -1, 1, 1))
+        self.stride, self.padding = list(layer.stride), list(layer.padding)
+        self.dilation, self.groups = list(layer.dilation), layer.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes, scale, zero = torch.onnx.ops.symbolic_multi_out(
+            "DynamicQuantizeLinear",
+            (x,),
+            dtypes=(torch.uint8, torch.float32, torch.uint8),
+            shapes=(x.shape, (), ()),
+        )
+        counted = torch.onnx.ops.symbolic(
+            "ConvInteger",
+            (codes, self.codes, zero, None),
+            {
+                "strides": self.stride,
+                "pads": [*self.padding, *self.padding],
+                "dilations": self.dilation,
+                "group": self.groups,
+            },
+            dtype=torch.int32,
+            shape=self._shape(x),
+        )
+        return counted.float() * (scale * self.scales) + self.bias
+
+    def _shape(self, x: Tensor) -> tuple[int, ...]:
+        place = zip(
+            x.shape[2:], self.codes.shape[2:], self.stride, self.padding, self.dilation, strict=True
+        )
+        sides = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in place]
+        return (x.shape[0], self.codes.shape[0], *sides)
+
+
+def _block(inputs: int) -> int:
+    """Return the block that one scale per channel is repeated for: kernels know 16 to 256."""
+    return min(128, max(16, 1 << math.ceil(math.log2(inputs))))
+
+
+def check(name: str, weight: QuantizedWeight) -> None:
+    """Refuse what onnxruntime's kernels do not hold.
+
+    Raises
+    ------
+    TargetError
+        Naming the layer.
+    """
+    if weight.grid == "palette":
+        raise TargetError(f"layer '{name}': palettes do not run on onnxruntime's CPU kernels")
+    if weight.codes.ndim == 4 and weight.grid != "int8":
+        raise TargetError(f"layer '{name}': convolutions hold int8 codes, not {weight.grid}")
+    group = weight.group_size
+    if group is not None and (group < 16 or group > 256 or group & (group - 1)):
+        raise TargetError(
+            f"layer '{name}': groups of {group} do not run on onnxruntime",
+            remedy="use a power of two from 16 to 256",
+        )
+
+
+def replace(
+    module: nn.Module, container: Callable[[QuantizedWeight], QuantizedWeight]
+) -> list[Layer]:
+    """Replace quantized layers of a module in place.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        A rewritten copy.
+    container : callable
+        Returns a weight on the grid that holds it.
+
+    Returns
+    -------
+    list of Layer
+        What the artifact must hold, with the names of initializers.
+
+    Raises
+    ------
+    TargetError
+        If a grid does not run.
+    """
+    found: dict[int, tuple[nn.Module, str, QuantizedWeight, list[str]]] = {}
+    for name, layer in list(module.named_modules(remove_duplicate=False)):
+        if not isinstance(layer, nn.Linear | nn.Conv2d):
+            continue
+        stored: QuantizedWeight | None = getattr(layer, "quantized", None)
+        if stored is None:
+            continue
+        if id(layer) not in found:
+            source = str(getattr(layer, "source_name", name))
+            weight = container(stored)
+            check(source, weight)
+            kind = CodedLinear if isinstance(layer, nn.Linear) else CodedConv
+            found[id(layer)] = kind(layer, weight), source, weight, []  # type: ignore[arg-type]
+        new, _, _, names = found[id(layer)]
+        names.append(f"{name}.codes")
+        parent, _, own = name.rpartition(".")
+        setattr(module.get_submodule(parent), own, new)
+    return [Layer(s, tuple(names), weight) for _, s, weight, names in found.values()]
+
+
+def lower(
+    module: nn.Module,
+    examples: Sequence[Tensor],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    path: Path,
+) -> Path:
+    """Write a module, with what :func:`replace` put into it.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+    examples : sequence of tensors
+    inputs, outputs : sequence of str
+        Names of the graph's.
+    path : Path
+        Of the graph; tensors go to a file beside it.
+
+    Returns
+    -------
+    Path
+        The file of external data.
+
+    Raises
+    ------
+    TargetError
+        If the exporter cannot translate it.
+    """
+    import onnx
+
+    data = path.with_name(path.name + ".data")
+    data.unlink(missing_ok=True)  # onnx would write behind what is there
+    for name in ("torch.onnx", "onnxscript", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with torch.no_grad():
+            made = torch.onnx.export(
+                module, tuple(examples), dynamo=True, opset_version=OPSET, verbose=False,
+                input_names=list(inputs), output_names=list(outputs), optimize=True,
+            )  # fmt: skip
+    except Exception as error:
+        raise TargetError(f"torch cannot export it: {error}") from error
+    assert made is not None
+    model = made.model_proto
+    _anonymous(model)
+    onnx.save_model(
+        model, path, save_as_external_data=True, location=data.name,
+        size_threshold=EXTERNAL_FROM, convert_attribute=False,
+    )  # fmt: skip
+    if not data.exists():  # nothing was large enough
+        data.write_bytes(b"")
+    onnx.checker.check_model(str(path))
+    return data
+
+
+def _anonymous(model: Any) -> None:
+    """Remove stack traces and the like: they name this machine's folders."""
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
+        del value.metadata_props[:]
+    for tensor in model.graph.initializer:
+        del tensor.metadata_props[:]
+    del model.graph.metadata_props[:]
+    del model.metadata_props[:]
+
+
+def read_back(path: Path, layers: Sequence[Layer]) -> None:
+    """Compare the codes in a file with the student's.
+
+    Raises
+    ------
+    TargetError
+        For the first layer whose codes or scales are not there to the bit.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(str(path))
+    stored = {t.name: t for t in model.graph.initializer}
+    for layer in layers:
+        own_name = next((n for n in layer.initializers if n in stored), None)
+        if own_name is None:
+            raise TargetError(
+                f"layer '{layer.name}': the file holds no codes under {layer.initializers[0]}"
+            )
+        names = own_name, own_name.removesuffix("codes") + "scales"
+        codes, scales = (numpy_helper.to_array(stored[n]) for n in names)
+        own = layer.weight
+        if not _same(codes, scales, own):
+            raise TargetError(f"layer '{layer.name}': the file holds other codes or scales")
+
+
+def _same(codes: NDArray[Any], scales: NDArray[Any], own: QuantizedWeight) -> bool:
+    if own.codes.ndim == 4:
+        return np.array_equal(codes, own.codes) and np.array_equal(scales.reshape(-1), own.scales)
+    bits = BITS[own.grid]
+    out, inputs = own.codes.shape
+    per = codes.shape[2] * 8 // bits
+    rows = codes.reshape(out, -1)
+    if bits == 8:
+        found = rows.astype(np.int16) - 128
+    else:
+        raw = unpack(rows, bits, (out, codes.shape[1] * per)).astype(np.int16)
+        half = 1 << (bits - 1)
+        found = np.where(raw < 0, raw + 2 * half, raw) - half
+    expected = np.broadcast_to(own.scales.reshape(out, -1), scales.reshape(out, -1).shape)
+    return np.array_equal(found[:, :inputs], own.codes) and np.array_equal(
+        scales.reshape(out, -1), expected
+    )

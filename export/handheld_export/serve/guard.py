@@ -1,0 +1,336 @@
+"""What stands before KServe's endpoints: limits of time and size, tokens, a log line each.
+
+Only the routes that a text server needs are open. A request that gets through has its body
+read, in time and in bounds, and its client named.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from handheld_export.serve import metrics
+from handheld_export.serve.access import Access
+from handheld_export.serve.errors import Refusal
+from handheld_export.serve.model import CLIENT
+from handheld_export.serve.settings import Settings
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+VERSION = "handheld.version"
+"""Key of an ASGI scope: the version that a path named."""
+JSON_LENGTH = b"inference-header-content-length"
+_OPEN = {
+    "/": "live",
+    "/v2": "metadata",
+    "/v2/health/live": "live",
+    "/v2/health/ready": "ready",
+    "/v2/models": "models",
+    "/metrics": "metrics",
+}
+_MODEL = re.compile(
+    r"(?P<base>/v2/models/(?P<model>[^/]+))(?:/versions/(?P<version>[^/]+))?"
+    r"(?P<rest>|/ready|/infer|/embeddings)"
+)
+_PUBLIC = {"live", "ready", "metrics", "metadata"}
+_DISCARD_BYTES, _DISCARD_SECONDS = 16 * 2**20, 2.0
+_log = logging.getLogger("handheld.serve")
+
+
+class Guard:
+    """ASGI middleware.
+
+    Parameters
+    ----------
+    app : ASGI application
+    settings : Settings
+    access : Access
+    version : str
+        Hash of the encoders.
+    """
+
+    def __init__(self, app: App, settings: Settings, access: Access, version: str) -> None:
+        self._app = app
+        self._settings = settings
+        self._access = access
+        self._version = version
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Handle one connection's scope."""
+        if scope["type"] == "http":
+            await self._request(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1008})
+
+    async def _request(self, scope: Message, receive: Receive, send: Send) -> None:
+        started = time.perf_counter()
+        reply = _Reply(send)
+        gone, receive = receive, _once(receive)
+        route, client = "unknown", "-"
+        try:
+            route = self._route(scope)
+            client = self._client(scope, route)
+            body = await self._body(scope, receive)
+            await self._app(scope, _replay(body, gone), reply)
+        except Refusal as refusal:
+            if not reply.started:
+                if refusal.http_status != 408:
+                    await _discard(receive)
+                await reply.refuse(refusal)
+        except Exception as error:
+            # A traceback's last line may quote a prompt; its kind and place do not.
+            where = error.__traceback__
+            while where is not None and where.tb_next is not None:
+                where = where.tb_next
+            place = where.tb_frame.f_code.co_qualname if where is not None else None
+            _log.error(
+                "failed",
+                extra={"event": "error", "error": type(error).__name__, "where": place},
+            )
+            if not reply.started:
+                await reply.refuse(Refusal(500, "internal error"))
+        finally:
+            seconds = time.perf_counter() - started
+            metrics.REQUESTS.labels(route, str(reply.status)).inc()
+            metrics.SECONDS.labels(route).observe(seconds)
+            if route not in _PUBLIC:
+                _log.info(
+                    "request",
+                    extra={
+                        "event": "request",
+                        "route": route,
+                        "status": reply.status,
+                        "ms": round(seconds * 1e3, 3),
+                        "client": client,
+                    },
+                )
+
+    def _route(self, scope: Message) -> str:
+        """Return what a path is called in metrics; strip its version."""
+        path = scope["path"]
+        if not path.endswith("/embeddings"):
+            # KServe's endpoints take a version from here, and fail at it.
+            scope["query_string"] = b""
+        if path in _OPEN:
+            return _OPEN[path]
+        match = _MODEL.fullmatch(path)
+        if match is None:
+            raise Refusal(404, "there is nothing at this path")
+        if match["version"] is not None:
+            if match["version"] != self._version:
+                raise Refusal(404, "there are other text encoders here than that version")
+            scope["path"] = match["base"] + match["rest"]
+            scope["raw_path"] = scope["path"].encode()
+        scope[VERSION] = match["version"]
+        return match["rest"].lstrip("/") or "model"
+
+    def _client(self, scope: Message, route: str) -> str:
+        headers = scope["headers"]
+        peer = scope["client"][0] if scope.get("client") else "-"
+        values = {k.decode("latin-1"): v.decode("latin-1") for k, v in headers}
+        client = peer if route in _PUBLIC else self._access.client(values, peer)
+        scope["headers"] = [(k, v) for k, v in headers if k != CLIENT.encode()]
+        scope["headers"].append((CLIENT.encode(), client.encode("latin-1", "replace")))
+        return client
+
+    async def _body(self, scope: Message, receive: Receive) -> bytes:
+        """Read a body, and say what it is in the way that KServe's endpoint goes by."""
+        headers = dict(scope["headers"])
+        if headers.get(b"content-encoding", b"identity").lower() not in (b"", b"identity"):
+            raise Refusal(415, "compressed bodies are not read")
+        most = self._settings.max_body
+        length = headers.get(b"content-length", b"")
+        if length.isdigit() and int(length) > most:
+            raise Refusal(413, f"the body is over {most} bytes")
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._settings.body_timeout):
+                while True:
+                    message = await receive()
+                    if message["type"] != "http.request":
+                        raise Refusal(408, "the client went away")
+                    body += message.get("body", b"")
+                    if len(body) > most:
+                        raise Refusal(413, f"the body is over {most} bytes")
+                    if not message.get("more_body", False):
+                        break
+        except TimeoutError:
+            raise Refusal(408, "the body took too long") from None
+        if scope["method"] == "POST":
+            dropped = (b"content-type", b"transfer-encoding", b"content-length", JSON_LENGTH)
+            end = headers.get(JSON_LENGTH, str(len(body)).encode())
+            # Cloud events are not read: their headers would change how the body is.
+            kept = [
+                (k, v) for k, v in scope["headers"] if k not in dropped and not k.startswith(b"ce-")
+            ]
+            scope["headers"] = [
+                *kept,
+                (b"content-type", b"application/octet-stream"),
+                (b"content-length", str(len(body)).encode()),
+                (JSON_LENGTH, end),
+            ]
+        return bytes(body)
+
+
+def _once(receive: Receive) -> Receive:
+    """Remember that a body has ended, since to ask again would wait for the client to leave."""
+    ended = False
+
+    async def receiving() -> Message:
+        nonlocal ended
+        if ended:
+            return {"type": "http.request", "body": b"", "more_body": False}
+        message = await receive()
+        ended = message["type"] != "http.request" or not message.get("more_body", False)
+        return message
+
+    return receiving
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    sent = False
+
+    async def replayed() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed
+
+
+async def _discard(receive: Receive) -> None:
+    """Read what is still to come of a body, for a while.
+
+    A connection that is closed with bytes unread is reset, and the answer is lost with it.
+    """
+    left = _DISCARD_BYTES
+    try:
+        async with asyncio.timeout(_DISCARD_SECONDS):
+            while left > 0:
+                message = await receive()
+                left -= len(message.get("body", b""))
+                if message["type"] != "http.request" or not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return
+
+
+class _Reply:
+    """Sends an answer in one piece, with its length and type."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._start: Message | None = None
+        self.started = False
+        self.status = 0
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._start = message
+            self.status = message["status"]
+            return
+        if self._start is not None:
+            start, self._start = self._start, None
+            names = {k.lower() for k, _ in start["headers"]}
+            whole = not message.get("more_body", False)
+            headers = list(start["headers"])
+            if whole and b"content-length" not in names and start["status"] not in (204, 304):
+                headers.append((b"content-length", str(len(message.get("body", b""))).encode()))
+            if b"content-type" not in names and start["status"] not in (204, 304):
+                binary = JSON_LENGTH in names
+                kind = b"application/octet-stream" if binary else b"application/json"
+                headers.append((b"content-type", kind))
+            self.started = True
+            await self._send({**start, "headers": headers})
+        await self._send(message)
+
+    async def refuse(self, refusal: Refusal) -> None:
+        """Answer with a refusal, and close the connection if its body was not read."""
+        self.status = refusal.http_status
+        headers = {"content-type": "application/json", **refusal.headers}
+        if refusal.http_status in (401, 404, 408, 413, 415):
+            headers["connection"] = "close"
+        body = json.dumps({"error": refusal.reason}).encode()
+        headers["content-length"] = str(len(body))
+        self.started = True
+        await self._send(
+            {
+                "type": "http.response.start",
+                "status": refusal.http_status,
+                "headers": [(k.encode(), v.encode()) for k, v in headers.items()],
+            }
+        )
+        await self._send({"type": "http.response.body", "body": body})
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's HTTP, with a limit on the time and size of a request's headers.
+
+    Without one, connections that send a byte now and then are kept for ever.
+    """
+
+    max_header_bytes = 2**16
+    _timer: asyncio.TimerHandle | None = None
+    _header_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for the first request."""
+        super().connection_made(transport)
+        self._expect()
+
+    def data_received(self, data: bytes) -> None:
+        """Read what came, and begin to wait if a request has begun."""
+        if self._timer is None and self.pipeline_idle():
+            self._expect()
+        self._header_bytes += len(data)
+        if self._timer is not None and self._header_bytes > self.max_header_bytes + len(data):
+            self._give_up(b"431 Request Header Fields Too Large")
+            return
+        super().data_received(data)
+
+    def pipeline_idle(self) -> bool:
+        """Tell whether no request is being read or answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def on_headers_complete(self) -> None:
+        """Stop waiting."""
+        self._forget()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting."""
+        self._forget()
+        super().connection_lost(exc)
+
+    def _expect(self) -> None:
+        self._header_bytes = 0
+        application: Any = self.config.app
+        seconds = application.settings.header_timeout
+        self._timer = self.loop.call_later(seconds, self._give_up, b"408 Request Timeout")
+
+    def _forget(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _give_up(self, status: bytes) -> None:
+        self._forget()
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.write(
+                b"HTTP/1.1 " + status + b"\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+            )
+            self.transport.close()

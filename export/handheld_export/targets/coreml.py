@@ -1,0 +1,84 @@
+"""Core ML, for the Neural Engine first. Converted and checked anywhere, run on Apple's hardware."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+from handheld.errors import TargetError
+from handheld.program import Ports
+from handheld_export.quantization import QuantizedWeight
+from handheld_export.targets.base import Array, Lowered, Runner, SegmentInput, Target
+
+_PACKAGES = ("coremltools",)
+
+
+class CoreML(Target):
+    """Lower to an .mlpackage that computes in fp16.
+
+    Weights are palettes of the student's codes with one scale per output channel in 2 and 4 bits,
+    and 8-bit codes with scales. :mod:`handheld_export.mil` runs the very package for verification;
+    it was not run on hardware here.
+    """
+
+    name: ClassVar[str] = "coreml"
+    engine: ClassVar[str] = "coreml"
+    suffix: ClassVar[str] = ".mlpackage"
+    precisions: ClassVar[tuple[str, ...]] = ("fp16", "int8", "int4", "int4g32", "int2")
+    segment_weights: ClassVar[int] = 400_000_000
+
+    def missing(self) -> str | None:
+        """Return what to install, or None."""
+        absent = [p for p in _PACKAGES if importlib.util.find_spec(p) is None]
+        return f"pip install 'handheld[coreml]' (no {', '.join(absent)})" if absent else None
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions that decide what an artifact looks like, engine first."""
+        return {p: importlib.metadata.version(p) for p in (*_PACKAGES, "torch")}
+
+    def lower(self, segment: SegmentInput, path: Path) -> Lowered:
+        """Write the package of a segment and read its codes back.
+
+        Raises
+        ------
+        TargetError
+            If a layer's grid does not fit or coremltools cannot convert the segment.
+        """
+        from handheld_export import coreml
+        from handheld_export.mil import Package
+        from handheld_export.rewrites import rewrite
+
+        module = rewrite(segment.module)
+        try:
+            layers = coreml.compress(module, self.held)
+            files = coreml.convert(module, segment.examples, len(segment.ports.outputs), path)
+            coreml.read_back(path, layers)
+            Package(path).check()
+        except TargetError as error:
+            raise TargetError(
+                f"segment '{segment.id}': {error.message}", remedy=error.remedy
+            ) from error
+        return Lowered(files[0], tools=self.versions(), parts=tuple(files[1:]))
+
+    def held(self, weight: QuantizedWeight) -> QuantizedWeight:
+        """Return a weight on the grid that holds its codes."""
+        return replace(weight, grid=self.container(weight))
+
+    def load(self, path: Path, ports: Ports) -> Runner:
+        """Open a package, named by its ``Manifest.json``, with the evaluator."""
+        return _Runner(path.parent, ports)
+
+
+class _Runner(Runner):
+    def __init__(self, path: Path, ports: Ports) -> None:
+        from handheld_export.mil import Package
+
+        self._package = Package(path)
+        self._outputs = len(ports.outputs)
+
+    def __call__(self, *inputs: Array) -> tuple[Array, ...]:
+        results = self._package.run({f"in{i}": x for i, x in enumerate(inputs)})
+        return tuple(results[f"out{i}"] for i in range(self._outputs))

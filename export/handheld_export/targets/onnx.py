@@ -1,0 +1,89 @@
+"""onnxruntime on the CPU: the portable engine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from handheld.errors import TargetError
+from handheld.program import Ports
+from handheld_export.quantization import QuantizedWeight
+from handheld_export.targets.base import Array, Lowered, Runner, SegmentInput, Target
+
+_PACKAGES = ("onnxruntime", "onnx", "onnxscript")
+
+
+class ONNX(Target):
+    """Lower to an ONNX graph whose tensors lie in a file beside it.
+
+    Linear layers run from the student's codes in 2, 4 or 8 bits, convolutions in int8;
+    activations are quantized while running. Codes and scales are the student's to the bit.
+    """
+
+    name: ClassVar[str] = "onnx"
+    engine: ClassVar[str] = "onnx"
+    suffix: ClassVar[str] = ".onnx"
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8", "int4", "int4g32", "int2")
+    segment_weights: ClassVar[int] = 80_000_000
+
+    def missing(self) -> str | None:
+        """Return what to install, or None."""
+        absent = [p for p in _PACKAGES if importlib.util.find_spec(p) is None]
+        return f"pip install 'handheld[onnx]' (no {', '.join(absent)})" if absent else None
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions that decide what an artifact looks like, engine first."""
+        return {p: importlib.metadata.version(p) for p in (*_PACKAGES, "torch")}
+
+    def lower(self, segment: SegmentInput, path: Path) -> Lowered:
+        """Write the artifact of a segment and read its codes back.
+
+        Raises
+        ------
+        TargetError
+            If a layer's grid does not run or an operator has no ONNX form.
+        """
+        from handheld_export import onnx
+        from handheld_export.rewrites import rewrite
+
+        module = rewrite(segment.module)
+        try:
+            layers = onnx.replace(module, self.held)
+            ports = segment.ports
+            data = onnx.lower(
+                module, segment.examples, list(ports.inputs), list(ports.outputs), path
+            )
+            onnx.read_back(path, layers)
+        except TargetError as error:
+            raise TargetError(
+                f"segment '{segment.id}': {error.message}", remedy=error.remedy
+            ) from error
+        return Lowered(path, tools=self.versions(), parts=(data,))
+
+    def held(self, weight: QuantizedWeight) -> QuantizedWeight:
+        """Return a weight on the grid that holds its codes."""
+        return replace(weight, grid=self.container(weight))
+
+    def load(self, path: Path, ports: Ports) -> Runner:
+        """Open an artifact with onnxruntime."""
+        return _Runner(path, ports)
+
+
+class _Runner(Runner):
+    def __init__(self, path: Path, ports: Ports) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 2
+        options.log_severity_level = 3
+        self._session: Any = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+        self._ports = ports
+
+    def __call__(self, *inputs: Array) -> tuple[Array, ...]:
+        named = dict(zip(self._ports.inputs, inputs, strict=True))
+        return tuple(self._session.run(list(self._ports.outputs), named))

@@ -1,0 +1,130 @@
+#if canImport(CoreML)
+import CoreML
+import Foundation
+import HandheldProtocol
+import HandheldRuntime
+
+/// Runs `.mlpackage` and `.mlmodelc` artifacts.
+public final class CoreMLEngine: Engine {
+    public let version: String
+    private let units: MLComputeUnits
+
+    public init(units: MLComputeUnits = .all) {
+        self.units = units
+        version = ProcessInfo.processInfo.operatingSystemVersionString
+    }
+
+    public func load(
+        _ artifact: Manifest.Artifact, file: URL, cache: URL?, threads: Int
+    ) throws -> Model {
+        let configuration = MLModelConfiguration()
+        configuration.computeUnits = units
+        let model = try MLModel(
+            contentsOf: try compiled(file, artifact.file.sha256, cache), configuration: configuration)
+        return CoreMLModel(model, artifact.ports)
+    }
+
+    /// Compiling takes long, so the result is kept, by the hash of what it was made from.
+    private func compiled(_ file: URL, _ sha256: String, _ cache: URL?) throws -> URL {
+        if file.pathExtension == "mlmodelc" { return file }
+        guard let cache else { return try MLModel.compileModel(at: file) }
+        let kept = cache.appendingPathComponent("\(sha256).mlmodelc")
+        if FileManager.default.fileExists(atPath: kept.path) { return kept }
+        try FileManager.default.createDirectory(at: cache, withIntermediateDirectories: true)
+        let made = try MLModel.compileModel(at: file)
+        _ = try FileManager.default.replaceItemAt(kept, withItemAt: made)
+        return kept
+    }
+
+    /// How many operations each compute unit was given, by the plan that Core ML makes.
+    @available(iOS 17.4, macOS 14.4, *)
+    public static func placement(
+        of compiled: URL, units: MLComputeUnits = .all
+    ) async throws -> [String: Int] {
+        let configuration = MLModelConfiguration()
+        configuration.computeUnits = units
+        let plan = try await MLComputePlan.load(contentsOf: compiled, configuration: configuration)
+        guard case let .program(program) = plan.modelStructure,
+            let main = program.functions["main"]
+        else { return [:] }
+        var counts: [String: Int] = [:]
+        for operation in main.block.operations {
+            guard let usage = plan.deviceUsage(for: operation) else { continue }
+            let name =
+                switch usage.preferred {
+                case .cpu: "cpu"
+                case .gpu: "gpu"
+                case .neuralEngine: "ane"
+                @unknown default: "other"
+                }
+            counts[name, default: 0] += 1
+        }
+        return counts
+    }
+}
+
+private final class CoreMLModel: Model {
+    private let model: MLModel
+    private let ports: Manifest.Ports
+
+    init(_ model: MLModel, _ ports: Manifest.Ports) {
+        self.model = model
+        self.ports = ports
+    }
+
+    func run(_ args: [String: Tensor]) throws -> [String: Tensor] {
+        let features = try args.mapValues { MLFeatureValue(multiArray: try array($0)) }
+        let results = try model.prediction(from: MLDictionaryFeatureProvider(dictionary: features))
+        var out: [String: Tensor] = [:]
+        for (name, spec) in ports.outputs {
+            guard let found = results.featureValue(for: name)?.multiArrayValue else {
+                throw HarnessFailure(.engine, "the model gave no '\(name)'")
+            }
+            out[name] = try tensor(found, spec)
+        }
+        return out
+    }
+
+    private func array(_ tensor: Tensor) throws -> MLMultiArray {
+        let array = try MLMultiArray(
+            shape: tensor.shape.map { NSNumber(value: $0) }, dataType: .float32)
+        let values = try tensor.floats()
+        array.withUnsafeMutableBufferPointer(ofType: Float.self) { buffer, strides in
+            let dense = Self.strides(tensor.shape)
+            for i in values.indices { buffer[Self.offset(i, dense, strides)] = values[i] }
+        }
+        return array
+    }
+
+    private func tensor(_ array: MLMultiArray, _ spec: TensorSpec) throws -> Tensor {
+        let shape = array.shape.map(\.intValue)
+        guard shape == spec.shape else {
+            throw HarnessFailure(.engine, "a result is \(shape), not \(spec.shape)")
+        }
+        // Core ML pads rows, and may answer in half precision.
+        let float = try array.dataType == .float32 ? array : MLMultiArray(concatenating: [array], axis: 0, dataType: .float32)
+        let dense = Self.strides(shape)
+        let strides = float.strides.map(\.intValue)
+        let values = float.withUnsafeBufferPointer(ofType: Float.self) { buffer in
+            (0..<shape.reduce(1, *)).map { buffer[Self.offset($0, dense, strides)] }
+        }
+        return try Tensor(shape: shape, floats: values)
+    }
+
+    private static func strides(_ shape: [Int]) -> [Int] {
+        var out = [Int](repeating: 1, count: shape.count)
+        for i in stride(from: shape.count - 2, through: 0, by: -1) { out[i] = out[i + 1] * shape[i + 1] }
+        return out
+    }
+
+    private static func offset(_ index: Int, _ dense: [Int], _ strides: [Int]) -> Int {
+        var rest = index
+        var out = 0
+        for (d, s) in zip(dense, strides) {
+            out += rest / d * s
+            rest %= d
+        }
+        return out
+    }
+}
+#endif

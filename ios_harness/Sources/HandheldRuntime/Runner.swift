@@ -1,0 +1,293 @@
+import Foundation
+import HandheldProtocol
+
+/// Runs one artifact.
+public protocol Model: AnyObject {
+    func run(_ args: [String: Tensor]) throws -> [String: Tensor]
+}
+
+/// Loads artifacts of one kind.
+public protocol Engine: AnyObject {
+    var version: String { get }
+    /// Load an artifact's file. `cache` is a folder for what the engine prepares, or nil.
+    func load(_ artifact: Manifest.Artifact, file: URL, cache: URL?, threads: Int) throws -> Model
+}
+
+/// Does what a job says and tells its events, as the C++ harness does.
+public final class Runner {
+    private let job: Job
+    private let folder: URL
+    private let engines: [String: Engine]
+    private let sink: (Event) -> Void
+    private let start = DispatchTime.now().uptimeNanoseconds
+    private let lock = NSLock()
+    private var stopped = false
+
+    /// Paths in the job are relative to `folder`.
+    public init(
+        job: Job, folder: URL, engines: [String: Engine], sink: @escaping (Event) -> Void
+    ) {
+        self.job = job
+        self.folder = folder
+        self.engines = engines
+        self.sink = sink
+    }
+
+    /// Ends the run after the current call; from any thread.
+    public func cancel() {
+        lock.lock()
+        stopped = true
+        lock.unlock()
+    }
+
+    /// Runs everything. A failure is an event, and is thrown as well.
+    public func run() throws {
+        do {
+            try runJob()
+        } catch let failure as HarnessFailure {
+            emit(.error(Failure(code: failure.code, message: failure.message)))
+            throw failure
+        } catch {
+            let failure = HarnessFailure(.engine, String(describing: error))
+            emit(.error(Failure(code: failure.code, message: failure.message)))
+            throw failure
+        }
+    }
+
+    private func runJob() throws {
+        emit(
+            .hello(
+                Hello(
+                    protocol: Job.protocolVersion, harness: "0.1.0",
+                    pid: Int(ProcessInfo.processInfo.processIdentifier),
+                    engines: engines.mapValues(\.version), platform: Self.platform,
+                    base_rss_bytes: Probes.memory(.start).rss)))
+        emit(.memory(Probes.memory(.start)))
+        emit(.thermal(Probes.thermal()))
+        let bundle = folder.appendingPathComponent(job.bundle)
+        let manifest = try readManifest(bundle)
+        guard let size = manifest.sizes[job.size] else {
+            throw HarnessFailure(.job, "the bundle has no size '\(job.size)'")
+        }
+        var constants: [String: Tensor] = [:]
+        if let file = manifest.constants {
+            constants = try SafeTensors.read(path: path(bundle, file))
+        }
+        var inputs: [String: Tensor] = [:]
+        for (name, source) in job.inputs { inputs[name] = try tensor(source, size.program, name) }
+        let models = Models(
+            manifest: manifest, bundle: bundle, job: job, folder: folder, engines: engines
+        ) { [unowned self] load in self.emit(.load(load)) }
+        try models.loadResidents(size.program)
+        emit(.memory(Probes.memory(.loaded)))
+
+        let executor = Executor(program: size.program, constants: constants)
+        var outputs: [String: Tensor] = [:]
+        var timed: [Double] = []
+        var index = 0
+        func iterate(_ kind: Iteration.Kind) throws -> Double {
+            var calls: [Double] = []
+            models.waited = 0
+            let begin = now()
+            outputs = try executor.run(inputs: inputs, seed: job.seed) { artifact, args in
+                if self.isStopped { throw HarnessFailure(.cancelled, "cancelled") }
+                let model = try models.model(artifact)
+                let before = self.now()
+                let results = try model.run(args)
+                calls.append(self.now() - before)
+                models.release(artifact)
+                return results
+            }
+            let total = now() - begin
+            emit(
+                .iteration(
+                    Iteration(
+                        index: index, kind: kind, total_ms: total, engine_ms: calls.reduce(0, +),
+                        load_ms: models.waited, calls_ms: calls)))
+            if index == 0 { emit(.memory(Probes.memory(.first))) }
+            index += 1
+            return total
+        }
+        _ = try iterate(.first)
+        for _ in 0..<job.warmup { _ = try iterate(.warmup) }
+        let begin = now()
+        repeat { timed.append(try iterate(.timed)) } while !StopRule.enough(timed, now() - begin, job)
+        emit(.memory(Probes.memory(.end)))
+        emit(.thermal(Probes.thermal()))
+        try tell(outputs, size.program)
+        emit(.done(Done(iterations: timed.count)))
+    }
+
+    private func tell(_ outputs: [String: Tensor], _ program: Program) throws {
+        for (role, value) in outputs.sorted(by: { $0.key < $1.key }) {
+            var event = Output(
+                role: role, sha256: SHA256.hex(value.bytes), shape: value.shape,
+                dtype: value.dtype.rawValue)
+            if role == "picture", let target = job.output {
+                try Data(value.bytes).write(
+                    to: folder.appendingPathComponent(target), options: .atomic)
+                event.file = target
+            }
+            if role == "picture", let expect = job.expect {
+                let file = folder.appendingPathComponent(expect.path).path
+                guard let wanted = try SafeTensors.read(path: file, code: .input)[expect.tensor],
+                    wanted.bytes.count == value.bytes.count, wanted.dtype == .uint8
+                else { throw HarnessFailure(.input, "'expect' is no picture of this size") }
+                event.psnr_db = Self.psnr(value.bytes, wanted.bytes)
+            }
+            emit(.output(event))
+        }
+    }
+
+    /// Peak 255; 999 where all is equal.
+    static func psnr(_ a: [UInt8], _ b: [UInt8]) -> Double {
+        var squares = 0
+        for (x, y) in zip(a, b) {
+            let d = Int(x) - Int(y)
+            squares += d * d
+        }
+        if squares == 0 { return 999 }
+        return min(999, 10 * log10(255.0 * 255.0 * Double(a.count) / Double(squares)))
+    }
+
+    private func readManifest(_ bundle: URL) throws -> Manifest {
+        let file = bundle.appendingPathComponent("manifest.json")
+        do {
+            return try JSONDecoder().decode(Manifest.self, from: Data(contentsOf: file))
+        } catch {
+            throw HarnessFailure(.bundle, "\(file.lastPathComponent): \(error)")
+        }
+    }
+
+    private func path(_ bundle: URL, _ ref: Manifest.FileRef) -> String {
+        bundle.appendingPathComponent(ref.path).path
+    }
+
+    private func tensor(_ source: TensorFile, _ program: Program, _ name: String) throws -> Tensor {
+        let file = folder.appendingPathComponent(source.path).path
+        guard let found = try SafeTensors.read(path: file, code: .input)[source.tensor] else {
+            throw HarnessFailure(.input, "\(source.path): there is no tensor '\(source.tensor)'")
+        }
+        guard let spec = program.tensors[name] else {
+            throw HarnessFailure(.input, "the program has no input '\(name)'")
+        }
+        func core(_ shape: [Int]) -> [Int] { Array(shape.drop { $0 == 1 }) }
+        guard core(spec.shape) == core(found.shape) else {
+            throw HarnessFailure(.input, "'\(name)' is \(found.shape), not \(spec.shape)")
+        }
+        return try Tensor(shape: spec.shape, dtype: found.dtype, bytes: found.bytes)
+    }
+
+    private var isStopped: Bool {
+        lock.lock()
+        defer { lock.unlock() }
+        return stopped
+    }
+
+    private func now() -> Double {
+        Double(DispatchTime.now().uptimeNanoseconds - start) / 1e6
+    }
+
+    private func emit(_ body: Event.Body) {
+        sink(Event(milliseconds: now(), body: body))
+    }
+
+    static var platform: String {
+        #if os(iOS)
+        return "ios-arm64"
+        #elseif os(macOS)
+        return "macos"
+        #else
+        return "linux"
+        #endif
+    }
+}
+
+/// When there are enough timed runs; runtime/handheld/records.py has the rule of the interval.
+public enum StopRule {
+    public static func enough(_ timed: [Double], _ elapsed: Double, _ job: Job) -> Bool {
+        if timed.count < job.iterations || elapsed < job.minSeconds * 1000 { return false }
+        guard let precision = job.precision else { return true }
+        if let most = job.maxSeconds, elapsed >= most * 1000 { return true }
+        guard let found = uncertainty(timed) else { return false }
+        return found <= precision
+    }
+
+    /// Half the width of the median's 95 % confidence interval, as part of it; nil below six values.
+    public static func uncertainty(_ values: [Double]) -> Double? {
+        let n = values.count
+        guard n >= 6 else { return nil }
+        let ordered = values.sorted()
+        let spread = 1.959964 * Double(n).squareRoot()
+        let low = max(0, Int(((Double(n) - spread) / 2).rounded(.down)))
+        let high = min(n - 1, Int(((Double(n) + spread) / 2).rounded(.up)))
+        let median = n % 2 == 1 ? ordered[n / 2] : (ordered[n / 2 - 1] + ordered[n / 2]) / 2
+        return median > 0 ? max(median - ordered[low], ordered[high] - median) / median : nil
+    }
+}
+
+/// Which artifacts are loaded: resident ones once, streamed ones around their calls.
+final class Models {
+    private let manifest: Manifest
+    private let bundle: URL
+    private let job: Job
+    private let folder: URL
+    private let engines: [String: Engine]
+    private let told: (Load) -> Void
+    private var loaded: [String: Model] = [:]
+    private var seen: Set<String> = []
+    /// Milliseconds waited for artifacts in this run.
+    var waited = 0.0
+
+    init(
+        manifest: Manifest, bundle: URL, job: Job, folder: URL, engines: [String: Engine],
+        told: @escaping (Load) -> Void
+    ) {
+        self.manifest = manifest
+        self.bundle = bundle
+        self.job = job
+        self.folder = folder
+        self.engines = engines
+        self.told = told
+    }
+
+    func loadResidents(_ program: Program) throws {
+        for case let .call(artifact, _, _) in program.ops
+        where loaded[artifact] == nil && !streams(artifact) {
+            _ = try model(artifact)
+        }
+        waited = 0
+    }
+
+    func model(_ id: String) throws -> Model {
+        if let model = loaded[id] { return model }
+        guard let artifact = manifest.artifacts.first(where: { $0.id == id }) else {
+            throw HarnessFailure(.bundle, "there is no artifact '\(id)'")
+        }
+        guard let engine = engines[artifact.engine.rawValue] else {
+            throw HarnessFailure(.engineMissing, "engine '\(artifact.engine.rawValue)' is not built in")
+        }
+        let file = bundle.appendingPathComponent(artifact.file.path)
+        if job.verifyHashes {
+            guard let data = try? Data(contentsOf: file, options: .mappedIfSafe),
+                SHA256.hex(data) == artifact.file.sha256
+            else { throw HarnessFailure(.hash, "\(artifact.file.path): has another sha256") }
+        }
+        let begin = DispatchTime.now().uptimeNanoseconds
+        let cache = job.cache.map { folder.appendingPathComponent($0) }
+        let model = try engine.load(artifact, file: file, cache: cache, threads: job.threads)
+        let ms = Double(DispatchTime.now().uptimeNanoseconds - begin) / 1e6
+        waited += ms
+        if seen.insert(id).inserted { told(Load(artifact: id, ms: ms, cache: Load.Cache.none)) }
+        loaded[id] = model
+        return model
+    }
+
+    func release(_ id: String) {
+        if streams(id) { loaded[id] = nil }
+    }
+
+    private func streams(_ id: String) -> Bool {
+        (job.residencyByArtifact[id] ?? job.residency) == .stream
+    }
+}

@@ -1,0 +1,414 @@
+"""iPhones, through ``xcrun devicectl`` on a Mac. Not run on hardware yet.
+
+The benchmark app of ``ios_harness`` does on the phone what the harness does elsewhere. It is
+started with a job and writes events to its container, from which they are copied. In its
+``Documents/handheld``: ``objects`` (files, named by their sha256) and ``weights`` are a cache;
+``incoming``, ``manifest.json`` and ``runs`` belong to the run under way. The app itself checks
+and moves what came in, and clears away what earlier runs left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Final
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from handheld.bundle import MANIFEST, Bundle, references
+from handheld.devices import devicectl, process
+from handheld.devices.android import flattened
+from handheld.devices.base import Device, Devices, Obstacle, Place, Received, Sending
+from handheld.devices.devicectl import DevicectlError, Listed
+from handheld.errors import DeviceError, HarnessError
+from handheld.files import sha256_file
+from handheld.native import NativeError
+from handheld.protocol import Done, Failure, Job, Output, TensorFile, Thermal
+from handheld.records import DeviceFacts, Heat, Transfer
+
+APP: Final = "HANDHELD_IOS_APP"
+"""Environment variable: the built benchmark app, which is installed if it is missing."""
+IDENTIFIER: Final = "dev.handheld.bench"
+ROOT: Final = "Documents/handheld"
+POLL_S = 1.0
+REPORT_S = 60.0
+SLOWEST_BYTES_PER_S = 250_000
+MAX_EVENTS_BYTES = 256 * 2**20
+_MISSING: Final = (devicectl.CORE_DEVICE, 7000)
+_NOT_INSTALLED: Final = ("FBSOpenApplicationServiceErrorDomain", 1)
+
+
+class Report(BaseModel):
+    """What the app says about the phone and its container."""
+
+    model_config = ConfigDict(extra="ignore")
+    objects: dict[str, int] = {}
+    engines: dict[str, str] = {}
+    ram_bytes: int | None = None
+    free_bytes: int | None = None
+    cores: int | None = None
+    thermal: Annotated[int, Field(ge=0, le=3)] | None = None
+    """``ProcessInfo.thermalState``: 0 nominal to 3 critical."""
+    battery_percent: Annotated[float, Field(ge=0, le=100)] | None = None
+    charging: bool | None = None
+
+
+# Apple's four states on Android's scale: nominal, fair, serious, critical.
+_STATUS: Final = (0, 1, 3, 4)
+
+
+class IosDevices(Devices):
+    """iPhones and iPads that this Mac knows."""
+
+    def attached(self) -> list[Device]:
+        """Return the devices that can be used."""
+        if devicectl.program() is None:
+            return []
+        try:
+            listed = devicectl.devices()
+        except DeviceError:
+            return []
+        return [IosDevice(item) for item in listed if _is_phone(item) and not obstacle(item)]
+
+    def obstacles(self) -> list[Obstacle]:
+        """Return why devices cannot be used."""
+        if devicectl.program() is None:
+            return []  # iPhones are of no concern on a machine without Xcode
+        try:
+            listed = devicectl.devices()
+        except DeviceError as error:
+            return [Obstacle(error.message, error.remedy or "see devicectl list devices")]
+        return [o for item in listed if _is_phone(item) and (o := obstacle(item))]
+
+
+def _is_phone(item: Listed) -> bool:
+    physical = item.hardware.reality in (None, "physical")
+    return physical and item.hardware.platform in (None, "iOS", "iPadOS")
+
+
+def obstacle(item: Listed) -> Obstacle | None:
+    """Return what keeps a listed device from being used."""
+    serial = item.hardware.udid or item.identifier
+    if item.connection.pairing_state not in (None, "paired"):
+        return Obstacle("is not paired", "unlock it, plug it in and tap Trust", serial)
+    if item.connection.transport_type is None:
+        return Obstacle("is not connected", "plug it in, or bring it to the same network", serial)
+    if item.properties.developer_mode not in (None, "enabled"):
+        return Obstacle(
+            "Developer Mode is off",
+            "turn it on: Settings, Privacy & Security, Developer Mode",
+            serial,
+        )
+    if item.properties.ddi_services is False and item.connection.tunnel_state != "connected":
+        return Obstacle(
+            "its developer services are not available",
+            "unlock it and open Xcode's Devices window once",
+            serial,
+        )
+    return None
+
+
+class IosDevice(Device):
+    """An iPhone or iPad."""
+
+    kind = "ios"
+
+    def __init__(self, item: Listed) -> None:
+        self._item = item
+        self.serial = item.hardware.udid or item.identifier
+        digest = hashlib.sha256(f"handheld {self.serial}".encode()).hexdigest()
+        self.id = f"ios-{digest[:8]}"
+        self._place: IosPlace | None = None
+
+    def facts(self) -> DeviceFacts:
+        """Return what the device is; its memory and engines are known once the app has run."""
+        hardware, properties = self._item.hardware, self._item.properties
+        report = self._place.report if self._place else Report()
+        return DeviceFacts(
+            id=self.id,
+            kind="ios",
+            model=hardware.marketing_name or hardware.product_type,
+            soc=hardware.product_type,
+            arch=hardware.cpu.name if hardware.cpu else None,
+            cores=report.cores,
+            ram_bytes=report.ram_bytes,
+            free_bytes=report.free_bytes,
+            os=f"{hardware.platform or 'iOS'} {properties.os_version or '?'}",
+            os_build=properties.os_build,
+            engines=report.engines,
+            harness=f"app {IDENTIFIER}",
+            transport="devicectl",
+        )
+
+    def heat(self) -> Heat:
+        """Return the thermal state, which only the app can tell, during a run."""
+        if self._place is None:
+            return Heat()
+        if self._place.running:
+            # To ask, the app would have to be started anew.
+            return Heat(status=self._place.thermal)
+        report = self._place.ask()
+        return Heat(
+            status=None if report.thermal is None else _STATUS[report.thermal],
+            battery_percent=report.battery_percent,
+            charging=report.charging,
+        )
+
+    @contextmanager
+    def prepare(
+        self, bundle: Bundle, sending: Sending = lambda name, done, total: None
+    ) -> Iterator[Place]:
+        """Install the app if need be, send what is missing, and clean up afterwards."""
+        place = IosPlace(self._item.identifier, bundle)
+        self._place = place
+        try:
+            place.send(sending)
+            yield place
+        finally:
+            self._place = None
+            with contextlib.suppress(DeviceError):
+                place.ask()
+
+
+class IosPlace(Place):
+    """A bundle in the container of the benchmark app."""
+
+    def __init__(self, device: str, bundle: Bundle) -> None:
+        self._device = device
+        self._bundle = bundle
+        self._run = f"runs/{uuid.uuid4().hex}"
+        self.report = Report()
+        self.running = False
+        self.thermal: int | None = None
+        """What the last event of the run said."""
+        self.transfer = Transfer()
+
+    def ask(self) -> Report:
+        """Start the app so that it clears up, takes in what was sent, and reports.
+
+        Raises
+        ------
+        DeviceError
+            If it cannot be started or says nothing.
+        """
+        name = f"report-{uuid.uuid4().hex}.json"
+        self._launch("--report", name)
+        deadline = time.monotonic() + REPORT_S
+        with tempfile.TemporaryDirectory(prefix="handheld-") as folder:
+            path = Path(folder) / name
+            while not self._copy_from(name, path):
+                if time.monotonic() > deadline:
+                    raise DeviceError(
+                        "the app on the phone does not report",
+                        remedy="unlock the phone and keep it unlocked",
+                    )
+                time.sleep(POLL_S)
+            try:
+                self.report = Report.model_validate_json(path.read_bytes())
+            except (OSError, ValidationError) as error:
+                raise DeviceError(
+                    f"the app's report is not understood: {str(error).splitlines()[0]}",
+                    remedy="install an app of the same version as handheld",
+                ) from None
+        return self.report
+
+    def send(self, sending: Sending) -> None:
+        """Send what the container lacks."""
+        try:
+            report = self.ask()
+        except DevicectlError as error:
+            if not error.caused_by(*_NOT_INSTALLED):
+                raise
+            self._install()
+            report = self.ask()
+        refs = {ref.sha256: ref for _, ref in references(self._bundle.manifest)}
+        missing = {k: r for k, r in refs.items() if report.objects.get(k) != r.bytes}
+        total = sum(r.bytes for r in missing.values())
+        if report.free_bytes is not None and report.free_bytes < total:
+            raise DeviceError(
+                f"the phone has {report.free_bytes / 1e6:.0f} MB free, the bundle needs "
+                f"{total / 1e6:.0f} MB",
+                remedy="free some space on it",
+            )
+        sent = 0
+        for digest, ref in missing.items():
+            sending(Path(ref.path).name, sent, total)
+            self._copy_to(self._bundle.file(ref), f"incoming/{digest}")
+            sent += ref.bytes
+        if missing:
+            taken = self.ask().objects
+            lost = [r for k, r in missing.items() if taken.get(k) != r.bytes]
+            if lost:
+                raise DeviceError(
+                    "a file changed on its way to the phone",
+                    path=self._bundle.file(lost[0]),
+                    remedy="try another cable",
+                )
+            sending("", total, total)
+        self.transfer = Transfer(
+            files=len(missing),
+            bytes=total,
+            kept_files=len(refs) - len(missing),
+            kept_bytes=sum(r.bytes for r in refs.values()) - total,
+        )
+
+    def run(self, job: Job, timeout_s: float | None = None) -> Generator[Received, None, None]:
+        """Run a job in the app and yield its events as they are copied.
+
+        The times of arrival are those of the app's own clock: copying takes a while.
+        """
+        remote = self._translate(job)
+        with tempfile.TemporaryDirectory(prefix="handheld-") as name:
+            folder = Path(name)
+            # The app clears its folder when it starts, so a job brings all that it needs.
+            for file, text in (
+                (MANIFEST, json.dumps(flattened(self._bundle))),
+                ("job.json", remote.model_dump_json()),
+            ):
+                (folder / file).write_text(text)
+                self._copy_to(folder / file, f"incoming/{file}")
+            pid = self._launch("--job", self._run)
+            ended = False
+            self.running = True
+            try:
+                for event in self._events(folder / "events.jsonl", pid, timeout_s):
+                    received = event.event
+                    if isinstance(received, Thermal):
+                        self.thermal = received.status
+                    if isinstance(received, Output) and received.file is not None:
+                        received = received.model_copy(update={"file": job.output})
+                    if isinstance(received, Done):
+                        ended = True
+                        self._fetch(job, remote)
+                    ended = ended or isinstance(received, Failure)
+                    yield Received(received, event.since_spawn_ms)
+            finally:
+                self.running = False
+                if not ended:
+                    with contextlib.suppress(DeviceError):
+                        self._terminate(pid)
+
+    def _events(
+        self, path: Path, pid: int, timeout_s: float | None
+    ) -> Generator[Received, None, None]:
+        start = time.monotonic()
+        offset = 0
+        alive = True
+        while True:
+            if self._copy_from(f"{self._run}/events.jsonl", path):
+                data = path.read_bytes()[:MAX_EVENTS_BYTES]
+                whole = data.rfind(b"\n") + 1
+                for line in data[offset:whole].splitlines():
+                    event = process.parse(line)
+                    if event is None:
+                        continue
+                    yield Received(event, event.t_ms)
+                    if isinstance(event, Failure):
+                        raise NativeError(event.code, f"{event.code}: {event.message}")
+                    if isinstance(event, Done):
+                        return
+                offset = max(offset, whole)
+            if not alive:
+                raise process.HarnessEndedError(
+                    "the app ended before its job was done, probably because memory ran out", 1
+                )
+            if timeout_s is not None and time.monotonic() - start > timeout_s:
+                raise HarnessError(
+                    f"the harness took longer than {timeout_s:g} s", remedy="raise --timeout"
+                )
+            time.sleep(POLL_S)
+            # Asked before the last look at its events, so that none is missed.
+            alive = pid in devicectl.parse_processes(self._device_call("info", "processes"))
+
+    def _translate(self, job: Job) -> Job:
+        known = {
+            str(self._bundle.file(ref).resolve()): f"objects/{ref.sha256}"
+            for _, ref in references(self._bundle.manifest)
+        }
+
+        def sent(source: TensorFile) -> TensorFile:
+            path = Path(source.path).resolve()
+            if str(path) not in known:
+                digest = sha256_file(path)
+                self._copy_to(path, f"incoming/{digest}")
+                known[str(path)] = f"objects/{digest}"
+            return TensorFile(path=known[str(path)], tensor=source.tensor)
+
+        return job.model_copy(
+            update={
+                "bundle": ".",
+                "inputs": {name: sent(source) for name, source in job.inputs.items()},
+                "expect": sent(job.expect) if job.expect else None,
+                "cache": _weights(job.cache) if job.cache else None,
+                "output": f"{self._run}/picture.raw" if job.output else None,
+                "dump_calls": f"{self._run}/calls.safetensors" if job.dump_calls else None,
+            }
+        )
+
+    def _fetch(self, job: Job, remote: Job) -> None:
+        for source, target in ((remote.output, job.output), (remote.dump_calls, job.dump_calls)):
+            if source and target and not self._copy_from(source, Path(target)):
+                raise DeviceError("the app wrote no such file", path=source)
+
+    def forget_cache(self, cache: str) -> None:
+        """Have the app remove packed weights."""
+        self._launch("--forget", _weights(cache))
+        self.ask()
+
+    def _install(self) -> None:
+        app = os.environ.get(APP)
+        if not app or not Path(app).is_dir():
+            raise DeviceError(
+                "the benchmark app is not installed",
+                remedy=f"build it (ios_harness/README.md) and set {APP} to the .app folder",
+            )
+        self._device_call("install", "app", after=[str(Path(app).absolute())], timeout_s=600)
+
+    def _launch(self, *arguments: str) -> int:
+        found = self._device_call(
+            "process", "launch", after=["--terminate-existing", IDENTIFIER, *arguments]
+        )
+        return devicectl.parse_process(found).pid
+
+    def _terminate(self, pid: int) -> None:
+        self._device_call("process", "terminate", after=["--pid", str(pid)])
+
+    def _container(self, source: str, target: str) -> list[str]:
+        return [
+            "--domain-type", "appDataContainer", "--domain-identifier", IDENTIFIER,
+            "--source", source, "--destination", target,
+        ]  # fmt: skip
+
+    def _copy_to(self, source: Path, target: str) -> None:
+        seconds = devicectl.CALL_S + source.stat().st_size / SLOWEST_BYTES_PER_S
+        after = self._container(str(source.absolute()), f"{ROOT}/{target}")
+        self._device_call("copy", "to", after=after, timeout_s=seconds)
+
+    def _copy_from(self, source: str, target: Path) -> bool:
+        """Fetch a file; tell whether it is there."""
+        after = self._container(f"{ROOT}/{source}", str(target.absolute()))
+        try:
+            self._device_call("copy", "from", after=after, timeout_s=600)
+        except DevicectlError as error:
+            if error.caused_by(*_MISSING):
+                return False
+            raise
+        return target.is_file()
+
+    def _device_call(
+        self, *verb: str, after: list[str] | None = None, timeout_s: float = devicectl.CALL_S
+    ) -> dict[str, object]:
+        arguments = ["device", *verb, "--device", self._device, *(after or [])]
+        return devicectl.call(arguments, timeout_s)
+
+
+def _weights(cache: str) -> str:
+    return f"weights/{hashlib.sha256(cache.encode()).hexdigest()[:32]}"

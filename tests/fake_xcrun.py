@@ -1,0 +1,277 @@
+"""A stand-in for ``xcrun devicectl`` and the benchmark app on an iPhone, backed by a folder.
+
+``state.json`` in the folder says how it behaves; :class:`IPhone` writes it. It answers with
+the envelopes of devicectl's versions, writes them only where ``--json-output`` says, and
+prints a table that nobody may read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+CORE = "com.apple.dt.CoreDeviceError"
+IDENTIFIER = "4F480C10-679A-47F3-AE36-99D0EC643774"
+UDID = "00008130-001C4D5A1E80001C"
+
+
+class IPhone:
+    """What a test sees of it."""
+
+    def __init__(self, folder: Path, **state: Any) -> None:
+        import fake_harness
+
+        self.folder = folder
+        fake_harness.install(folder)
+        self.files = folder / "container" / "Documents" / "handheld"
+        self.files.mkdir(parents=True)
+        self.xcrun = folder / "xcrun"
+        copy = folder / "fake_xcrun.py"
+        copy.write_text(Path(__file__).read_text())
+        self.xcrun.write_text(f'#!/bin/sh\nexec {sys.executable} -SE {copy} {folder} "$@"\n')
+        self.xcrun.chmod(0o755)
+        self.set(**state)
+
+    def set(self, **state: Any) -> None:
+        (self.folder / "state.json").write_text(json.dumps(state))
+
+    def calls(self) -> list[list[str]]:
+        path = self.folder / "calls.jsonl"
+        return [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+
+    def left(self) -> list[str]:
+        found = [p.relative_to(self.files) for p in self.files.rglob("*") if p.is_file()]
+        return [
+            str(p)
+            for p in found
+            if p.parts[0] not in ("objects", "weights") and not p.name.startswith("report-")
+        ]
+
+    def running(self) -> list[int]:
+        return _running(self.folder)
+
+
+def _running(folder: Path) -> list[int]:
+    found = []
+    for path in (folder / "pids").glob("*"):
+        with contextlib.suppress(OSError):
+            if "Z" not in Path(f"/proc/{path.name}/stat").read_text().rpartition(")")[2][:3]:
+                found.append(int(path.name))
+    return found
+
+
+class FailedError(Exception):
+    def __init__(self, domain: str, code: int, text: str, under: dict[str, Any] | None = None):
+        super().__init__(text)
+        user: dict[str, Any] = {"NSLocalizedDescription": {"string": text}}
+        if under is not None:
+            user["NSUnderlyingError"] = {"error": under}
+        self.error = {"domain": domain, "code": code, "userInfo": user}
+
+
+def under(domain: str, code: int, text: str) -> dict[str, Any]:
+    user = {"NSLocalizedFailureReason": {"string": text}}
+    return {"domain": domain, "code": code, "userInfo": user}
+
+
+def main() -> None:
+    folder, arguments = Path(sys.argv[1]), sys.argv[2:]
+    state = json.loads((folder / "state.json").read_text())
+    if arguments and arguments[0] == "--app":
+        app(folder, state, arguments[1:])
+        return
+    assert arguments[0] == "devicectl", arguments
+    with (folder / "calls.jsonl").open("a") as f:
+        f.write(json.dumps(arguments) + "\n")
+    answer = Path(arguments[arguments.index("--json-output") + 1])
+    i = arguments.index(str(answer)) + 1
+    words = list(arguments[i:])
+    print("Name   Identifier   State\n----   ----------   -----\nnot to be read")
+    if "hang" in state:
+        time.sleep(600)
+    if "silent" in state:
+        sys.exit(1)
+    if "garbage" in state:
+        answer.write_text(state["garbage"])
+        sys.exit(0)
+    info: dict[str, Any] = {"arguments": arguments, "outcome": "success", "version": "397.28"}
+    info["commandType"] = "devicectl." + ".".join(words[: 2 if words[0] == "list" else 3])
+    version = state.get("version", 3)
+    if version > 1:
+        info["jsonVersion"] = version
+    envelope: dict[str, Any] = {"info": info}
+    try:
+        if "timeout" in state:
+            info["outcome"] = "timeout"
+        else:
+            envelope["result"] = command(folder, state, words)
+    except FailedError as error:
+        info["outcome"] = "failed"
+        envelope["error"] = error.error
+    answer.write_text(json.dumps(envelope))
+    sys.exit(0 if info["outcome"] == "success" else 1)
+
+
+def option(words: list[str], name: str) -> str:
+    return words[words.index(name) + 1]
+
+
+def command(folder: Path, state: dict[str, Any], words: list[str]) -> dict[str, Any]:
+    if words[:2] == ["list", "devices"]:
+        return {"devices": [device(state)]}
+    assert words[0] == "device"
+    assert option(words, "--device") == IDENTIFIER
+    if "gone" in state:
+        raise FailedError(CORE, 1011, "The device is not connected.")
+    match words[1:3]:
+        case ["process", "launch"]:
+            return launch(folder, state, words[words.index("--terminate-existing") + 1 :])
+        case ["process", "terminate"]:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(int(option(words, "--pid")), signal.SIGKILL)
+            return {}
+        case ["info", "processes"]:
+            found = [{"processIdentifier": p, "executable": "Bench"} for p in _running(folder)]
+            return {"runningProcesses": found}
+        case ["install", "app"]:
+            installed = {k: v for k, v in state.items() if k != "not_installed"}
+            (folder / "state.json").write_text(json.dumps(installed))
+            return {"installedApplications": [{"bundleID": "dev.handheld.bench"}]}
+        case ["copy", direction]:
+            return copy(folder, state, words, direction)
+    raise AssertionError(words)
+
+
+def device(state: dict[str, Any]) -> dict[str, Any]:
+    connection = {"pairingState": "paired", "transportType": "wired", "tunnelState": "connected"}
+    properties = {
+        "name": "Test iPhone", "osVersionNumber": "18.1", "osBuildUpdate": "22B83",
+        "developerModeStatus": "enabled", "ddiServicesAvailable": True,
+    }  # fmt: skip
+    hardware = {
+        "udid": UDID, "productType": "iPhone16,1", "marketingName": "iPhone 15 Pro",
+        "platform": "iOS", "cpuType": {"name": "arm64e"}, "reality": "physical",
+        "internalStorageCapacity": 256_000_000_000,
+    }  # fmt: skip
+    for part, changes in (
+        (connection, state.get("connection", {})),
+        (properties, state.get("properties", {})),
+        (hardware, state.get("hardware", {})),
+    ):
+        part.update(changes)
+        for key in [k for k, v in part.items() if v is None]:
+            del part[key]
+    return {
+        "identifier": IDENTIFIER,
+        "connectionProperties": connection,
+        "deviceProperties": properties,
+        "hardwareProperties": hardware,
+        "visibilityClass": "default",
+    }
+
+
+def launch(folder: Path, state: dict[str, Any], words: list[str]) -> dict[str, Any]:
+    board = "FBSOpenApplicationErrorDomain"
+    if "not_installed" in state:
+        raise FailedError(
+            CORE, 10002, "The application failed to launch.",
+            under("FBSOpenApplicationServiceErrorDomain", 1, "The app is not installed."),
+        )  # fmt: skip
+    if "locked" in state:
+        raise FailedError(CORE, 10002, "The application failed to launch.",
+                          under(board, 7, "Unable to launch because the device was not, or could "
+                                "not be, unlocked."))  # fmt: skip
+    if "untrusted" in state:
+        raise FailedError(CORE, 10002, "The application failed to launch.",
+                          under(board, 3, "denied: untrusted developer"))  # fmt: skip
+    for pid in _running(folder):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+    process = subprocess.Popen(
+        [sys.executable, "-SE", __file__, str(folder), "--app", *words[1:]],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    (folder / "pids").mkdir(exist_ok=True)
+    (folder / "pids" / str(process.pid)).touch()
+    return {"process": {"processIdentifier": process.pid, "executable": "file:///Bench.app/Bench"}}
+
+
+def copy(folder: Path, state: dict[str, Any], words: list[str], direction: str) -> dict[str, Any]:
+    source, target = option(words, "--source"), option(words, "--destination")
+    once = folder / "timed-out"
+    if "copy_timeout" in state and not once.exists():
+        once.touch()
+        raise FailedError(CORE, 7000, "The file could not be copied.",
+                          under("NSPOSIXErrorDomain", 60, "Operation timed out"))  # fmt: skip
+    container = folder / "container"
+    if direction == "from":
+        if not (container / source).is_file():
+            raise FailedError(CORE, 7000, "The file could not be copied.",
+                              under("NSCocoaErrorDomain", 260, "no such file"))  # fmt: skip
+        shutil.copyfile(container / source, target)
+        return {"files": []}
+    (container / target).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, container / target)
+    if "flip" in state and len(Path(target).name) == 64:
+        data = bytearray((container / target).read_bytes())
+        data[0] ^= 1
+        (container / target).write_bytes(data)
+    return {"files": []}
+
+
+def app(folder: Path, state: dict[str, Any], arguments: list[str]) -> None:
+    """Do what the benchmark app does."""
+    home = folder / "container" / "Documents" / "handheld"
+    os.chdir(home)
+    for name in ("incoming", "objects", "weights", "runs"):
+        Path(name).mkdir(exist_ok=True)
+    for path in Path("incoming").iterdir():
+        if len(path.name) == 64:
+            good = hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+            path.replace(Path("objects") / path.name) if good else path.unlink()
+    if arguments[0] == "--forget":
+        shutil.rmtree(arguments[1], ignore_errors=True)
+    shutil.rmtree("runs")
+    for path in Path().glob("report-*"):
+        path.unlink()
+    if arguments[0] != "--job":
+        shutil.rmtree("incoming")
+        Path("manifest.json").unlink(missing_ok=True)
+    if arguments[0] == "--report":
+        report = {
+            "objects": {p.name: p.stat().st_size for p in Path("objects").iterdir()},
+            "engines": {"litert": "2.3.0"}, "ram_bytes": 8_000_000_000,
+            "free_bytes": state.get("free", 90_000_000_000), "cores": 6,
+            "thermal": state.get("thermal", 0), "battery_percent": 77, "charging": True,
+        }  # fmt: skip
+        part = Path(f"{arguments[1]}.part")
+        part.write_text(json.dumps(report))
+        part.replace(arguments[1])
+    if arguments[0] == "--job":
+        run = Path(arguments[1])
+        run.mkdir(parents=True)
+        Path("incoming/manifest.json").replace("manifest.json")
+        Path("incoming/job.json").replace(run / "job.json")
+        cache = json.loads((run / "job.json").read_text())["cache"]
+        if cache:
+            Path(cache).mkdir(parents=True, exist_ok=True)
+        with (run / "events.jsonl").open("wb") as out:
+            subprocess.run(
+                [sys.executable, "-SE", folder / "fake_harness.py", run / "job.json"],
+                stdin=subprocess.DEVNULL, stdout=out, check=False,
+                env={**os.environ, "HANDHELD_FAKE": state.get("harness", "")},
+            )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

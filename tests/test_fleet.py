@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+import fake_harness
+import samples
+from handheld import fleet, records
+from handheld.errors import DeviceError, UsageError
+
+TABLE = """
+devices = ["host"]
+[options]
+iterations = 2
+precision = 0.5
+max_seconds = 1
+first_ever = false
+[gate]
+cooldown_s = 0
+[[bundles]]
+path = "sample"
+residency = ["resident", "stream"]
+"""
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory):
+    return fake_harness.install(tmp_path_factory.mktemp("harness") / "fake")
+
+
+@pytest.fixture(autouse=True)
+def environment(tmp_path, monkeypatch, fake):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HANDHELD_HARNESS", str(fake))
+    monkeypatch.delenv("HANDHELD_FAKE", raising=False)
+    samples.write_bundle(tmp_path / "sample")
+
+
+def matrix(tmp_path, text=TABLE):
+    path = tmp_path / "fleet.toml"
+    path.write_text(text)
+    return fleet.read(path)
+
+
+def run(tmp_path, text=TABLE, say=lambda device, words: None):
+    file = tmp_path / "records.jsonl"
+    runner = fleet.Fleet(matrix(tmp_path, text), tmp_path, file, ("test",), say)
+    return runner.run(), records.read(file) if file.exists() else []
+
+
+def test_a_matrix_and_again(tmp_path):
+    results, written = run(tmp_path)
+    assert [r.outcome for r in results] == ["done", "done"]
+    assert [r.settings.residency for r in written] == ["resident", "stream"]
+    results, again = run(tmp_path)
+    assert [r.outcome for r in results] == ["already", "already"]
+    assert again == written
+
+
+def test_other_settings_are_run(tmp_path):
+    run(tmp_path)
+    results, written = run(tmp_path, TABLE.replace("iterations = 2", "iterations = 3"))
+    assert [r.outcome for r in results] == ["done", "done"]
+    assert len(written) == 4
+
+
+def test_only_what_is_missing_is_run(tmp_path):
+    run(tmp_path)
+    file = tmp_path / "records.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    # The last record was cut off as the machine lost power.
+    file.write_text(lines[0] + lines[1][:200])
+    results, written = run(tmp_path)
+    assert [r.outcome for r in results] == ["already", "done"]
+    assert [r.settings.residency for r in written] == ["resident", "stream"]
+
+
+def test_a_wrong_picture_is_a_result_and_a_crash_is_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("HANDHELD_FAKE", "wrong")
+    results, written = run(tmp_path)
+    assert [r.outcome for r in results] == ["failed", "failed"]
+    assert [r.status for r in written] == ["failed", "failed"]
+    assert [r.outcome for r in run(tmp_path)[0]] == ["already", "already"]
+    (tmp_path / "records.jsonl").unlink()
+    monkeypatch.setenv("HANDHELD_FAKE", "die")
+    results, written = run(tmp_path, TABLE.replace("[options]", "attempts = 1\n[options]", 1))
+    assert {r.status for r in written} == {"partial"}
+    monkeypatch.setenv("HANDHELD_FAKE", "")
+    assert [r.outcome for r in run(tmp_path)[0]] == ["done", "done"]
+
+
+def test_a_device_that_goes_away_is_tried_again(tmp_path, monkeypatch):
+    failures = iter([DeviceError("gone"), DeviceError("gone")])
+    real = fleet.bench.run
+
+    def sometimes(*arguments, **options):
+        for error in failures:
+            raise error
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(fleet.bench, "run", sometimes)
+    before = threading.active_count()
+    results, _ = run(tmp_path)
+    assert [r.outcome for r in results] == ["done", "done"]
+    assert threading.active_count() <= before + 2
+
+
+def test_what_is_not_there_is_said(tmp_path):
+    results, _ = run(tmp_path, TABLE.replace('["host"]', '["host", "pixel"]'))
+    assert ("pixel", "missing") in {(r.device, r.outcome) for r in results}
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        (TABLE.replace('["host"]', "1"), "devices"),
+        (TABLE.replace("iterations", "iteration"), "options.iteration"),
+        (TABLE + "\n[[bundles]]\npath = 'x'\nresidency = ['swap']", "bundles[1].residency[0]"),
+        (TABLE.replace("[options]", 'adb_servers = ["lab; rm -rf"]\n[options]', 1),
+         "adb_servers[0]"),
+        ("devices = [", None),
+    ],
+)  # fmt: skip
+def test_a_malformed_matrix(tmp_path, text, field):
+    with pytest.raises(UsageError) as e:
+        matrix(tmp_path, text)
+    assert "fleet.toml" in str(e.value)
+    if field:
+        assert e.value.field == field

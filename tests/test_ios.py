@@ -1,0 +1,267 @@
+"""The iOS driver against a stand-in for devicectl and the app. Not run on hardware."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import samples
+from fake_xcrun import CORE, UDID, IPhone
+from handheld import bench, devices
+from handheld.bench import Options
+from handheld.devices import devicectl, ios, process
+from handheld.devices.devicectl import DevicectlError
+from handheld.devices.ios import IosDevices
+from handheld.errors import DeviceError, HandheldError
+from handheld.gate import Gate
+
+FAST = Options(iterations=3, timeout_s=60, first_ever=False, gate=Gate(patience_s=0))
+
+
+@pytest.fixture
+def iphone(tmp_path, monkeypatch):
+    phone = IPhone(tmp_path / "iphone")
+    monkeypatch.setenv("HANDHELD_XCRUN", str(phone.xcrun))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(ios, "POLL_S", 0.1)
+    return phone
+
+
+@pytest.fixture
+def sample(tmp_path):
+    return samples.write_bundle(tmp_path / "sample")
+
+
+def device():
+    (found,) = devices.find("ios")
+    return found
+
+
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+def test_devices_of_every_version(iphone, version):
+    iphone.set(version=version)
+    found = device()
+    facts = found.facts()
+    assert found.serial == UDID
+    assert (facts.model, facts.soc, facts.os) == ("iPhone 15 Pro", "iPhone16,1", "iOS 18.1")
+    assert facts.os_build == "22B83"
+    assert UDID not in facts.model_dump_json()
+
+
+@pytest.mark.parametrize(
+    ("state", "what", "remedy"),
+    [
+        ({"properties": {"developerModeStatus": "disabled"}}, "Developer Mode is off", "Settings"),
+        ({"connection": {"pairingState": "unpaired"}}, "is not paired", "tap Trust"),
+        ({"connection": {"transportType": None}}, "is not connected", "plug it in"),
+        (
+            {"connection": {"tunnelState": "disconnected"},
+             "properties": {"ddiServicesAvailable": False}},
+            "developer services", "Xcode",
+        ),
+        ({"timeout": True}, "took too long", "Xcode that is older"),
+        ({"garbage": "{"}, "is not understood", "update handheld"),
+        ({"silent": True}, "answered nothing", "xcode-select"),
+    ],
+)  # fmt: skip
+def test_what_stops_a_phone_is_said_with_its_remedy(iphone, state, what, remedy):
+    iphone.set(**state)
+    (obstacle,) = IosDevices().obstacles()
+    assert what in obstacle.what
+    assert remedy in obstacle.remedy
+    assert IosDevices().attached() == []
+
+
+def test_simulators_and_watches_are_no_phones(iphone):
+    iphone.set(hardware={"reality": "virtual"})
+    assert IosDevices().attached() == []
+    iphone.set(hardware={"platform": "watchOS"})
+    assert IosDevices().attached() == []
+
+
+@pytest.mark.slow
+def test_a_whole_job_and_a_second_that_sends_nothing(iphone, sample):
+    found = device()
+    record = bench.run(sample, found, Options(iterations=3, timeout_s=60))
+    assert (record.status, record.error) == ("ok", None)
+    assert [p.purpose for p in record.passes] == ["first-ever", "latency", "memory"]
+    assert record.passes[0].loads[0].cache == "built"
+    assert record.passes[1].loads[0].cache == "hit"
+    assert record.check.psnr_db == 999.0
+    assert record.heat_start.battery_percent == 77
+    assert record.transfer.bytes > 0
+    again = bench.run(sample, found, FAST)
+    assert again.transfer.bytes == 0
+    assert again.status == "ok"
+    assert iphone.left() == []
+    assert all(isinstance(call, list) for call in iphone.calls())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("harness", "status", "message"),
+    [
+        ("wrong", "failed", "the picture is wrong"),
+        ("die", "partial", "ended before its job was done"),
+        ("bundle", "failed", "is not a flatbuffer"),
+    ],
+)
+def test_what_goes_wrong_is_recorded(iphone, sample, harness, status, message):
+    iphone.set(harness=harness)
+    record = bench.run(sample, device(), FAST)
+    assert (record.status, message in record.error) == (status, True), record.error
+
+
+@pytest.mark.slow
+def test_an_app_that_hangs_is_ended(iphone, sample):
+    iphone.set(harness="hang")
+    record = bench.run(sample, device(), Options(timeout_s=3, first_ever=False))
+    assert record.status == "partial"
+    assert "longer than 3 s" in record.error
+    assert iphone.running() == []
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"locked": True}, "unlock the phone"),
+        ({"untrusted": True}, "trust the developer"),
+        ({"gone": True}, "plug it in"),
+        ({"not_installed": True}, "HANDHELD_IOS_APP"),
+        ({"free": 10}, "free some space"),
+        ({"flip": True}, "changed on its way"),
+    ],
+)
+def test_what_keeps_a_bundle_from_the_phone(iphone, sample, monkeypatch, state, message):
+    found = device()
+    iphone.set(**state)
+    monkeypatch.delenv("HANDHELD_IOS_APP", raising=False)
+    with pytest.raises(DeviceError) as e:
+        bench.run(sample, found, FAST)
+    assert message in str(e.value)
+
+
+@pytest.mark.slow
+def test_the_app_is_installed_if_it_is_missing(iphone, sample, monkeypatch, tmp_path):
+    (tmp_path / "Bench.app").mkdir()
+    monkeypatch.setenv("HANDHELD_IOS_APP", str(tmp_path / "Bench.app"))
+    iphone.set(not_installed=True)
+    assert bench.run(sample, device(), FAST).status == "ok"
+
+
+@pytest.mark.slow
+def test_a_copy_that_times_out_once_is_made_again(iphone, sample):
+    iphone.set(copy_timeout=True)
+    assert bench.run(sample, device(), FAST).status == "ok"
+    assert (iphone.folder / "timed-out").exists()
+
+
+def test_a_devicectl_that_hangs(iphone):
+    iphone.set(hang=True)
+    with pytest.raises(DeviceError, match="did not answer"):
+        devicectl.call(["list", "devices"], timeout_s=0.5)
+
+
+def test_causes_are_found_at_any_depth():
+    inner = {"domain": "NSPOSIXErrorDomain", "code": 60, "userInfo": {}}
+    middle = {"domain": "x", "code": 1, "userInfo": {"NSUnderlyingError": {"error": inner}}}
+    envelope = devicectl.read(
+        json.dumps(
+            {
+                "info": {"outcome": "failed"},
+                "error": {"domain": CORE, "code": 7000,
+                          "userInfo": {"NSLocalizedDescription": {"string": "no"},
+                                       "NSUnderlyingError": {"error": middle}}},
+            }
+        ).encode()
+    )  # fmt: skip
+    with pytest.raises(DevicectlError) as e:
+        devicectl.result(envelope)
+    assert e.value.causes == [(CORE, 7000), ("x", 1), ("NSPOSIXErrorDomain", 60)]
+    assert e.value.remedy
+
+
+ENVELOPES = [
+    {"info": {"outcome": "success", "jsonVersion": 3, "commandType": "devicectl.list.devices"},
+     "result": {"devices": [{"identifier": "x", "connectionProperties": {"pairingState": "paired"},
+                             "hardwareProperties": {"cpuType": {"name": "arm64e"}}}]}},
+    {"info": {"outcome": "failed"}, "error": {"code": 10002, "domain": CORE, "userInfo": {
+        "NSUnderlyingError": {"error": {"code": 7, "domain": "FBSOpenApplicationErrorDomain",
+                                        "userInfo": {}}}}}},
+    {"info": {"outcome": "success"}, "result": {"process": {"processIdentifier": 7},
+                                                "runningProcesses": [{"processIdentifier": 7}]}},
+]  # fmt: skip
+EVENTS = [
+    {"event": "hello", "t_ms": 0.1, "protocol": 1, "harness": "1", "pid": 7, "engines": {},
+     "platform": "ios-arm64"},
+    {"event": "iteration", "t_ms": 1, "index": 0, "kind": "first", "total_ms": 1, "engine_ms": 1},
+    {"event": "output", "t_ms": 2, "role": "picture", "sha256": "0", "shape": [1], "dtype": "u"},
+    {"event": "error", "t_ms": 2, "code": "memory", "message": "x"},
+]  # fmt: skip
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=6,
+)
+
+
+def mutated(trees):
+    """Documents with one value replaced, or some bytes."""
+
+    @st.composite
+    def build(draw):
+        tree = json.loads(json.dumps(draw(st.sampled_from(trees))))
+        place = tree
+        while True:
+            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+            if not keys:
+                break
+            key = draw(st.sampled_from(keys))
+            if isinstance(place[key], dict | list) and draw(st.booleans()):
+                place = place[key]
+                continue
+            place[key] = draw(JSON)
+            break
+        data = bytearray(json.dumps(tree).encode())
+        for _ in range(draw(st.integers(0, 3))):
+            data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
+        return bytes(data[: draw(st.integers(0, len(data)))] if draw(st.booleans()) else data)
+
+    return build()
+
+
+def read_all(data):
+    try:
+        found = devicectl.result(devicectl.read(data))
+    except HandheldError:
+        return
+    for item in devicectl.parse_devices(found):
+        ios.obstacle(item)
+    devicectl.parse_processes(found)
+    try:
+        devicectl.parse_process(found)
+    except HandheldError:
+        return
+
+
+@settings(max_examples=150, deadline=None)
+@given(mutated(ENVELOPES))
+def test_mutated_envelopes_give_errors_of_ours(data):
+    read_all(data)
+
+
+@settings(max_examples=150, deadline=None)
+@given(mutated(EVENTS))
+def test_mutated_events_are_read_or_passed_over(data):
+    process.parse(data)
+
+
+@pytest.mark.slow
+@settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(mutated(ENVELOPES), mutated(EVENTS))
+def test_ten_thousand_mutations(envelope, event):
+    read_all(envelope)
+    process.parse(event)
