@@ -440,6 +440,7 @@ def test_killed_between_any_two_steps_of_the_switch(tmp_path, made, monkeypatch)
         assert check(device) in (1, 2)
         updates.update(device, str(second), made[1], PHONE)
         assert check(device) == 2
+        assert not (device / "pieces").exists()
         if ended:
             break
     assert 5 < limit < 99

@@ -219,6 +219,8 @@ def update(
                 remedy="it was set back, or somebody replays an old release",
             )  # fmt: skip
         if found and version == found.current.version:
+            # A run that was killed right after the switch has left what it fetched.
+            _clean(home, found)
             return Result(found, False, site.fetched, 0)
         manifest = _trusted(home, site, version, identity, least)
         answer = select(manifest, phone)
@@ -232,8 +234,7 @@ def update(
             previous = found.current if found.confirmed else found.previous or found.current
         after = State(current=new, previous=previous)
         _write(home / CURRENT, after)
-        _sweep(home, after)
-        shutil.rmtree(home / "pieces", ignore_errors=True)
+        _clean(home, after)
         return Result(after, True, site.fetched, reused)
 
 
@@ -603,3 +604,9 @@ def _sweep(home: Path, after: State) -> None:
     for folder in versions.iterdir() if versions.is_dir() else ():
         if folder.name not in keep:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _clean(home: Path, after: State) -> None:
+    """Remove all that belongs to no version that counts."""
+    _sweep(home, after)
+    shutil.rmtree(home / "pieces", ignore_errors=True)
