@@ -116,7 +116,7 @@ def export(checkpoint: Path, target: str, precision: str, folder: Path, stages: 
         manifest = run(
             Checkpoint(checkpoint), Options(target, precision), path, progress=Progress(done=count)
         )
-        size = sum(f.bytes for a in manifest.artifacts for f in (a.file, *a.parts))
+        size = sum(a.nbytes for a in manifest.artifacts)
         end(f"{len(manifest.artifacts)} artifacts ({cached} from the cache), {size / 1e6:.1f} MB")
         if (snr := manifest.verification.snr_db) is not None:
             end(f"{snr:.1f} dB")
@@ -181,9 +181,7 @@ def row(record: RunRecord, bundle: Bundle) -> dict[str, Any]:
         "load_ms": _rounded(figures["load_ms"]),
         "peak_rss_mb": _mb(memory.peak_rss if memory else None),
         "rss_anon_mb": _mb(memory.anon if memory else None),
-        "artifact_mb": _mb(
-            sum(f.bytes for a in bundle.manifest.artifacts for f in (a.file, *a.parts))
-        ),
+        "artifact_mb": _mb(sum(a.nbytes for a in bundle.manifest.artifacts)),
         "snr_db": _rounded(check.snr_db if check else None),
         "psnr_db": _rounded(check.psnr_db if check else None),
         "export_snr_db": _rounded(bundle.manifest.verification.snr_db),

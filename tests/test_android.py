@@ -23,7 +23,7 @@ from handheld.bench import Options
 from handheld.devices import android, process
 from handheld.devices.android import AndroidDevices
 from handheld.errors import DeviceError, HarnessError
-from handheld.gate import Gate
+from handheld.thermal_gate import Gate
 from phone import PROFILES
 
 FAST = Options(iterations=3, timeout_s=60, first_ever=False)
@@ -319,7 +319,7 @@ def test_the_phone_fills_while_files_are_sent(phone, device, sample, monkeypatch
 
 @system
 def test_a_hot_phone_is_waited_for_or_marked(phone, device, sample, monkeypatch):
-    monkeypatch.setattr("handheld.gate.POLL_S", 0.2)
+    monkeypatch.setattr("handheld.thermal_gate.POLL_S", 0.2)
     phone.state.thermal = 3
     threading.Timer(1.0, lambda: setattr(phone.state, "thermal", 0)).start()
     record = bench.run(sample, device, FAST)

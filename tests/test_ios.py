@@ -16,7 +16,7 @@ from handheld.devices import devicectl, ios, process
 from handheld.devices.devicectl import DevicectlError
 from handheld.devices.ios import IosDevices
 from handheld.errors import DeviceError, HandheldError
-from handheld.gate import Gate
+from handheld.thermal_gate import Gate
 
 FAST = Options(iterations=3, timeout_s=60, first_ever=False, gate=Gate(patience_s=0))
 

@@ -32,7 +32,6 @@ DEEP = array(8, 1, 3, 3)
 MATRIX = array(5, 8)
 GAMMA, BETA = array(8), array(8)
 CHANNEL = [np.abs(array(4)) + 0.5 for _ in range(4)]
-EVEN = (np.abs(X) + 0.5).astype(np.float32)
 CODES = RNG.integers(0, 16, (6, 8)).astype(np.uint8)
 
 

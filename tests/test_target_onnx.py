@@ -183,7 +183,7 @@ def test_versions_and_missing(monkeypatch):
     assert "handheld[onnx]" in str(TARGET.missing())
 
 
-def test_rounding_is_the_same_as_for_other_targets():
+def test_codes_and_scales_lie_in_blocks():
     weight = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
     layer = nn.Linear(64, 4)
     coded = graphs.CodedLinear(layer, round_to_nearest(weight, "int4"))

@@ -151,6 +151,9 @@ void Session::open_artifacts(const std::function<void()>& go_on) {
       slot.stream = exception == job_.stream_by_artifact.end() ? job_.stream : exception->second;
       slot_of[index] = slots.size();
       slots.push_back(std::move(slot));
+      for (size_t i = 0; i < artifact.parts.size(); ++i)
+        check_file(manifest_, artifact.parts[i],
+                   artifact.field + ".parts[" + std::to_string(i) + "]", job_.verify_hashes);
     }
     calls.push_back(slot_of[index]);
   }

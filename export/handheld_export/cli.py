@@ -133,7 +133,7 @@ def export(
                 "target": name,
                 "precision": level,
                 "artifacts": len(manifest.artifacts),
-                "bytes": sum(f.bytes for a in manifest.artifacts for f in (a.file, *a.parts)),
+                "bytes": sum(a.nbytes for a in manifest.artifacts),
                 "snr_db": manifest.verification.snr_db,
                 "student_snr_db": manifest.verification.student_snr_db,
                 "psnr_db": manifest.verification.psnr_db,
@@ -156,7 +156,9 @@ def export(
         )
 
 
-def _choose(wanted: list[str], precisions: list[str]) -> tuple[list[tuple[str, str]], list[Any]]:
+def _choose(
+    wanted: list[str], precisions: list[str]
+) -> tuple[list[tuple[str, str]], list[TargetError]]:
     """Return pairs of target and precision, and why others of ``all`` targets are left out.
 
     Raises

@@ -829,7 +829,7 @@ def _recorded(record: Path, root: Path) -> Manifest | None:
                 return None
         for artifact in manifest.artifacts:
             meta = lowering.cached(root / "artifacts", keys[artifact.id])
-            wanted = [ref.sha256 for ref in (artifact.file, *artifact.parts)]
+            wanted = [ref.sha256 for ref in artifact.files]
             if meta is None or [f["sha256"] for f in meta["files"]] != wanted:
                 return None
     except (OSError, ValueError, KeyError):
@@ -852,7 +852,7 @@ def _pack(manifest: Manifest, record: Path, root: Path, output: Path) -> None:
     files: dict[str, Path] = {}
     for artifact in manifest.artifacts:
         entry = root / "artifacts" / keys[artifact.id]
-        for ref in (artifact.file, *artifact.parts):
+        for ref in artifact.files:
             files[ref.path] = entry / ref.path.removeprefix("artifacts/")
     for ref in _own_files(manifest):
         files[ref.path] = record / ref.path

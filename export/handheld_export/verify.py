@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from handheld.bundle import Bundle
 from handheld.errors import TargetError, UsageError
 from handheld.execute import execute
-from handheld.gates import gates
 from handheld.manifest import Verification
 from handheld.models import checkpoint as find_model
+from handheld.numerics_gates import gates
 from handheld.program import Call
 from handheld_export import lowering, measure, targets
 from handheld_export.checkpoint import Checkpoint
@@ -94,7 +94,7 @@ def verify(bundle: Bundle, checkpoint: Path | None = None, gate: Path | None = N
         Where the fp32 reference comes from if the bundle does not carry it; by default the
         model that the manifest names.
     gate : Path, optional
-        Thresholds; see :func:`handheld.gates.gates`.
+        Thresholds; see :func:`handheld.numerics_gates.gates`.
 
     Raises
     ------

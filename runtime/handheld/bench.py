@@ -34,7 +34,6 @@ from handheld.errors import (
     UsageError,
 )
 from handheld.files import output_errors, weights_cache
-from handheld.gate import Gate, wait
 from handheld.manifest import Size
 from handheld.protocol import (
     Done,
@@ -62,6 +61,7 @@ from handheld.records import (
     new_id,
     noise_reasons,
 )
+from handheld.thermal_gate import Gate, wait
 
 MIN_PSNR_DB = 30.0
 """What a picture must reach where the bundle does not say what its export reached."""

@@ -19,6 +19,6 @@ def peak_bytes(manifest: Manifest, residency: Residency) -> int:
         Bytes; a lower bound rather than a promise.
     """
     activations = max(activation_bytes(size.program) for size in manifest.sizes.values())
-    artifacts = sorted((a.file.bytes for a in manifest.artifacts), reverse=True)
+    artifacts = sorted((a.nbytes for a in manifest.artifacts), reverse=True)
     held = sum(artifacts) if residency == "resident" else sum(artifacts[:2])
     return held + activations

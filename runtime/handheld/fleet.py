@@ -20,16 +20,16 @@ from handheld.devices import adb
 from handheld.devices.base import Device
 from handheld.errors import DeviceError, HandheldError, UsageError
 from handheld.files import describe_os_error
-from handheld.gate import Gate
 from handheld.program import Model
 from handheld.protocol import Event, Iteration, Residency
 from handheld.records import RunRecord, Settings
+from handheld.thermal_gate import Gate
 
 POLL_S = 2.0
 
 
 class GateTable(Model):
-    """``[gate]``: see :class:`handheld.gate.Gate`."""
+    """``[gate]``: see :class:`handheld.thermal_gate.Gate`."""
 
     max_status: Annotated[int, Field(ge=0, le=6)] = 0
     max_battery_celsius: float = 37.0

@@ -83,6 +83,16 @@ class Artifact(Model):
     """Versions of the packages that made it."""
     verification: Verification = Verification()
 
+    @property
+    def files(self) -> tuple[FileRef, ...]:
+        """All files, the one that the engine opens first."""
+        return (self.file, *self.parts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(f.bytes for f in self.files)
+
 
 class Size(Model):
     """A picture size and the program that draws it."""

@@ -6,9 +6,11 @@ A target is one file in this folder (or anywhere, by the entry point group
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -77,6 +79,10 @@ class Target(ABC):
     segment_weights: ClassVar[int]
     """Grouping policy: neighbouring units join while their weights stay below this."""
 
+    packages: ClassVar[Mapping[str, str]] = {}
+    """Distributions that lower and load, engine first, and the module that each brings."""
+    extra: ClassVar[str] = "export"
+    """Extra of handheld that installs them."""
     needs_ranges: ClassVar[bool] = False
     """Whether quantized layers need calibrated activation ranges."""
 
@@ -86,13 +92,18 @@ class Target(ABC):
         kind = "linear" if len(shape) == 2 else "conv1x1" if shape[2:] == (1, 1) else "conv3x3"
         return CONTAINERS.get(self.name, {}).get((kind, weight.grid), weight.grid)
 
-    @abstractmethod
+    def held(self, weight: QuantizedWeight) -> QuantizedWeight:
+        """Return a weight on the grid that holds its codes."""
+        return replace(weight, grid=self.container(weight))
+
     def missing(self) -> str | None:
         """Return one line that says what to install, or None if all is there."""
+        absent = [p for p, m in self.packages.items() if importlib.util.find_spec(m) is None]
+        return f"pip install 'handheld[{self.extra}]' (no {', '.join(absent)})" if absent else None
 
-    @abstractmethod
     def versions(self) -> dict[str, str]:
         """Return the versions that decide what an artifact looks like, engine first."""
+        return {p: importlib.metadata.version(p) for p in (*self.packages, "torch")}
 
     @abstractmethod
     def lower(self, segment: SegmentInput, path: Path) -> Lowered:

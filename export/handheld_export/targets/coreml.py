@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
 from handheld.errors import TargetError
 from handheld.program import Ports
-from handheld_export.quantization import QuantizedWeight
 from handheld_export.targets.base import Array, Lowered, Runner, SegmentInput, Target
-
-_PACKAGES = ("coremltools",)
 
 
 class CoreML(Target):
@@ -29,15 +24,8 @@ class CoreML(Target):
     suffix: ClassVar[str] = ".mlpackage"
     precisions: ClassVar[tuple[str, ...]] = ("fp16", "int8", "int4", "int4g32", "int2")
     segment_weights: ClassVar[int] = 400_000_000
-
-    def missing(self) -> str | None:
-        """Return what to install, or None."""
-        absent = [p for p in _PACKAGES if importlib.util.find_spec(p) is None]
-        return f"pip install 'handheld[coreml]' (no {', '.join(absent)})" if absent else None
-
-    def versions(self) -> dict[str, str]:
-        """Return the versions that decide what an artifact looks like, engine first."""
-        return {p: importlib.metadata.version(p) for p in (*_PACKAGES, "torch")}
+    packages: ClassVar[Mapping[str, str]] = {"coremltools": "coremltools"}
+    extra: ClassVar[str] = "coreml"
 
     def lower(self, segment: SegmentInput, path: Path) -> Lowered:
         """Write the package of a segment and read its codes back.
@@ -62,10 +50,6 @@ class CoreML(Target):
                 f"segment '{segment.id}': {error.message}", remedy=error.remedy
             ) from error
         return Lowered(files[0], tools=self.versions(), parts=tuple(files[1:]))
-
-    def held(self, weight: QuantizedWeight) -> QuantizedWeight:
-        """Return a weight on the grid that holds its codes."""
-        return replace(weight, grid=self.container(weight))
 
     def load(self, path: Path, ports: Ports) -> Runner:
         """Open a package, named by its ``Manifest.json``, with the evaluator."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,8 +12,6 @@ import torch
 from handheld.errors import TargetError
 from handheld.program import Ports
 from handheld_export.targets.base import Array, Lowered, Runner, SegmentInput, Target
-
-_PACKAGES = ("executorch", "torch")
 
 
 class ExecuTorchXNNPACK(Target):
@@ -43,15 +40,7 @@ class ExecuTorchXNNPACK(Target):
     suffix: ClassVar[str] = ".pte"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8", "int4", "int4g32", "int2")
     segment_weights: ClassVar[int] = 80_000_000
-
-    def missing(self) -> str | None:
-        """Return what to install, or None."""
-        absent = [p for p in _PACKAGES if importlib.util.find_spec(p) is None]
-        return f"pip install 'handheld[export]' (no {', '.join(absent)})" if absent else None
-
-    def versions(self) -> dict[str, str]:
-        """Return the versions that decide what an artifact looks like, engine first."""
-        return {p: importlib.metadata.version(p) for p in _PACKAGES}
+    packages: ClassVar[Mapping[str, str]] = {"executorch": "executorch"}
 
     def lower(self, segment: SegmentInput, path: Path) -> Lowered:
         """Write the artifact of a segment and read its codes back.

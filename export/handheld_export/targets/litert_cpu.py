@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,8 +19,6 @@ from handheld_export.targets.base import Array, Lowered, Runner, SegmentInput, T
 if TYPE_CHECKING:
     from handheld_export import tflite
 
-_PACKAGES = {"ai-edge-litert": "ai_edge_litert", "litert-torch": "litert_torch"}
-
 
 class LiteRTCPU(Target):
     """Lower to .tflite with weight-only codes and activations quantized while running."""
@@ -31,15 +28,10 @@ class LiteRTCPU(Target):
     suffix: ClassVar[str] = ".tflite"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8", "int4", "int4g32", "int2")
     segment_weights: ClassVar[int] = 80_000_000
-
-    def missing(self) -> str | None:
-        """Return what to install, or None."""
-        absent = [p for p, module in _PACKAGES.items() if importlib.util.find_spec(module) is None]
-        return f"pip install 'handheld[export]' (no {', '.join(absent)})" if absent else None
-
-    def versions(self) -> dict[str, str]:
-        """Return the versions that decide what an artifact looks like, engine first."""
-        return {p: importlib.metadata.version(p) for p in (*_PACKAGES, "torch")}
+    packages: ClassVar[Mapping[str, str]] = {
+        "ai-edge-litert": "ai_edge_litert",
+        "litert-torch": "litert_torch",
+    }
 
     def lower(self, segment: SegmentInput, path: Path) -> Lowered:
         """Write the artifact of a segment.
@@ -60,7 +52,7 @@ class LiteRTCPU(Target):
 
         module = rewrite(segment.module, REPLACEMENTS)
         opened = tflite.Open(module, len(segment.ports.inputs)).eval()
-        opened.layers = [self._held(layer) for layer in opened.layers]
+        opened.layers = [self._holding(layer) for layer in opened.layers]
         checked = [_check(x.name, x.quantized) for x in opened.layers if x.quantized is not None]
         notes = [note for note in checked if note]
         flatbuffer = _convert(opened, segment, [layer.weight for layer in opened.layers])
@@ -68,11 +60,11 @@ class LiteRTCPU(Target):
         tflite.check(path, opened.layers)
         return Lowered(path, _partitions(path), self.versions(), tuple(notes))
 
-    def _held(self, layer: tflite.Layer) -> tflite.Layer:
+    def _holding(self, layer: tflite.Layer) -> tflite.Layer:
         weight = layer.quantized
         if weight is None:
             return layer
-        return replace(layer, quantized=replace(weight, grid=self.container(weight)))
+        return replace(layer, quantized=self.held(weight))
 
     def load(self, path: Path, ports: Ports) -> Runner:
         """Open an artifact with the engine's Python runtime."""

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from handheld.errors import TargetError
 from handheld.program import Ports
-from handheld_export.quantization import QuantizedWeight
 from handheld_export.targets.base import Array, Lowered, Runner, SegmentInput, Target
-
-_PACKAGES = ("onnxruntime", "onnx", "onnxscript")
 
 
 class ONNX(Target):
@@ -28,15 +23,12 @@ class ONNX(Target):
     suffix: ClassVar[str] = ".onnx"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8", "int4", "int4g32", "int2")
     segment_weights: ClassVar[int] = 80_000_000
-
-    def missing(self) -> str | None:
-        """Return what to install, or None."""
-        absent = [p for p in _PACKAGES if importlib.util.find_spec(p) is None]
-        return f"pip install 'handheld[onnx]' (no {', '.join(absent)})" if absent else None
-
-    def versions(self) -> dict[str, str]:
-        """Return the versions that decide what an artifact looks like, engine first."""
-        return {p: importlib.metadata.version(p) for p in (*_PACKAGES, "torch")}
+    packages: ClassVar[Mapping[str, str]] = {
+        "onnxruntime": "onnxruntime",
+        "onnx": "onnx",
+        "onnxscript": "onnxscript",
+    }
+    extra: ClassVar[str] = "onnx"
 
     def lower(self, segment: SegmentInput, path: Path) -> Lowered:
         """Write the artifact of a segment and read its codes back.
@@ -62,10 +54,6 @@ class ONNX(Target):
                 f"segment '{segment.id}': {error.message}", remedy=error.remedy
             ) from error
         return Lowered(path, tools=self.versions(), parts=(data,))
-
-    def held(self, weight: QuantizedWeight) -> QuantizedWeight:
-        """Return a weight on the grid that holds its codes."""
-        return replace(weight, grid=self.container(weight))
 
     def load(self, path: Path, ports: Ports) -> Runner:
         """Open an artifact with onnxruntime."""

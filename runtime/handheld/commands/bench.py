@@ -21,9 +21,9 @@ from handheld import devices, records
 from handheld.bundle import Bundle
 from handheld.commands.output import announce_build, megabytes, milliseconds, print_json
 from handheld.errors import GateError, HandheldError, UsageError
-from handheld.gate import Gate
 from handheld.protocol import Event, Iteration, Residency
 from handheld.records import RunRecord
+from handheld.thermal_gate import Gate
 
 
 def bench(

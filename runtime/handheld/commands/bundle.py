@@ -105,7 +105,7 @@ def describe(opened: Bundle) -> dict[str, Any]:
                 "id": a.id,
                 "component": a.component,
                 "engine": a.engine,
-                "bytes": a.file.bytes,
+                "bytes": a.nbytes,
                 "units": len(a.units),
                 "macs": a.macs,
                 "snr_db": a.verification.snr_db,

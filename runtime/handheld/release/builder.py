@@ -22,8 +22,8 @@ from handheld.bundle import Bundle, references
 from handheld.errors import BundleError, GateError, OutputError, UsageError
 from handheld.estimates import peak_bytes
 from handheld.files import fsync_folder, output_errors, replaced_folder
-from handheld.gates import gates
 from handheld.manifest import FileRef, Manifest
+from handheld.numerics_gates import gates
 from handheld.protocol import Residency
 from handheld.records import RunRecord
 from handheld.release import sbom, signing

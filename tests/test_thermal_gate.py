@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import itertools
 
-from handheld.gate import Gate, wait
 from handheld.records import Heat
+from handheld.thermal_gate import Gate, wait
 
 
 def run(states, **gate):

@@ -16,14 +16,14 @@ def gates(precision: str, path: Path | None = None) -> tuple[float, float]:
     ----------
     precision : str
     path : Path, optional
-        A TOML file with a table per precision; by default ``gates.toml`` of the package.
+        A TOML file with a table per precision; by default ``numerics_gates.toml`` of the package.
 
     Raises
     ------
     UsageError
         If the file is not readable or lacks the precision.
     """
-    source = path or Path(str(files("handheld") / "gates.toml"))
+    source = path or Path(str(files("handheld") / "numerics_gates.toml"))
     try:
         table = tomllib.loads(source.read_text(encoding="utf-8"))[precision]
         return float(table["artifact_db"]), float(table["end_to_end_db"])
