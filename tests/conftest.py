@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 
 import pytest
 
 # Phones that are plugged in are none of the tests' business; those that want one bring it.
 os.environ["HANDHELD_ADB"] = os.environ["HANDHELD_XCRUN"] = "/none"
+
+# A shell starts background jobs deaf to Ctrl-C, and tests and what they start are to hear it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if importlib.util.find_spec("torch") is not None:
     import torch

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from handheld.text.oip import (
@@ -131,6 +131,7 @@ def test_no_answer_breaks_the_reader(body, length):
 
 
 @given(st.recursive(st.none() | st.integers() | st.text(max_size=9), st.lists, max_leaves=9))
+@example([0])
 def test_no_tree_breaks_the_reader(value):
     for field in ("shape", "datatype", "data", "parameters", "name"):
         with pytest.raises(AnswerError):

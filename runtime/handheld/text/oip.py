@@ -124,6 +124,8 @@ def _read(body: bytes, end: int) -> Answer:
     for item in tree["outputs"]:
         size = item.get("parameters", {}).get("binary_data_size")
         raw = None if size is None else body[end : end + _whole(size)]
+        if raw is not None and len(raw) != size:
+            raise ValueError(f"{size} bytes are announced, {len(raw)} are there")
         end += 0 if raw is None else len(raw)
         tensors[str(item["name"])] = _tensor(item, raw)
     if end != len(body):
