@@ -4,7 +4,8 @@
     python benchmarks/text_server.py --parts load,hits --requests 2000
 
 Parts: `load` (batching on against off), `hits` (one client, answers from memory), `kill` (three
-workers, two killed), `payload` (bytes and what rounding does to critter's pictures), `full`
+workers, two killed), `attack` (hostile requests beside a client that must get its answers, and the
+memory that they cost), `payload` (bytes and what rounding does to critter's pictures), `full`
 (random encoders of SDXL's size: parity, memory, time). Every answer is compared with what the
 encoders give in this process. Server and clients share this machine's cores. Exit code 1 if an
 answer is wrong or a figure is missed.
@@ -39,6 +40,8 @@ from stages import ROOT, Stages, command, guarded, say, versions, write_summary
 
 CRITTER = ROOT / "models" / "critter"
 HIT_MS = 2.0
+ATTACK_BYTES = 128_000_000
+"""What hostile requests may add to the server's peak."""
 TOLERANCE = 1e-3
 """Largest difference over largest value, of answers in FP16 against encode_prompt in float32."""
 _COLOURS = ("purple", "lime", "blue", "yellow", "orange", "pink", "turquoise", "red")
@@ -310,6 +313,139 @@ def kill_part(work: Path, stages: Stages, requests: int) -> dict[str, Any]:
     return found
 
 
+def hostile(token: str, revoked: str) -> dict[str, tuple[bytes, dict[str, str], int]]:
+    """Return body, headers and the right status of requests that nobody should send."""
+    key = {"authorization": f"Bearer {token}"}
+
+    def of(**tensor: Any) -> bytes:
+        base = {"name": "prompt", "shape": [1], "datatype": "BYTES", "data": ["a"]}
+        return json.dumps({"inputs": [base | tensor]}).encode()
+
+    good, end = write_request(["a robot"])
+    lying = good.replace(b"\x07\x00\x00\x00", b"\xff\xff\xff\xff")
+    return {
+        "bad JSON": (b'{"inputs": [', key, 400),
+        "deep JSON": (b"[" * 500_000, key, 400),
+        "wrong datatype": (of(datatype="FP32", data=[1.0]), key, 400),
+        "wrong shape": (of(shape=[2, 3]), key, 400),
+        "huge shape": (of(shape=[2**62]), key, 400),
+        "huge batch": (of(shape=[100_000], data=["a"] * 100_000), key, 400),
+        "lying string length": (lying, key | {"inference-header-content-length": str(end)}, 400),
+        "oversized body": (b"x" * (8 << 20), key, 413),
+        "invalid token": (of(), {"authorization": "Bearer wrong"}, 401),
+        "rotated-out token": (of(), {"authorization": f"Bearer {revoked}"}, 401),
+    }
+
+
+async def drip(port: int, seconds: float, counts: dict[str, int]) -> None:
+    """Send a request's head so slowly that it never ends; count how the server ends it."""
+    give_up = time.monotonic() + seconds
+    stream = await anyio.connect_tcp("127.0.0.1", port)
+    async with stream:
+        answer = b""
+
+        async def listen() -> None:
+            nonlocal answer
+            with contextlib.suppress(anyio.EndOfStream, anyio.BrokenResourceError):
+                answer = await stream.receive(1000)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(listen)
+            with contextlib.suppress(anyio.BrokenResourceError):
+                for byte in b"POST /v2/models/text/infer HTTP/1.1\r\nX-Slow: " + b"x" * 1000:
+                    if answer or time.monotonic() > give_up:
+                        break
+                    await stream.send(bytes([byte]))
+                    await anyio.sleep(0.2)
+            group.cancel_scope.cancel()
+    status = answer.split(b" ")[1].decode() if answer.startswith(b"HTTP/1.1 ") else "held open"
+    counts[status] = counts.get(status, 0) + 1
+
+
+def attack_part(work: Path, stages: Stages, rounds: int, threads: str) -> dict[str, Any]:
+    """Send what nobody should send, while a good client asks; watch statuses and memory."""
+    from handheld_export.serve import access
+
+    checker = Checker(CRITTER, 200)
+    file = work / "tokens"
+    revoked = access.new_token(file, "phone-app")
+    token = access.new_token(file, "phone-app")
+    with (
+        stages("hostile requests") as end,
+        serving(
+            work, CRITTER, "--tokens", str(file), "--threads", threads, "--cache-mb", "8"
+        ) as server,
+    ):
+        version, port = server.facts["encoders_sha256"], int(server.url.rsplit(":", 1)[1])
+        # Rotate: only the second line stays.
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+        cases = hostile(token, revoked)
+        statuses: dict[str, dict[str, int]] = {name: {} for name in (*cases, "slow head")}
+        tally = Tally()
+
+        async def good(count: int) -> None:
+            async with AsyncTextClient(
+                server.url, token=token, encoders_sha256=version, deadline=60.0
+            ) as client:
+                for i in range(count):
+                    prompt = checker.prompts[i % len(checker.prompts)]
+                    began = time.perf_counter()
+                    try:
+                        (row,) = await client.encode([prompt])
+                    except Exception as error:
+                        tally.errors.append(f"{type(error).__name__}: {error}"[:200])
+                        continue
+                    tally.seconds.append(time.perf_counter() - began)
+                    tally.wrong += not checker.right(prompt, row)
+
+        async def bad(name: str) -> None:
+            body, headers, _ = cases[name]
+            async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+                for _ in range(rounds):
+                    try:
+                        answer = await client.post(
+                            "/v2/models/text/infer", content=body, headers=headers
+                        )
+                        status = str(answer.status_code)
+                    except httpx.WriteError:
+                        # The server may hang up while a body that it refuses is on its way.
+                        status = "hung up"
+                    statuses[name][status] = statuses[name].get(status, 0) + 1
+
+        async def run() -> None:
+            async with anyio.create_task_group() as group:
+                for name in cases:
+                    group.start_soon(bad, name)
+                for _ in range(100):
+                    group.start_soon(drip, port, 60.0, statuses["slow head"])
+                group.start_soon(good, rounds * 5)
+
+        anyio.run(good, rounds)
+        before = server.peak_bytes()
+        tally = Tally()
+        began = time.perf_counter()
+        anyio.run(run)
+        tally.wall = time.perf_counter() - began
+        found: dict[str, Any] = {
+            "statuses": statuses,
+            "unexpected": sorted(
+                name
+                for name, seen in statuses.items()
+                if set(seen)
+                - {str(cases[name][2]) if name in cases else "408"}
+                - ({"hung up"} if name == "oversized body" else set())
+            ),
+            "good": tally.facts(),
+            "peak_before_bytes": before,
+            "peak_after_bytes": server.peak_bytes(),
+            "growth_bytes": server.peak_bytes() - before,
+            "workers_lost": len(server.events("ready")) - 1 + (server.process.poll() is not None),
+        }
+        count = sum(sum(seen.values()) for seen in statuses.values())
+        end(f"{count} refused, peak {found['growth_bytes'] / 1e6:+.0f} MB")
+    return found
+
+
 class Rounded:
     """Text encoders whose embeddings have travelled."""
 
@@ -562,6 +698,17 @@ def page(found: dict[str, Any]) -> str:
                 f"{kill['max_ms'] / 1e3:.1f} s",
             )
         )
+    if (attack := found.get("attack")) is not None:
+        count = sum(sum(seen.values()) for seen in attack["statuses"].values())
+        rows.append(
+            (
+                f"{count} hostile requests of {len(attack['statuses'])} kinds, beside "
+                f"{attack['good']['requests']} good ones",
+                f"the server's peak grows by {attack['growth_bytes'] / 1e6:.0f} MB; "
+                f"{attack['workers_lost']} workers lost; good ones: {attack['good']['errors']} "
+                f"errors, {attack['good']['wrong']} wrong, p99 {attack['good']['p99_ms']:.0f} ms",
+            )
+        )
     if (payload := found.get("payload")) is not None:
         for name in ("FP32", "FP16", "INT8"):
             facts = payload[name]
@@ -600,12 +747,12 @@ def page(found: dict[str, Any]) -> str:
     return (
         "\n".join(lines) + f"\n\nMeasured by `benchmarks/text_server.py` on {machine['cpu']}, "
         f"{machine['cores']} cores, clients and server together, torch "
-        f"{parts[0]['versions']['torch']}. Other processes used up to {busy:.0%} of the cores, so "
-        "times are upper bounds."
+        f"{parts[0]['versions']['torch']}. Before the parts began, other processes used up to "
+        f"{busy:.0%} of the cores."
     )
 
 
-PARTS = ("load", "hits", "kill", "payload", "full")
+PARTS = ("load", "hits", "kill", "attack", "payload", "full")
 
 
 def faults(found: dict[str, Any]) -> list[str]:
@@ -615,6 +762,14 @@ def faults(found: dict[str, Any]) -> list[str]:
     loads = {f"load, {k}": found["load"][k] for k in kinds} if "load" in found else {}
     if "kill" in found:
         loads["kill"] = found["kill"]
+    if "attack" in found:
+        attack = found["attack"]
+        loads["attack"] = attack["good"]
+        missed += [f"attack, {name}: {attack['statuses'][name]}" for name in attack["unexpected"]]
+        if attack["growth_bytes"] > ATTACK_BYTES or attack["workers_lost"]:
+            missed.append(
+                f"attack: {attack['growth_bytes']} bytes, {attack['workers_lost']} workers lost"
+            )
     for name, facts in loads.items():
         if facts["errors"] or facts["wrong"]:
             missed.append(f"{name}: {facts['errors']} errors, {facts['wrong']} wrong")
@@ -652,6 +807,7 @@ def main() -> int:
             "load": lambda: load_part(work, stages, args.requests, args.clients, args.threads),
             "hits": lambda: hits_part(work, stages, min(args.requests, 2000), args.threads),
             "kill": lambda: kill_part(work, stages, min(args.requests, 3000)),
+            "attack": lambda: attack_part(work, stages, 100, args.threads),
             "payload": lambda: payload_part(stages, args.pictures),
             "full": lambda: full_part(work, stages),
         }
