@@ -143,6 +143,16 @@ def test_bench(capsys, sample, tmp_path):
     assert first.memory.not_counted
 
 
+def test_rounds_take_turns(capsys, sample, tmp_path):
+    code, _, err = outcome(
+        capsys, "bench", "sample", "--residency", "stream,resident", "--rounds", "2",
+        "--iterations", "1", "--no-first-ever",
+    )  # fmt: skip
+    assert code == 0, err
+    found = [r.settings.residency for r in read(tmp_path / "records.jsonl")]
+    assert found == ["resident", "stream"] * 2
+
+
 def test_bench_json(capsys, sample):
     code, out, _ = outcome(capsys, "bench", "sample", "--no-first-ever", "--json")
     assert code == 0

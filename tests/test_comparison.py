@@ -52,6 +52,25 @@ def test_unchanged_sets_stay_quiet():
         assert compare(runs(rng, 10), runs(rng, 10), GATES).passed
 
 
+def test_the_fastest_iteration_tells_what_noise_hides_from_the_median():
+    rng = np.random.default_rng(1)
+
+    def disturbed(factor, start):
+        made = []
+        for i in range(10):
+            slow = np.where(rng.random(15) < rng.uniform(0.1, 0.9), 1.6, 1.0)
+            times = tuple(float(t) for t in 40 * factor * slow * np.exp(rng.normal(0, 0.01, 15)))
+            made.append(releases.record(number=start + i, times=times))
+        return made
+
+    gates = (*GATES, Gate(metric="min_ms", max_ratio=1.03))
+    base = disturbed(1.0, 0)
+    slower = compare(base, disturbed(1.1, 10), gates).rows
+    assert [r.verdict for r in slower if r.gate.metric == "min_ms"] == ["fail"]
+    assert [r.verdict for r in slower if r.gate.metric == "median_ms"] == ["pass"]
+    assert compare(base, disturbed(1.0, 20), gates).passed
+
+
 def test_one_run_gives_no_verdict():
     rng = np.random.default_rng(0)
     found = compare(runs(rng, 10), runs(rng, 1, time=80.0), GATES)
@@ -131,7 +150,7 @@ def test_gates_files_that_are_refused(tmp_path, text):
 
 
 def test_the_packages_gates():
-    assert {g.metric for g in read_gates()} == {"median_ms", "peak_rss"}
+    assert {g.metric for g in read_gates()} == {"median_ms", "min_ms", "peak_rss"}
     with pytest.raises(UsageError, match="cannot be read"):
         read_gates(Path("/none"))
 

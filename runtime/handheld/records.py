@@ -261,6 +261,7 @@ class RunRecord(Model):
         curve = [ms for _, ms in sustained_curve(sustained)] if sustained else []
         return {
             "median_ms": stats.median if stats else None,
+            "min_ms": min(timed, default=None),
             "p5_ms": stats.p5 if stats else None,
             "p95_ms": stats.p95 if stats else None,
             "spread": stats.spread if stats else None,

@@ -62,6 +62,10 @@ def bench(
     patience: Annotated[
         float, typer.Option(min=0.0, help="Seconds to wait for a hot phone.")
     ] = 600.0,
+    rounds: Annotated[
+        int,
+        typer.Option(min=1, help="Records of each; bundles take turns, so noise hits all alike."),
+    ] = 1,
     warmup: Annotated[int, typer.Option(min=0, help="Iterations before the timed ones.")] = 1,
     threads: Annotated[int, typer.Option(min=1, max=256)] = 2,
     seed: Annotated[
@@ -98,6 +102,7 @@ def bench(
     handheld bench build/critter
     handheld bench build/a build/b --residency resident,stream --iterations 20 --json
     handheld bench build/critter --min-seconds 60 --records runs/critter.jsonl
+    handheld bench build/base build/new --rounds 30 --min-seconds 2
     handheld bench build/critter --device android --precision 0.02 --sustained 10
     """  # noqa: D301
     modes = _residencies(residency)
@@ -130,7 +135,7 @@ def bench(
 
     stopped: HandheldError | KeyboardInterrupt | None = None
     try:
-        for bundle, one, mode in itertools.product(opened, chosen, modes):
+        for _, bundle, one, mode in itertools.product(range(rounds), opened, chosen, modes):
             options = bench_.Options(
                 size=size,
                 residency=mode,
