@@ -15,7 +15,7 @@ WITH_RELEASE := $(PY) -m pip install --quiet -e ".[release]" 2>.venv/pip-release
 	{ cat .venv/pip-release.log >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench critter lint docs clean
+.PHONY: help demo test test-all test-slow bench critter lint docs clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -37,11 +37,17 @@ $(TRAINING): $(INSTALLED)
 demo: $(INSTALLED)  ## Export critter, draw with it, measure it (10 minutes on 2 cores)
 	@$(PY) benchmarks/demo.py
 
+# Each file goes whole to one process: its fixtures are expensive.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+
 test: $(INSTALLED)  ## The fast tests
-	@$(PY) -m pytest -m "not slow and not system"
+	@$(PY) -m pytest $(PARALLEL) -m "not slow and not system"
 
 test-all: $(INSTALLED) $(TRAINING)  ## All tests; those whose system package is missing are skipped
-	@$(PY) -m pytest -rs
+	@$(PY) -m pytest $(PARALLEL) -rs
+
+test-slow: $(INSTALLED) $(TRAINING)  ## The tests that `make test` leaves out
+	@$(PY) -m pytest $(PARALLEL) -rs --durations 30 -m "slow or system"
 
 bench: $(INSTALLED)  ## Every precision on every target, more iterations; records in build/bench
 	@$(PY) benchmarks/matrix.py
