@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 import tiny
 from handheld.bundle import Bundle
 from handheld.errors import GateError, UsageError
-from handheld_export import verify as verification
+from handheld.numerics_gates import gate, level
 from handheld_export.checkpoint import Checkpoint
 from handheld_export.export import Options, export
-from handheld_export.verify import gates, verify
+from handheld_export.verify import verify
 
 TARGET = "executorch-xnnpack"
 
@@ -152,17 +152,62 @@ def test_command_prints(bundle):
     assert json.loads(run(bundle, "--json").stdout)["passed"]
 
 
+def test_text_is_measured_against_the_checkpoint(bundle, made):
+    assert verify(Bundle.open(bundle)).text is None
+    report = verify(Bundle.open(bundle), made / "good")
+    assert report.text == pytest.approx(1, abs=1e-3)
+    takes_text = {r.artifact for r in report.rows if r.text is not None}
+    assert takes_text == {
+        "embedding.00.add_embedding",
+        "unet.00.down_blocks.0",
+        "unet.01.mid_block",
+        "unet.02.up_blocks.0",
+    }
+
+
+def test_page(bundle, tmp_path):
+    result = run(bundle, "--html", str(tmp_path / "page.html"))
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "page.html").read_text()
+    assert "unet.01.mid_block" in page
+    assert page.count('src="data:image/png;base64,') == 2
+    assert "http" not in page
+
+
+def test_folder_of_bundles(bundle, tmp_path):
+    tiny.copied(bundle, tmp_path / "all" / "one")
+    tiny.copied(bundle, tmp_path / "all" / "two")
+    told = json.loads(run(tmp_path / "all", "--json").stdout)
+    assert [b["passed"] for b in told["bundles"]] == [True, True]
+    assert run(tmp_path / "all").output.count("fp32") == 2
+
+
+def test_level():
+    assert level({}, "fp16") == "fp16"
+    assert level({}, "int4g32") == "int4"
+    assert level({"int4": 10, "float32": 5}, "int8") == "int4"
+    assert level({"int2": 0, "int8": 5}, "fp32") == "int8"
+
+
 def test_gates(tmp_path, bundle):
-    assert gates("fp32") == (90, 70)
+    assert gate({}, "fp32", TARGET).artifact_db == 90
+    coded = gate({"int4": 1}, "int8", "litert-cpu")
+    assert (coded.against, coded.end_to_end_db) == ("student", 35)
+    assert gate({"int4": 1}, "int8", "coreml").end_to_end_db == 30
     path = tmp_path / "gates.toml"
     path.write_text("[fp32]\nartifact_db = 500\nend_to_end_db = 70\n")
     report = verify(Bundle.open(bundle), gate=path)
     assert failed(report) == {r.artifact for r in report.rows}
-    for text in ("", "[fp32]\nartifact_db = 1\n", "[fp32", "[fp32]\nartifact_db = 'x'\n"):
+    for text in (
+        "",
+        "[fp32]\nartifact_db = 1\n",
+        "[fp32",
+        "[fp32]\nartifact_db = 'x'\n",
+        "[fp32]\nagainst = 'none'\nartifact_db = 1\nend_to_end_db = 1\n",
+    ):
         path.write_text(text)
         with pytest.raises(UsageError) as e:
-            gates("fp32", path)
+            gate({}, "fp32", TARGET, path)
         assert e.value.path == str(path)
     with pytest.raises(UsageError, match="cannot be read"):
-        gates("fp32", tmp_path / "none.toml")
-    assert verification.gates("int8")[0] < 90
+        gate({}, "fp32", TARGET, tmp_path / "none.toml")

@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,6 +18,9 @@ from rich.table import Table
 
 from handheld import models
 from handheld.errors import GateError, TargetError, UsageError
+
+if TYPE_CHECKING:
+    from handheld_export.verify import Report
 
 
 def quiet() -> None:
@@ -188,16 +191,17 @@ def _choose(
 
 
 def verify(
-    bundle: Annotated[Path, typer.Argument(help="The bundle.")],
+    bundle: Annotated[list[Path], typer.Argument(help="Bundles, or a folder of bundles.")],
     checkpoint: Annotated[
         str | None,
-        typer.Option(
-            help="Checkpoint to compare with; by default the bundle's references or model."
-        ),
+        typer.Option(help="Checkpoint to compare with; by default the model the bundle names."),
     ] = None,
     gate: Annotated[
         Path | None,
-        typer.Option(help="TOML file with artifact_db and end_to_end_db per precision."),
+        typer.Option(help="TOML file of gates, in the form of handheld's numerics_gates.toml."),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with all figures and pictures.")
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -205,51 +209,65 @@ def verify(
 
     \b
     handheld verify build/critter
+    handheld verify build/all --html build/numerics.html
     handheld verify build/critter --checkpoint critter --json
     """  # noqa: D301
     quiet()
     from handheld.bundle import Bundle
+    from handheld.files import output_errors
+    from handheld_export import verify_page
     from handheld_export.verify import verify as run
 
     path = None if checkpoint is None else _checkpoint_path(checkpoint)
-    report = run(Bundle.open(bundle), path, gate)
+    reports = [run(Bundle.open(b), path, gate) for b in _bundles(bundle)]
+    if html is not None:
+        with output_errors(html):
+            html.parent.mkdir(parents=True, exist_ok=True)
+            html.write_text(verify_page.render(reports), encoding="utf-8")
     if json_output:
-        sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n")
+        told = [r.as_dict() for r in reports]
+        document = told[0] if len(told) == 1 else {"bundles": told}
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
     else:
-        table = Table(title=f"{report.target} {report.precision}, against the {report.reference}")
-        for column in ("artifact", "calls", "SNR dB", "gate dB", "max error", "partitions", ""):
-            table.add_column(column, justify="left" if column in ("artifact", "") else "right")
-        for row in report.rows:
-            table.add_row(
-                row.artifact,
-                str(row.calls),
-                f"{row.snr_db:.1f}",
-                f"{row.gate_db:.0f}",
-                "" if row.max_abs_error is None else f"{row.max_abs_error:.2g}",
-                "" if row.partitions is None else str(row.partitions),
-                "ok" if row.passed else "[red]FAILED[/red]",
-            )
-        whole = report.end_to_end
-        ok = whole.snr_db is not None and whole.snr_db >= report.gate_db
-        table.add_section()
-        table.add_row(
-            "end to end",
-            "",
-            f"{whole.snr_db:.1f}",
-            f"{report.gate_db:.0f}",
-            "" if whole.max_abs_error is None else f"{whole.max_abs_error:.2g}",
-            "",
-            "ok" if ok else "[red]FAILED[/red]",
-        )
-        Console().print(table)
-        for problem in report.problems:
-            Console().print(f"[red]{problem}[/red]")
-    if not report.passed:
+        console = Console()
+        _print_reports(console, reports)
+        for report in reports:
+            for problem in report.problems:
+                console.print(f"{report.bundle}: {problem}", style="red", markup=False)
+        for note in dict.fromkeys(n for r in reports for n in r.notes):
+            console.print(note, style="yellow", markup=False)
+    bad = [r for r in reports if not r.passed]
+    if bad:
         if json_output:  # one document, which says it
             raise typer.Exit(1)
-        failed = [r.artifact for r in report.rows if not r.passed]
-        what = ", ".join(failed) or (report.problems[0] if report.problems else "end to end")
-        raise GateError(f"verification failed: {what}", path=bundle)
+        failed = [r.artifact for r in bad[0].rows if not r.passed]
+        what = ", ".join(failed) or (bad[0].problems[0] if bad[0].problems else "end to end")
+        raise GateError(f"verification failed: {what}", path=bad[0].bundle)
+
+
+def _bundles(paths: list[Path]) -> list[Path]:
+    """Return bundles, and those in folders that are none."""
+    from handheld.bundle import MANIFEST
+
+    found: list[Path] = []
+    for path in paths:
+        inside = [] if (path / MANIFEST).exists() else sorted(path.glob(f"*/{MANIFEST}"))
+        found += [p.parent for p in inside] or [path]
+    return found
+
+
+def _print_reports(console: Console, reports: list[Report]) -> None:
+    from handheld_export import verify_page
+
+    several = len(reports) > 1
+    title = "end to end" if several else f"{reports[0].target} {reports[0].precision}"
+    table = Table(title=f"numerics, {title}", caption=verify_page.LEGEND)
+    for i, column in enumerate(verify_page.COLUMNS):
+        table.add_column(column, justify="right" if i else "left", no_wrap=i == 0)
+    for report in reports:
+        for cells, passed in verify_page.lines(report, artifacts=not several):
+            table.add_row(*cells, "ok" if passed else "[red]FAILED[/red]")
+    console.print(table)
 
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:

@@ -37,3 +37,28 @@ def psnr_db(reference: NDArray[np.uint8], value: NDArray[np.uint8]) -> float:
 def max_abs_error(reference: NDArray[Any], value: NDArray[Any]) -> float:
     """Largest absolute difference."""
     return float(np.max(np.abs(reference.astype(np.float64) - value.astype(np.float64))))
+
+
+def strength(
+    reference: tuple[NDArray[Any], NDArray[Any]], value: tuple[NDArray[Any], NDArray[Any]]
+) -> float | None:
+    """How strongly a change of the input changes the result, 1 being as strongly as it should.
+
+    Parameters
+    ----------
+    reference, value : (array, array)
+        Results before and after the change.
+
+    Returns
+    -------
+    float or None
+        The part of the reference's change that is found in the values, so that noise does not
+        count; None if there is no change to be found, or a value is not finite.
+    """
+    (a, b), (c, d) = ([x.astype(np.float64) for x in pair] for pair in (reference, value))
+    wanted = b - a
+    power = float(np.sum(wanted**2))
+    if power == 0 or not (np.isfinite(c).all() and np.isfinite(d).all()):
+        return None
+    found = d - c
+    return float(np.sum(wanted * found)) / power

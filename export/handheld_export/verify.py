@@ -2,86 +2,149 @@
 
 The program runs once more with the artifacts in their engine's Python runtime. Every call
 is given the reference's tensors, not what the artifacts before it made, so an error is
-found where it arises; a second run lets errors accumulate as they do on a phone. The
-reference is what travels in the bundle (``export --references``) or the checkpoint in
-torch.
+found where it arises; a second run lets errors accumulate as they do on a phone, and a third one
+draws another prompt. The reference is the checkpoint in torch or, where that is not here, what
+travels in the bundle (``export --references``). The student is torch with the artifact's codes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
+from handheld import noise, numerics_gates
 from handheld.bundle import Bundle
-from handheld.errors import TargetError, UsageError
+from handheld.errors import CheckpointError, TargetError, UsageError
 from handheld.execute import execute
-from handheld.manifest import Verification
+from handheld.manifest import Manifest, Verification
 from handheld.models import checkpoint as find_model
-from handheld.numerics_gates import gates
-from handheld.program import Call
+from handheld.numerics_gates import Gate
+from handheld.program import Call, Program
 from handheld_export import lowering, measure, targets
 from handheld_export.checkpoint import Checkpoint
 from handheld_export.export import Runners
+from handheld_export.precision import find as find_precision
 from handheld_export.reference import TorchArtifacts
 
 Array = NDArray[Any]
+_CallFunction = Callable[[str, Mapping[str, Array]], Mapping[str, Array]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """Worst figures of one artifact over its calls."""
+    """Worst figures of one artifact over its calls.
+
+    Parameters
+    ----------
+    artifact : str
+    calls : int
+    snr_db : float
+        Against the checkpoint.
+    student_snr_db : float or None
+        Against the student; None if that is the checkpoint.
+    max_abs_error : float or None
+        Against the checkpoint; None if the artifact does not run.
+    text : float or None
+        Strength of text, 1 being right; None if it takes none or that was not measured.
+    gate : Gate
+    partitions : int or None
+    """
 
     artifact: str
     calls: int
     snr_db: float
+    student_snr_db: float | None
     max_abs_error: float | None
-    """None if the artifact does not run."""
-    gate_db: float
+    text: float | None
+    gate: Gate
     partitions: int | None
+
+    @property
+    def figure_db(self) -> float:
+        """The SNR that the gate is for."""
+        if self.gate.against == "student" and self.student_snr_db is not None:
+            return self.student_snr_db
+        return self.snr_db
 
     @property
     def passed(self) -> bool:
         """Whether the artifact is as good as the gate asks."""
-        return self.snr_db >= self.gate_db
+        return self.figure_db >= self.gate.artifact_db and _text_passes(self.text, self.gate)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`verify` found."""
+    """What :func:`verify` found.
+
+    Parameters
+    ----------
+    bundle, model, target, precision : str
+    reference : str
+        ``checkpoint``, or ``bundle`` where its own references were compared with.
+    rows : tuple of Row
+    end_to_end : Verification
+    text : float or None
+        Strength of text in what the decoder gives.
+    gate : Gate
+        Of the whole.
+    problems : tuple of str
+        Anything else that is wrong, such as a wrong engine version.
+    notes : tuple of str
+        What was not measured, and why.
+    pictures : mapping of caption to uint8 ndarray [H, W, 3]
+    """
 
     bundle: str
+    model: str
     target: str
     precision: str
     reference: str
     rows: tuple[Row, ...]
     end_to_end: Verification
-    gate_db: float
+    text: float | None
+    gate: Gate
     problems: tuple[str, ...]
-    """Anything else that is wrong, such as a wrong engine version."""
+    notes: tuple[str, ...] = ()
+    pictures: Mapping[str, Array] = field(default_factory=dict)
+
+    @property
+    def whole_passed(self) -> bool:
+        """Whether the picture is as good as the gate asks."""
+        figure = self.gate.figure(self.end_to_end)
+        enough = figure is not None and figure >= self.gate.end_to_end_db
+        return enough and _text_passes(self.text, self.gate)
 
     @property
     def passed(self) -> bool:
         """Whether every gate holds."""
-        whole = self.end_to_end.snr_db is not None and self.end_to_end.snr_db >= self.gate_db
-        return whole and all(r.passed for r in self.rows) and not self.problems
+        return self.whole_passed and all(r.passed for r in self.rows) and not self.problems
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as a JSON object."""
         return {
             "bundle": self.bundle,
+            "model": self.model,
             "target": self.target,
             "precision": self.precision,
             "reference": self.reference,
             "passed": self.passed,
-            "gate_db": self.gate_db,
-            "end_to_end": self.end_to_end.model_dump(),
-            "artifacts": [{**vars(r), "passed": r.passed} for r in self.rows],
+            "gate": asdict(self.gate),
+            "end_to_end": self.end_to_end.model_dump() | {"text": self.text},
+            "artifacts": [
+                {**vars(r), "gate": asdict(r.gate), "passed": r.passed} for r in self.rows
+            ],
             "problems": list(self.problems),
+            "notes": list(self.notes),
         }
+
+
+def _text_passes(text: float | None, gate: Gate) -> bool:
+    return text is None or gate.text[0] <= text <= gate.text[1]
 
 
 def verify(bundle: Bundle, checkpoint: Path | None = None, gate: Path | None = None) -> Report:
@@ -91,124 +154,271 @@ def verify(bundle: Bundle, checkpoint: Path | None = None, gate: Path | None = N
     ----------
     bundle : Bundle
     checkpoint : Path, optional
-        Where the fp32 reference comes from if the bundle does not carry it; by default the
-        model that the manifest names.
+        What to compare with; by default the model that the manifest names. If that is not here,
+        the bundle's own references are taken, and how strongly text works is not measured.
     gate : Path, optional
-        Thresholds; see :func:`handheld.numerics_gates.gates`.
+        Thresholds; see :func:`handheld.numerics_gates.gate`.
 
     Raises
     ------
     UsageError, CheckpointError, TargetError
     """
-    manifest = bundle.manifest
-    target = targets.find(manifest.target)
-    least, least_whole = gates(manifest.precision, gate)
-    if manifest.reference is None:
-        raise UsageError("has no reference", path=bundle.path, remedy="export it again")
-    program = manifest.sizes[manifest.reference.size].program
-    stored = bundle.reference()
-    inputs = {
-        i.name: stored[f"input.{i.name}"] for i in program.inputs if f"input.{i.name}" in stored
-    }
-    calls = [op for op in program.ops if isinstance(op, Call)]
-    complete = all(f"call.{i}.{p}" in stored for i, c in enumerate(calls) for p in c.results)
-    torch_call = None
-    if checkpoint is not None or not complete:
-        torch_call = _torch(bundle, checkpoint or find_model(manifest.model.id))
+    return _Verification(bundle, checkpoint, gate).report()
 
-    artifacts = {a.id: a for a in manifest.artifacts}
-    runners = Runners(target, artifacts, {k: bundle.file(a.file) for k, a in artifacts.items()})
-    found: dict[str, list[tuple[float, float | None]]] = {a: [] for a in artifacts}
-    index = 0
-    failures: dict[str, str] = {}
 
-    def forced(artifact: str, args: Mapping[str, Array]) -> Mapping[str, Array]:
-        nonlocal index
+@dataclass
+class _Found:
+    """What the calls of one artifact gave."""
+
+    snr_db: list[float] = field(default_factory=list)
+    student_snr_db: list[float] = field(default_factory=list)
+    max_abs_error: list[float | None] = field(default_factory=list)
+    text: float | None = None
+    asked: bool = False
+    """Whether another prompt was tried."""
+
+
+class _Verification:
+    def __init__(self, bundle: Bundle, checkpoint: Path | None, gates: Path | None) -> None:
+        manifest = self.manifest = bundle.manifest
+        self.bundle = bundle
+        self.target = targets.find(manifest.target)
+        if manifest.reference is None:
+            raise UsageError("has no reference", path=bundle.path, remedy="export it again")
+        self.gates = {
+            a.id: numerics_gates.gate(a.weights, manifest.precision, manifest.target, gates)
+            for a in manifest.artifacts
+        }
+        self.gate = numerics_gates.gate(
+            numerics_gates.weights_of(manifest), manifest.precision, manifest.target, gates
+        )
+        self.program = manifest.sizes[manifest.reference.size].program
+        self.seed = manifest.reference.seed
+        self.constants = bundle.constants()
+        self.stored = bundle.reference()
+        self.inputs = {
+            i.name: self.stored[f"input.{i.name}"]
+            for i in self.program.inputs
+            if f"input.{i.name}" in self.stored
+        }
+        self.calls = [op for op in self.program.ops if isinstance(op, Call)]
+        self.notes = [self.target.unproven] if self.target.unproven else []
+        self._open(checkpoint)
+        artifacts = {a.id: a for a in manifest.artifacts}
+        paths = {k: bundle.file(a.file) for k, a in artifacts.items()}
+        self.runners = Runners(self.target, artifacts, paths)
+        self.failures: dict[str, str] = {}
+
+    def _open(self, path: Path | None) -> None:
+        """Find what to compare with."""
+        complete = all(
+            f"call.{i}.{p}" in self.stored for i, c in enumerate(self.calls) for p in c.results
+        )
+        self.torch: TorchArtifacts | None = None
+        self.student: TorchArtifacts | None = None
+        precision = find_precision(self.manifest.precision)
+        rounds = bool(precision.linear or precision.other)
         try:
-            results = runners(artifact, args)
-        except TargetError as e:
-            failures.setdefault(artifact, e.message)
-            results = {}
-        if torch_call is not None:
-            wanted: Mapping[str, Array] = torch_call(artifact, args)
-        else:
-            wanted = {p: stored[f"call.{index}.{p}"] for p in calls[index].results}
-        index += 1
-        found[artifact].append(
-            (
-                min(measure.snr_db(wanted[p], results[p]) for p in wanted),
-                max(measure.max_abs_error(wanted[p], results[p]) for p in wanted),
+            found = path or find_model(self.manifest.model.id)
+            self.torch = _torch(self.bundle, found)
+            if rounds:
+                self.student = _torch(self.bundle, found, student=True)
+        except (UsageError, CheckpointError) as error:
+            judged = {g.against for g in (self.gate, *self.gates.values())}
+            if path is not None or not complete or (rounds and "student" in judged):
+                raise
+            self.torch = None
+            self.notes.append(
+                f"compared with the bundle's references, strength of text not measured: {error}"
             )
-            if results
-            else (-measure.CAP_DB, None)
+
+    def report(self) -> Report:
+        other, other_inputs = _other_text(self.bundle, self.program, self.inputs)
+        found, decoded, picture = self._forced(other_inputs)
+        pictures = {"reference": picture}
+        whole, text = Verification(snr_db=-measure.CAP_DB), None
+        if not self.failures:
+            results, drawn = self._run(self.runners, self.inputs)
+            student_snr = None
+            base = decoded
+            if self.student is not None:
+                base, pictures["student"] = self._run(self.student, self.inputs)
+                student_snr = measure.snr_db(base, results)
+            pictures["artifact"] = drawn
+            whole = Verification(
+                snr_db=measure.snr_db(decoded, results),
+                student_snr_db=student_snr,
+                max_abs_error=_max_error(decoded, results),
+                psnr_db=measure.psnr_db(picture, drawn),
+            )
+            if (torch := self._base()) is not None:
+                wanted, pictures[f"torch, {other}"] = self._run(torch, other_inputs)
+                given, pictures[f"artifact, {other}"] = self._run(self.runners, other_inputs)
+                if self.gate.against == "checkpoint" and self.torch is not None:
+                    base = decoded
+                text = measure.strength((base, wanted), (results, given))
+        rows = tuple(self._row(a, values) for a, values in found.items() if values.snr_db)
+        return Report(
+            bundle=str(self.bundle.path),
+            model=self.manifest.model.id,
+            target=self.manifest.target,
+            precision=self.manifest.precision,
+            reference="bundle" if self.torch is None else "checkpoint",
+            rows=rows,
+            end_to_end=whole,
+            text=text,
+            gate=self.gate,
+            problems=tuple(self._problems(rows, text)),
+            notes=tuple(self.notes),
+            pictures={name: np.asarray(p)[0] for name, p in pictures.items()},
         )
-        return wanted
 
-    constants = bundle.constants()
-    seed = manifest.reference.seed
-    execute(program, constants, inputs, forced, seed=seed)
+    def _base(self) -> TorchArtifacts | None:
+        """Return what the whole is judged against."""
+        return self.student if self.gate.against == "student" and self.student else self.torch
 
-    final: dict[str, Mapping[str, Array]] = {}
+    def _run(self, call: _CallFunction, inputs: Mapping[str, Array]) -> tuple[Array, Array]:
+        """Return what the last call gave, and the picture."""
+        last: list[Array] = []
 
-    def free(artifact: str, args: Mapping[str, Array]) -> Mapping[str, Array]:
-        final["results"] = runners(artifact, args)
-        return final["results"]
+        def watched(artifact: str, args: Mapping[str, Array]) -> Mapping[str, Array]:
+            results = call(artifact, args)
+            last[:] = results.values()
+            return results
 
-    last = len(calls) - 1
-    decoded = {p: stored[f"call.{last}.{p}"] for p in calls[last].results}
-    if failures:
-        whole = Verification(snr_db=-measure.CAP_DB)
-    else:
-        outputs = execute(program, constants, inputs, free, seed=seed)
-        whole = Verification(
-            snr_db=min(measure.snr_db(decoded[p], final["results"][p]) for p in decoded),
-            max_abs_error=max(
-                measure.max_abs_error(decoded[p], final["results"][p]) for p in decoded
-            ),
-            psnr_db=measure.psnr_db(stored["picture"], outputs["picture"]),
-            student_snr_db=manifest.verification.student_snr_db,
+        outputs = execute(self.program, self.constants, inputs, watched, seed=self.seed)
+        return last[0], outputs["picture"]
+
+    def _forced(self, other: Mapping[str, Array]) -> tuple[dict[str, _Found], Array, Array]:
+        """Give every call the reference's tensors."""
+        found = {a.id: _Found() for a in self.manifest.artifacts}
+        index = 0
+
+        def forced(artifact: str, args: Mapping[str, Array]) -> Mapping[str, Array]:
+            nonlocal index
+            call = self.calls[index]
+            if self.torch is not None:
+                wanted: Mapping[str, Array] = self.torch(artifact, args)
+            else:
+                wanted = {p: self.stored[f"call.{index}.{p}"] for p in call.results}
+            index += 1
+            changed = {p: other[n] for p, n in call.args.items() if n in other and _differs(n)}
+            self._compare(found[artifact], artifact, args, wanted, changed)
+            return wanted
+
+        def _differs(name: str) -> bool:
+            return other[name] is not self.inputs[name]
+
+        decoded, picture = self._run(forced, self.inputs)
+        return found, decoded, picture
+
+    def _compare(
+        self,
+        found: _Found,
+        artifact: str,
+        args: Mapping[str, Array],
+        wanted: Mapping[str, Array],
+        changed: Mapping[str, Array],
+    ) -> None:
+        try:
+            results = self.runners(artifact, args)
+        except TargetError as error:
+            self.failures.setdefault(artifact, error.message)
+            found.snr_db.append(-measure.CAP_DB)
+            found.max_abs_error.append(None)
+            return
+        found.snr_db.append(_worst(wanted, results))
+        found.max_abs_error.append(_max_error(_joined(wanted), _joined(results)))
+        base, torch = wanted, self.torch
+        if self.student is not None:
+            students = self.student(artifact, args)
+            found.student_snr_db.append(_worst(students, results))
+            if self.gates[artifact].against == "student":
+                base, torch = students, self.student
+        if changed and torch is not None and not found.asked:
+            found.asked = True
+            base = dict(base)  # torch's results may be its buffers
+            after = torch(artifact, {**args, **changed})
+            given = self.runners(artifact, {**args, **changed})
+            found.text = measure.strength(
+                (_joined(base), _joined(after)), (_joined(results), _joined(given))
+            )
+
+    def _row(self, artifact: str, found: _Found) -> Row:
+        errors = [e for e in found.max_abs_error if e is not None]
+        return Row(
+            artifact=artifact,
+            calls=len(found.snr_db),
+            snr_db=min(found.snr_db),
+            student_snr_db=min(found.student_snr_db) if found.student_snr_db else None,
+            max_abs_error=max(errors) if len(errors) == len(found.snr_db) else None,
+            text=found.text,
+            gate=self.gates[artifact],
+            partitions=next(a.partitions for a in self.manifest.artifacts if a.id == artifact),
         )
-    rows = tuple(
-        Row(
-            artifact=a,
-            calls=len(values),
-            snr_db=min(v[0] for v in values),
-            max_abs_error=None
-            if any(v[1] is None for v in values)
-            else max(v[1] or 0.0 for v in values),
-            gate_db=least,
-            partitions=artifacts[a].partitions,
-        )
-        for a, values in found.items()
-        if values
-    )
-    return Report(
-        bundle=str(bundle.path),
-        target=manifest.target,
-        precision=manifest.precision,
-        reference="checkpoint" if torch_call is not None else "bundle",
-        rows=rows,
-        end_to_end=whole,
-        gate_db=least_whole,
-        problems=(
-            *(f"{a}: {message}" for a, message in failures.items()),
-            *_problems(bundle, target.versions()),
-        ),
-    )
+
+    def _problems(self, rows: tuple[Row, ...], text: float | None) -> list[str]:
+        problems = [f"{a}: {message}" for a, message in self.failures.items()]
+        problems += [
+            f"{r.artifact}: gives values that are not finite"
+            for r in rows
+            if r.snr_db == -measure.CAP_DB and r.artifact not in self.failures
+        ]
+        for name, value, gate in (
+            *((r.artifact, r.text, r.gate) for r in rows),
+            ("end to end", text, self.gate),
+        ):
+            if value is not None and not _text_passes(value, gate):
+                problems.append(
+                    f"{name}: text changes the result {value:.2f} times as strongly as it should"
+                )
+        engine = next(iter(self.target.versions().values()))
+        problems += [
+            f"{a.id}: made for engine version {a.engine_version}, {engine} is installed"
+            for a in self.manifest.artifacts
+            if a.engine_version != engine
+        ]
+        return problems
 
 
-def _problems(bundle: Bundle, versions: Mapping[str, str]) -> list[str]:
-    engine = next(iter(versions.values()))
-    return [
-        f"{a.id}: made for engine version {a.engine_version}, {engine} is installed"
-        for a in bundle.manifest.artifacts
-        if a.engine_version != engine
-    ]
+def _worst(wanted: Mapping[str, Array], results: Mapping[str, Array]) -> float:
+    return min(measure.snr_db(wanted[p], results[p]) for p in wanted)
 
 
-def _torch(bundle: Bundle, path: Path) -> TorchArtifacts:
-    checkpoint = Checkpoint(path)
+def _max_error(wanted: Array, result: Array) -> float | None:
+    """Return the largest difference, None where it is not finite."""
+    error = measure.max_abs_error(wanted, result)
+    return error if np.isfinite(error) else None
+
+
+def _joined(results: Mapping[str, Array]) -> Array:
+    return np.concatenate([np.ravel(results[name]) for name in sorted(results)])
+
+
+def _other_text(
+    bundle: Bundle, program: Program, inputs: Mapping[str, Array]
+) -> tuple[str, dict[str, Array]]:
+    """Return another prompt's name, and the program's inputs with it."""
     manifest = bundle.manifest
+    assert manifest.reference is not None
+    known = manifest.text.prefetched.prompts if manifest.text.prefetched else ()
+    prompt = next((p for p in known if p not in ("", manifest.reference.prompt)), None)
+    stored = None if prompt is None else bundle.prefetched(prompt)
+    changed = dict(inputs)
+    for stream, item in enumerate(program.inputs):
+        if item.role not in ("prompt_embeds", "pooled") or item.negative:
+            continue
+        before = inputs[item.name]
+        own = None if stored is None else stored[0 if item.role == "prompt_embeds" else 1]
+        if own is None:
+            own = noise.normal(1, before.shape, stream) * np.float32(before.std())
+        changed[item.name] = np.ascontiguousarray(own, np.float32).reshape(before.shape)
+    return prompt or "random embeddings", changed
+
+
+def _torch(bundle: Bundle, path: Path, *, student: bool = False) -> TorchArtifacts:
+    checkpoint = Checkpoint(path)
+    manifest: Manifest = bundle.manifest
     if checkpoint.sha256 != manifest.model.checkpoint_sha256:
         raise UsageError(
             "is not the checkpoint that the bundle was made from",
@@ -218,14 +428,14 @@ def _torch(bundle: Bundle, path: Path) -> TorchArtifacts:
     reference = manifest.reference
     program = manifest.sizes[reference.size].program if reference else None
     assert program is not None
-    noise = next(i.name for i in program.inputs if i.role == "noise")
-    _, h, w, _ = program.tensors[noise].shape
+    noise_input = next(i.name for i in program.inputs if i.role == "noise")
+    _, h, w, _ = program.tensors[noise_input].shape
     lines = lowering.lines(checkpoint, (h, w), manifest.text.tokens)
-    most = targets.find(manifest.target).segment_weights
+    target = targets.find(manifest.target)
     pairs = [
         (s, checkpoint.component(s.graph.component))
         for line in ("embedding", "unet", "decoder")
-        for s in lines.segments(line, most)
+        for s in lines.segments(line, target.segment_weights)
     ]
     have, want = {s.id: s.ports for s, _ in pairs}, {a.id: a.ports for a in manifest.artifacts}
     if have != want:
@@ -234,4 +444,4 @@ def _torch(bundle: Bundle, path: Path) -> TorchArtifacts:
             path=bundle.path,
             remedy="export it again",
         )
-    return TorchArtifacts(pairs)
+    return TorchArtifacts(pairs, precision=find_precision(manifest.precision) if student else None)

@@ -83,6 +83,8 @@ class Target(ABC):
     """Distributions that lower and load, engine first, and the module that each brings."""
     extra: ClassVar[str] = "export"
     """Extra of handheld that installs them."""
+    unproven: ClassVar[str | None] = None
+    """What verification here cannot show, where :meth:`load` is not the engine itself."""
     needs_ranges: ClassVar[bool] = False
     """Whether quantized layers need calibrated activation ranges."""
 

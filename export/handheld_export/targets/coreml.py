@@ -26,6 +26,9 @@ class CoreML(Target):
     segment_weights: ClassVar[int] = 400_000_000
     packages: ClassVar[Mapping[str, str]] = {"coremltools": "coremltools"}
     extra: ClassVar[str] = "coreml"
+    unproven: ClassVar[str | None] = (
+        "coreml: run by handheld's evaluator of ML programs, not run on hardware"
+    )
 
     def lower(self, segment: SegmentInput, path: Path) -> Lowered:
         """Write the package of a segment and read its codes back.

@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from statistics import median
 from typing import get_args
 
+from handheld import numerics_gates
 from handheld.archive import pack
 from handheld.bundle import MANIFEST as BUNDLE_MANIFEST
 from handheld.bundle import Bundle, references
@@ -23,7 +24,6 @@ from handheld.errors import BundleError, GateError, OutputError, UsageError
 from handheld.estimates import peak_bytes
 from handheld.files import fsync_folder, output_errors, replaced_folder
 from handheld.manifest import FileRef, Manifest
-from handheld.numerics_gates import gates
 from handheld.protocol import Residency
 from handheld.records import RunRecord
 from handheld.release import sbom, signing
@@ -129,38 +129,49 @@ def examine(
         own = {r.id: r for r in records if r.bundle.sha256 == bundle.sha256}
         mine = tuple(own[key] for key in sorted(own))
         gate = _gate(bundle, options)
-        found.append(Candidate(name, bundle, mine, gate, _faults(bundle, mine, gate)))
+        found.append(
+            Candidate(name, bundle, mine, gate, _faults(bundle, mine, gate, options.gates))
+        )
     return found
 
 
 def _gate(bundle: Bundle, options: Options) -> Gate | None:
     try:
-        artifact, whole = gates(bundle.manifest.precision, options.gates)
+        gate = _numerics(bundle.manifest, numerics_gates.weights_of(bundle.manifest), options.gates)
     except UsageError:
         if options.gates is not None:
             raise
         return None
-    return Gate(artifact_db=artifact, end_to_end_db=whole)
+    return Gate(artifact_db=gate.artifact_db, end_to_end_db=gate.end_to_end_db)
 
 
-def _faults(bundle: Bundle, records: tuple[RunRecord, ...], gate: Gate | None) -> tuple[str, ...]:
+def _numerics(
+    manifest: Manifest, weights: Mapping[str, int], path: Path | None
+) -> numerics_gates.Gate:
+    return numerics_gates.gate(weights, manifest.precision, manifest.target, path)
+
+
+def _faults(
+    bundle: Bundle, records: tuple[RunRecord, ...], gate: Gate | None, gates: Path | None
+) -> tuple[str, ...]:
     manifest = bundle.manifest
-    faults = []
-    whole = manifest.verification.snr_db
-    if gate is None:
-        faults.append(f"there is no gate for the precision {manifest.precision}")
-    if whole is None:
-        faults.append("the picture was not verified against torch")
-    elif gate and whole < gate.end_to_end_db:
-        faults.append(f"the picture has {whole:.1f} dB, the gate asks {gate.end_to_end_db:g}")
-    for artifact in manifest.artifacts:
-        snr = artifact.verification.snr_db
-        if snr is None:
-            faults.append(f"artifact {artifact.id} was not verified against torch")
-        elif gate and snr < gate.artifact_db:
-            faults.append(
-                f"artifact {artifact.id} has {snr:.1f} dB, the gate asks {gate.artifact_db:g}"
-            )
+    faults = [] if gate else [f"there is no gate for the precision {manifest.precision}"]
+    whole = numerics_gates.weights_of(manifest)
+    measured = [
+        ("the picture", whole, manifest.verification, "end_to_end_db"),
+        *(
+            (f"artifact {a.id}", a.weights, a.verification, "artifact_db")
+            for a in manifest.artifacts
+        ),
+    ]
+    for what, weights, verification, kind in measured:
+        if verification.snr_db is None:
+            faults.append(f"{what} was not verified against torch")
+        elif gate:
+            own = _numerics(manifest, weights, gates)
+            snr, least = own.figure(verification), getattr(own, kind)
+            if snr is None or snr < least:
+                faults.append(f"{what} has {snr:.1f} dB, the gate asks {least:g}")
     if not records:
         faults.append("no run record says that it ran on a device")
     for record in records:

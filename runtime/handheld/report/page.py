@@ -10,6 +10,7 @@ from html import escape
 from importlib.resources import files
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from handheld import __version__
@@ -40,7 +41,6 @@ def render(
     """
     ordered = sorted(records, key=lambda r: (r.device.id, _name(r), r.started))
     by_hash = {b.sha256: b for b in bundles}
-    css = (files("handheld.report") / "page.css").read_text(encoding="utf-8")
     sections = [
         _head(ordered, title),
         _latency(ordered),
@@ -53,6 +53,12 @@ def render(
         _estimates(ordered, by_hash),
         _records(ordered),
     ]
+    return document(title, sections)
+
+
+def document(title: str, sections: Sequence[str]) -> str:
+    """Return a whole page of HTML that loads nothing; empty sections are left out."""
+    css = (files("handheld.report") / "page.css").read_text(encoding="utf-8")
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -161,7 +167,7 @@ def _residency(records: Sequence[RunRecord]) -> str:
         cells.append(_times(b["peak_rss"], a["peak_rss"]))
         rows.append("".join(f"<td>{c}</td>" for c in cells))
     names = ("", "resident ms", "MB", "streamed ms", "MB", "time", "memory")
-    return _table(
+    return table(
         "Streaming against resident",
         "The newest good record of each. Streaming holds one artifact after the other.",
         names,
@@ -263,7 +269,7 @@ def _placement(records: Sequence[RunRecord]) -> str:
             + "".join(f"<td>{_link(r, str(counts.get(u, 0)))}</td>" for u in units)
             for artifact, counts in placement.items()
         ]
-        out.append(_table(_name(r), "Operations by compute unit.", ("", *units), rows, "h3"))
+        out.append(table(_name(r), "Operations by compute unit.", ("", *units), rows, "h3"))
     if silent:
         out.append(
             f'<p class="note">{silent} records are from engines that do not tell where an '
@@ -282,15 +288,13 @@ def _pictures(
         picture = bundle.reference().get("picture")
         if picture is None:
             continue
-        sink = io.BytesIO()
-        Image.fromarray(np.asarray(picture)[0]).save(sink, "PNG")
         m = bundle.manifest
         name = f"reference of {m.model.id} {m.target}, {sha256[:8]}"
-        figures.append(_figure(sink.getvalue(), escape(name), name))
+        figures.append(figure(png(np.asarray(picture)[0]), escape(name), name))
     for r in records:
         check = f", {r.check.psnr_db:.1f} dB" if r.check else ""
         if r.id in drawn:
-            figures.append(_figure(drawn[r.id], _link(r, _name(r)) + check, _name(r)))
+            figures.append(figure(drawn[r.id], _link(r, _name(r)) + check, _name(r)))
     checks = [
         f"<td>{escape(_name(r))}, {escape(r.device.id)}</td>"
         f"<td>{_link(r, f'{r.check.psnr_db:.1f}')}</td><td>{r.check.max_abs_error}</td>"
@@ -301,15 +305,23 @@ def _pictures(
     if not figures and not checks:
         return ""
     shown = f'<div class="pictures">{"".join(figures)}</div>' if figures else ""
-    table = ""
+    judged = ""
     if checks:
         names = ("", "PSNR dB", "largest error of 255", "right")
-        table = _table("Against the reference", "", names, checks, "h3")
-    return f"<h2>Pictures</h2>\n{shown}\n{table}"
+        judged = table("Against the reference", "", names, checks, "h3")
+    return f"<h2>Pictures</h2>\n{shown}\n{judged}"
 
 
-def _figure(png: bytes, caption: str, alt: str) -> str:
-    data = base64.b64encode(png).decode()
+def png(picture: NDArray[np.uint8]) -> bytes:
+    """Return a picture [H, W, 3] as a PNG file."""
+    sink = io.BytesIO()
+    Image.fromarray(picture).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def figure(image: bytes, caption: str, alt: str) -> str:
+    """Return a PNG file as a figure; the caption is HTML, the alternative text is not."""
+    data = base64.b64encode(image).decode()
     return (
         f'<figure><img alt="{escape(alt)}" src="data:image/png;base64,{data}">'
         f"<figcaption>{caption}</figcaption></figure>"
@@ -331,7 +343,7 @@ def _estimates(records: Sequence[RunRecord], bundles: Mapping[str, Bundle]) -> s
         )
     if not rows:
         return ""
-    return _table(
+    return table(
         "Estimate against measurement",
         "Memory: weights held and the program's tensors, against the peak less what the process "
         "had before. The estimate leaves out what engines allocate.",
@@ -351,9 +363,8 @@ def _records(records: Sequence[RunRecord]) -> str:
     return "\n".join(out)
 
 
-def _table(
-    title: str, note: str, names: Sequence[str], rows: Sequence[str], tag: str = "h2"
-) -> str:
+def table(title: str, note: str, names: Sequence[str], rows: Sequence[str], tag: str = "h2") -> str:
+    """Return a table under a heading; rows are HTML of cells."""
     head = "".join(f'<th scope="col">{escape(n)}</th>' for n in names)
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     explained = f'<p class="note">{escape(note)}</p>' if note else ""
