@@ -41,11 +41,28 @@ def test_keys_differ_by_all_that_matters():
 def test_redis_that_is_away_is_a_miss():
     async def scenario():
         cache = RedisCache("redis://127.0.0.1:9", 60)
-        await cache.put({"a": row()})
+        cache.put({"a": row()})
         assert await cache.get(["a", "b"]) == [None, None]
         await cache.close()
 
     asyncio.run(scenario())
+
+
+def test_redis_that_hangs_holds_up_one_request_only():
+    async def scenario(port):
+        cache = RedisCache(f"redis://127.0.0.1:{port}", 60)
+        began = time.monotonic()
+        assert await cache.get(["a"]) == [None]
+        first = time.monotonic() - began
+        began = time.monotonic()
+        for _ in range(9):
+            cache.put({"a": row()})
+            assert await cache.get(["a"]) == [None]
+        assert time.monotonic() - began < first
+        await cache.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        asyncio.run(scenario(mute.getsockname()[1]))
 
 
 @pytest.mark.system
@@ -72,7 +89,8 @@ def test_redis_keeps_rows(tmp_path):
 
         async def scenario():
             cache = RedisCache(f"redis://127.0.0.1:{port}", 60)
-            await cache.put({"a": row(value=2.0), "nan": row(value=np.nan)})
+            cache.put({"a": row(value=2.0), "nan": row(value=np.nan)})
+            await asyncio.gather(*cache._writing)
             found = await cache.get(["a", "b", "nan"])
             assert (found[0]["x"] == 2).all() and found[1:] == [None, None]
             await cache._redis.set("handheld:text:broken", b"x" * 99)

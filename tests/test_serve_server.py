@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from handheld.errors import TextServerError
-from handheld.text import oip
+from handheld.text import PromptEmbedding, oip
 from handheld.text.client import TextClient
 
 pytest.importorskip("kserve")
@@ -30,7 +30,7 @@ from kserve.protocol.grpc import grpc_predict_v2_pb2_grpc as pb_grpc
 import serving
 import tiny
 from handheld_export.serve import access
-from handheld_export.serve.model import response
+from handheld_export.serve.model import _travelling, response
 from handheld_export.serve.run import Application
 from handheld_export.text import LocalTextEncoder
 
@@ -267,7 +267,9 @@ def test_bad_binary_requests(http):
 )
 def test_closed_paths(http, method, path, status):
     json_ = body() if method == "POST" else None
-    assert http.request(method, path, json=json_).status_code == status
+    response = http.request(method, path, json=json_)
+    assert response.status_code == status
+    assert status == 200 or response.json()["error"]
     assert http.get("/v2/models/text/ready").status_code == 200
 
 
@@ -335,6 +337,9 @@ def test_tokens_are_asked_for_and_rotated(sdxl, tmp_path, capfd):
             assert stub.ServerReady(pb.ServerReadyRequest()).ready
             metadata = [("authorization", f"Bearer {new}")]
             assert stub.ModelInfer(asked, metadata=metadata).raw_output_contents
+        told = httpx.get(f"{found.url}/metrics").text
+        for status in ("OK", "UNAUTHENTICATED"):
+            assert f'requests_total{{route="grpc-ModelInfer",status="{status}"}} ' in told
     logged = capfd.readouterr().err
     lines = [json.loads(line) for line in logged.splitlines() if line.startswith("{")]
     assert {"ready", "request", "draining", "stopped"} <= {line["event"] for line in lines}
@@ -403,6 +408,11 @@ def test_rates_queue_and_time(sdxl):
         assert codes == [200, 200, 200, 429]
         limited = client.post(INFER, json=body())
         assert int(limited.headers["retry-after"]) >= 1
+    with serving.running(sdxl, rate=0.001, burst=2) as found:
+        path = f"{found.url}/v2/models/text/embeddings?prompt=a"
+        tag = httpx.get(path).headers["etag"]
+        codes = [httpx.get(path, headers={"if-none-match": tag}).status_code for _ in range(2)]
+        assert codes == [304, 429], "to know a tag is no way around the limit"
     with serving.running(sdxl, timeout=0.0) as found:
         assert httpx.post(f"{found.url}{INFER}", json=body()).status_code == 504
     with serving.running(sdxl, max_queue=1) as found:
@@ -424,6 +434,36 @@ def policy(prompt, client):
     if "break" in prompt:
         raise RuntimeError(prompt)
     return "no" if "forbidden" in prompt else None
+
+
+def test_answers_too_long_for_json_are_asked_for_in_binary(http, monkeypatch):
+    monkeypatch.setattr("handheld_export.serve.model._JSON_VALUES", 10)
+    two = body(shape=[2], data=["a", "b"])
+    refused = http.post(INFER, json=two)
+    assert refused.status_code == 400 and "binary_data_output" in refused.json()["error"]
+    assert http.post(INFER, json=body()).status_code == 200
+    binary = {"parameters": {"binary_data_output": True}}
+    assert http.post(INFER, json=two | binary).status_code == 200
+
+
+def test_resting_connections_make_room(sdxl):
+    with serving.running(sdxl, max_connections=3) as found:
+        clients = [httpx.Client(base_url=found.url) for _ in range(9)]
+        try:
+            for client in clients:
+                assert client.post(INFER, json=body()).status_code == 200
+                assert httpx.get(f"{found.url}/v2/health/ready").status_code == 200
+        finally:
+            for client in clients:
+                client.close()
+
+
+def test_rows_do_not_hold_their_batch():
+    batch = np.ones((9, 4, 64), np.float32)
+    row = PromptEmbedding(batch[1], batch[1, 0])
+    for datatype in oip.DATATYPES:
+        for tensor in _travelling(row, datatype).values():
+            assert tensor.base is None and not np.shares_memory(tensor, batch)
 
 
 def test_long_prompts_can_be_refused(sdxl):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 
 import anyio
@@ -235,8 +237,51 @@ def test_by_get():
     assert [r.url.params["prompt"] for r, _ in server.requests] == ["a&b", "ü"]
 
 
+def test_by_get_the_deadline_is_for_all_prompts():
+    began = time.monotonic()
+    with (
+        client(Server(pause=0.3), get=True, deadline=0.5, attempt=0.5) as found,
+        pytest.raises(TextServerError, match="no answer"),
+    ):
+        found.encode([str(i) for i in range(9)])
+    assert time.monotonic() - began < 2
+
+
+def test_an_answer_in_another_datatype_is_refused():
+    with client(Server(), datatype="FP32") as found, pytest.raises(TextServerError, match="FP32"):
+        found.encode(["a"])
+
+
+def test_a_client_that_is_not_closed_lets_the_program_end():
+    program = "from handheld.text.client import TextClient; TextClient('http://localhost:1')"
+    done = subprocess.run([sys.executable, "-c", program], timeout=60, check=False)
+    assert done.returncode == 0
+
+
+def test_what_no_request_can_hold_is_refused_before_it_is_sent(tmp_path):
+    server = Server()
+    with client(server) as found, pytest.raises(UsageError, match="surrogate"):
+        found.encode(["a\ud800"])
+    for token in ("secret\n", "se cret", "s\u00e9cret", ""):
+        with pytest.raises(UsageError, match="token") as e:
+            client(server, token=token)
+        assert "cret" not in str(e.value)
+    with pytest.raises(UsageError, match="certificates"):
+        AsyncTextClient("https://x", verify=str(tmp_path / "missing.pem"))
+    assert not server.requests
+
+
 def test_urls_and_tokens():
-    for url in ("localhost", "ftp://x", "http://", "http://a:b@c", "http://x?y"):
+    for url in (
+        "localhost",
+        "ftp://x",
+        "http://",
+        "http://a:b@c",
+        "http://x?y",
+        "http://x:y",
+        "http://[::1",
+        "http://a\nb",
+    ):
         with pytest.raises(UsageError):
             AsyncTextClient(url)
     with pytest.raises(UsageError, match="unencrypted"):

@@ -158,10 +158,10 @@ class Rates:
         moment = time.monotonic() if now is None else now
         level, since = self._levels.pop(client, (self.burst, moment))
         level = min(self.burst, level + (moment - since) * self.rate)
-        # A request over the burst would never fit: it empties the bucket instead.
+        # A request over the burst would never fit: a full bucket lets it in, and goes into debt.
         lacking = min(float(count), self.burst) - level
         if lacking <= 0:
-            level = max(0.0, level - count)
+            level -= count
         self._levels[client] = (level, moment)
         if len(self._levels) > _MAX_CLIENTS:
             self._levels.popitem(last=False)

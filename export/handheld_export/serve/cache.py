@@ -1,14 +1,16 @@
 """Embeddings that were asked for before, in memory and in Redis.
 
-The key of an entry is the hash of the encoders, the token ids, clip skip and datatype: what
-determines the numbers and nothing else. Prompts that differ in case or spaces only share an
-entry, and no text of a prompt is kept.
+The key of an entry is the hash of the encoders, the token ids, clip skip, backend, device and
+datatypes: what determines the numbers and nothing else. Prompts that differ in case or spaces
+only share an entry, and no text of a prompt is kept.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,12 +24,13 @@ from handheld_export.serve import metrics
 
 Row = Mapping[str, NDArray[Any]]
 """The tensors of one prompt, as they travel."""
+_MAX_WRITING, _PAUSE_SECONDS = 64, 5.0
 _log = logging.getLogger("handheld.serve")
 
 
-def key(encoders_sha256: str, ids: bytes, clip_skip: int | None, datatype: str) -> str:
-    """Return the key of a prompt's embeddings."""
-    head = f"{encoders_sha256} {clip_skip} {datatype} ".encode()
+def key(encoders_sha256: str, ids: bytes, clip_skip: int | None, computed: str) -> str:
+    """Return the key of a prompt's embeddings; `computed` says by what, and how they travel."""
+    head = f"{encoders_sha256} {clip_skip} {computed} ".encode()
     return hashlib.sha256(head + ids).hexdigest()
 
 
@@ -88,9 +91,13 @@ class RedisCache:
 
         self._redis: Any = Redis.from_url(url, socket_timeout=0.25, socket_connect_timeout=0.25)
         self._seconds = seconds
+        self._again = 0.0
+        self._writing: set[asyncio.Task[None]] = set()
 
     async def get(self, keys: Sequence[str]) -> list[Row | None]:
         """Return entries, None for those that are not there."""
+        if time.monotonic() < self._again:
+            return [None] * len(keys)
         try:
             found = await self._redis.mget([f"handheld:text:{k}" for k in keys])
             return [None if data is None else _parse(data) for data in found]
@@ -98,8 +105,15 @@ class RedisCache:
             self._failed(error)
             return [None] * len(keys)
 
-    async def put(self, rows: Mapping[str, Row]) -> None:
-        """Keep entries."""
+    def put(self, rows: Mapping[str, Row]) -> None:
+        """Keep entries, soon; what comes too fast to be written is left out."""
+        if time.monotonic() < self._again or len(self._writing) >= _MAX_WRITING:
+            return
+        task = asyncio.create_task(self._put(rows))
+        self._writing.add(task)
+        task.add_done_callback(self._writing.discard)
+
+    async def _put(self, rows: Mapping[str, Row]) -> None:
         try:
             async with self._redis.pipeline(transaction=False) as pipe:
                 for name, row in rows.items():
@@ -109,10 +123,13 @@ class RedisCache:
             self._failed(error)
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Close the connections, when what is being written is written."""
+        await asyncio.gather(*self._writing, return_exceptions=True)
         await self._redis.aclose()
 
     def _failed(self, error: Exception) -> None:
+        # A Redis that hangs would hold up every request for the length of its time-outs.
+        self._again = time.monotonic() + _PAUSE_SECONDS
         metrics.REDIS_ERRORS.inc()
         _log.warning("redis", extra={"event": "redis-failed", "error": type(error).__name__})
 

@@ -12,6 +12,7 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -44,6 +45,9 @@ _MODEL = re.compile(
 )
 _PUBLIC = {"live", "ready", "metrics", "metadata"}
 _DISCARD_BYTES, _DISCARD_SECONDS = 16 * 2**20, 2.0
+_PIECE = 2**17
+ABORT = "handheld.abort"
+"""Key of an ASGI scope: a function that drops the connection with what it has not sent."""
 _log = logging.getLogger("handheld.serve")
 
 
@@ -64,6 +68,7 @@ class Guard:
         self._settings = settings
         self._access = access
         self._version = version
+        self._load = _Load()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Handle one connection's scope."""
@@ -76,14 +81,20 @@ class Guard:
 
     async def _request(self, scope: Message, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
-        reply = _Reply(send)
+        reply = _Reply(send, self._load, self._settings.send_timeout)
         gone, receive = receive, _once(receive)
         route, client = "unknown", "-"
+        self._load.requests += 1
         try:
             route = self._route(scope)
+            if route not in _PUBLIC:
+                self._admit()
             client = self._client(scope, route)
             body = await self._body(scope, receive)
             await self._app(scope, _replay(body, gone), reply)
+        except _UnreadError:
+            # Closing would wait until the client reads the rest.
+            scope.get(ABORT, lambda: None)()
         except Refusal as refusal:
             if not reply.started:
                 if refusal.http_status != 408:
@@ -102,6 +113,7 @@ class Guard:
             if not reply.started:
                 await reply.refuse(Refusal(500, "internal error"))
         finally:
+            self._load.requests -= 1
             seconds = time.perf_counter() - started
             metrics.REQUESTS.labels(route, str(reply.status)).inc()
             metrics.SECONDS.labels(route).observe(seconds)
@@ -116,6 +128,12 @@ class Guard:
                         "client": client,
                     },
                 )
+
+    def _admit(self) -> None:
+        if self._load.requests > self._settings.max_connections:
+            raise Refusal(503, "too many requests at once", 1.0)
+        if self._load.unread > self._settings.max_unread:
+            raise Refusal(503, "too many answers wait to be read", 1.0)
 
     def _route(self, scope: Message) -> str:
         """Return what a path is called in metrics; strip its version."""
@@ -229,11 +247,29 @@ async def _discard(receive: Receive) -> None:
         return
 
 
-class _Reply:
-    """Sends an answer in one piece, with its length and type."""
+class _UnreadError(Exception):
+    """A client did not read its answer in time."""
 
-    def __init__(self, send: Send) -> None:
+
+@dataclass
+class _Load:
+    """What a worker has at hand."""
+
+    requests: int = 0
+    unread: int = 0
+    """Bytes of answers that are being sent."""
+
+
+class _Reply:
+    """Sends an answer with its length and type, as fast as it is read and within a time.
+
+    The transport keeps whatever it is given, so it is given no more than it can soon send.
+    """
+
+    def __init__(self, send: Send, load: _Load, seconds: float) -> None:
         self._send = send
+        self._load = load
+        self._seconds = seconds
         self._start: Message | None = None
         self.started = False
         self.status = 0
@@ -256,7 +292,22 @@ class _Reply:
                 headers.append((b"content-type", kind))
             self.started = True
             await self._send({**start, "headers": headers})
-        await self._send(message)
+        body = message.get("body", b"")
+        if len(body) <= _PIECE:
+            await self._send(message)
+            return
+        self._load.unread += len(body)
+        try:
+            async with asyncio.timeout(self._seconds):
+                for at in range(0, len(body), _PIECE):
+                    last = at + _PIECE >= len(body)
+                    more = message.get("more_body", False) or not last
+                    piece = body[at : at + _PIECE]
+                    await self._send({**message, "body": piece, "more_body": more})
+        except TimeoutError:
+            raise _UnreadError from None
+        finally:
+            self._load.unread -= len(body)
 
     async def refuse(self, refusal: Refusal) -> None:
         """Answer with a refusal, and close the connection if its body was not read."""
@@ -288,9 +339,25 @@ class Protocol(HttpToolsProtocol):
     _header_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for the first request."""
+        """Begin to wait for the first request; make room if there are too many connections."""
         super().connection_made(transport)
+        application: Any = self.config.app
+        if len(self.connections) > application.settings.max_connections:
+            self._make_room(2 * application.settings.max_connections)
         self._expect()
+
+    def _make_room(self, most: int) -> None:
+        """Close a connection that nothing happens on, or else this one if there are `most`."""
+        for other in self.connections:
+            if other is not self and isinstance(other, Protocol) and other.is_resting():
+                other.transport.close()
+                return
+        if len(self.connections) > most:
+            self.transport.abort()
+
+    def is_resting(self) -> bool:
+        """Tell whether the last request was answered and the next has not begun."""
+        return self._timer is None and self.pipeline_idle() and not self.transport.is_closing()
 
     def data_received(self, data: bytes) -> None:
         """Read what came, and begin to wait if a request has begun."""
@@ -309,6 +376,8 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Stop waiting."""
         self._forget()
+        scope: Any = self.scope
+        scope[ABORT] = self.transport.abort
         super().on_headers_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:

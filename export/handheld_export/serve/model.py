@@ -30,6 +30,8 @@ CLIENT = "x-handheld-client"
 _WIRE = {"<f4": "FP32", "<f2": "FP16", "|i1": "INT8", "<i4": "INT32"}
 _INLINE_BYTES = 2048
 """Prompts up to this size are turned into tokens faster than a thread is asked to."""
+_JSON_VALUES = 2**18
+"""Numbers that an answer may hold as JSON, which is written while nobody else is answered."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class TextModel(Model):  # type: ignore[misc]
         self.encoder = encoder(settings)
         self.version = self.encoder.encoders_sha256
         self._access = access
+        self._templates: dict[Datatype, dict[str, tuple[tuple[int, ...], np.dtype[Any]]]] = {}
         self._memory = MemoryCache(settings.cache)
         self._redis = RedisCache(settings.redis, settings.redis_seconds) if settings.redis else None
         self._batcher = Batcher(
@@ -144,7 +147,12 @@ class TextModel(Model):  # type: ignore[misc]
         else:
             client = known.get(CLIENT, "")
         ask = self.read(payload)
-        rows, lengths = await self.answer(ask, client)
+        if not payload.from_grpc and not _all_binary(payload):
+            values = len(ask.prompts) * self.encoder.length * self.encoder.width
+            if values > _JSON_VALUES and len(ask.prompts) > 1:
+                raise Refusal(400, "ask for so many prompts with the parameter binary_data_output")
+        self.admit(ask, client)
+        rows, lengths = await self.answer(ask)
         return self.respond(payload, rows, lengths)
 
     def read(self, payload: InferRequest) -> Ask:
@@ -227,17 +235,26 @@ class TextModel(Model):  # type: ignore[misc]
             return self.encoder.tokenize(ask.prompts, ask.prompts_2)
         return await asyncio.to_thread(self.encoder.tokenize, ask.prompts, ask.prompts_2)
 
-    async def answer(self, ask: Ask, client: str) -> tuple[list[Row], list[tuple[int, ...]]]:
-        """Return the embeddings of prompts, as they travel, and the prompts' tokens.
+    def admit(self, ask: Ask, client: str) -> None:
+        """Count prompts, and ask the operator's policy about them.
 
         Raises
         ------
         Refusal
-            If the client may not ask for them, or it takes too long.
+            If the client may not ask for them.
         """
         self._access.charge(client, len(ask.prompts))
         for text in dict.fromkeys((*ask.prompts, *(ask.prompts_2 or ()))):
             self._access.check(text, client)
+
+    async def answer(self, ask: Ask) -> tuple[list[Row], list[tuple[int, ...]]]:
+        """Return the embeddings of admitted prompts, as they travel, and the prompts' tokens.
+
+        Raises
+        ------
+        Refusal
+            If it takes too long.
+        """
         try:
             async with asyncio.timeout(self.settings.timeout):
                 tokens = await self.tokens(ask)
@@ -255,7 +272,9 @@ class TextModel(Model):  # type: ignore[misc]
     def keys(self, ask: Ask, tokens: Tokens) -> list[str]:
         """Return what tells each prompt's embeddings from all others."""
         skip = None if ask.clip_skip == 0 and len(self.encoder.configs) > 1 else ask.clip_skip
-        return [key(self.version, tokens.key(i), skip, ask.datatype) for i in range(len(tokens))]
+        settings = self.settings
+        computed = f"{settings.backend} {settings.device} {settings.dtype} {ask.datatype}"
+        return [key(self.version, tokens.key(i), skip, computed) for i in range(len(tokens))]
 
     async def _rows(self, ask: Ask, tokens: Tokens) -> list[Row]:
         keys = self.keys(ask, tokens)
@@ -265,7 +284,7 @@ class TextModel(Model):  # type: ignore[misc]
         if lacking and self._redis is not None:
             rows = await self._redis.get(list(lacking))
             for name, row in zip(list(lacking), rows, strict=True):
-                if row is not None and self._fits(row):
+                if row is not None and self._fits(row, ask.datatype):
                     found[name] = row
                     del lacking[name]
                     self._memory.put(name, row)
@@ -278,17 +297,22 @@ class TextModel(Model):  # type: ignore[misc]
             for name, row in new.items():
                 self._memory.put(name, row)
             if self._redis is not None:
-                await self._redis.put(new)
+                self._redis.put(new)
         metrics.CACHE_BYTES.set(self._memory.nbytes)
         return [found[k] for k in keys]
 
-    def _fits(self, row: Row) -> bool:
-        """Tell whether a row from outside this process has the shapes of the model's."""
-        wanted: dict[str, tuple[int, ...]] = {}
-        wanted["prompt_embeds"] = (self.encoder.length, self.encoder.width)
-        if self.encoder.pooled_width is not None:
-            wanted["pooled"] = (self.encoder.pooled_width,)
-        return all(name in row and row[name].shape == shape for name, shape in wanted.items())
+    def _fits(self, row: Row, datatype: Datatype) -> bool:
+        """Tell whether a row from outside this process is like the model's own."""
+        if datatype not in self._templates:
+            encoder = self.encoder
+            pooled = encoder.pooled_width
+            empty = PromptEmbedding(
+                np.zeros((encoder.length, encoder.width), np.float32),
+                None if pooled is None else np.zeros(pooled, np.float32),
+            )
+            made = _travelling(empty, datatype)
+            self._templates[datatype] = {n: (t.shape, t.dtype) for n, t in made.items()}
+        return {n: (t.shape, t.dtype) for n, t in row.items()} == self._templates[datatype]
 
     def respond(
         self, payload: InferRequest, rows: Sequence[Row], lengths: Sequence[tuple[int, ...]]
@@ -325,7 +349,14 @@ def _travelling(row: PromptEmbedding, datatype: Datatype) -> Row:
         wire |= to_wire("pooled", row.pooled, datatype)
     if not all(np.isfinite(t).all() for t in wire.values() if t.dtype.kind == "f"):
         raise Refusal(500, f"the embeddings are not finite in {datatype}")
-    return wire
+    # A view would keep the whole batch for as long as one of its rows is cached.
+    return {n: t if t.base is None else t.copy() for n, t in wire.items()}
+
+
+def _all_binary(payload: InferRequest) -> bool:
+    if payload.request_outputs:
+        return all(o.binary_data for o in payload.request_outputs)
+    return bool(payload.use_binary_outputs)
 
 
 def response(

@@ -67,8 +67,14 @@ class _Supervisor(Multiprocess):
         self._let_go()
 
     def keep_subprocess_alive(self) -> None:
+        before = {p.pid for p in self.processes}
         super().keep_subprocess_alive()
         self._let_go()
+        for pid in before - {p.pid for p in self.processes}:
+            if pid is not None:
+                from prometheus_client.multiprocess import mark_process_dead
+
+                mark_process_dead(pid)  # type: ignore[no-untyped-call]
 
     def _let_go(self) -> None:
         for process in self.processes:
@@ -93,7 +99,6 @@ def configuration(settings: Settings, level: str = "info") -> uvicorn.Config:
         timeout_keep_alive=65,
         timeout_graceful_shutdown=int(settings.drain),
         timeout_worker_healthcheck=HEALTHCHECK_SECONDS,
-        limit_concurrency=settings.max_connections,
         backlog=2048,
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,

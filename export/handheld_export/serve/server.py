@@ -7,7 +7,10 @@ process only, and kills workers that take longer to load than five seconds.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -29,6 +32,7 @@ from kserve.protocol.grpc.servicer import InferenceServicer
 from kserve.protocol.infer_type import RequestedOutput
 from kserve.protocol.rest.v2_endpoints import V2Endpoints
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, ValidationError
+from starlette.exceptions import HTTPException
 
 from handheld import __version__
 from handheld.bundle import field_path
@@ -196,14 +200,42 @@ class _Authenticate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     async def intercept_service(self, continuation: Callable[..., Any], details: Any) -> Any:
         """Let a call through, or not."""
         name = details.method.rpartition("/")[2]
+        handler = await continuation(details)
+        if handler is None:
+            return None
         if name in self._CLOSED:
-            return _refusing(grpc.StatusCode.UNIMPLEMENTED, "models are not loaded by clients")
-        if name not in self._PUBLIC:
+            code = grpc.StatusCode.UNIMPLEMENTED
+            handler = _refusing(code, "models are not loaded by clients")
+        elif name not in self._PUBLIC:
             try:
                 self._access.client(dict(details.invocation_metadata or ()), "grpc")
             except Refusal as refusal:
-                return _refusing(refusal.status_code, refusal.reason)
-        return await continuation(details)
+                handler = _refusing(refusal.status_code, refusal.reason)
+        return _counted(handler, f"grpc-{name}")
+
+
+def _counted(handler: Any, route: str) -> Any:
+    """Let metrics see a gRPC call as they see a request by HTTP."""
+
+    async def call(request: Any, context: Any) -> Any:
+        started = time.perf_counter()
+        status = "OK"
+        try:
+            return await handler.unary_unary(request, context)
+        except BaseException:
+            code = context.code()
+            status = code.name if isinstance(code, grpc.StatusCode) else "UNKNOWN"
+            raise
+        finally:
+            seconds = time.perf_counter() - started
+            metrics.REQUESTS.labels(route, status).inc()
+            metrics.SECONDS.labels(route).observe(seconds)
+
+    return grpc.unary_unary_rpc_method_handler(
+        call,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
 
 
 def _refusing(code: grpc.StatusCode, reason: str) -> grpc.RpcMethodHandler:
@@ -236,6 +268,46 @@ async def _start_grpc(settings: Settings, plane: TextDataPlane, access: Access) 
     return server
 
 
+class _Stopping:
+    """Stops gRPC when the signal comes: uvicorn drains HTTP first, and says so only then.
+
+    Parameters
+    ----------
+    server : grpc.aio.Server or None
+    seconds : float
+        For calls in flight.
+    """
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self, server: Any, seconds: float) -> None:
+        self._server = server
+        self._seconds = seconds
+        self._stopped: asyncio.Future[None] | None = None
+        if server is None or threading.current_thread() is not threading.main_thread():
+            return
+        loop = asyncio.get_running_loop()
+        for number in self._SIGNALS:
+            before = signal.getsignal(number)
+
+            def heard(number: int, frame: Any, before: Any = before) -> None:
+                loop.call_soon_threadsafe(self._begin)
+                if callable(before):
+                    before(number, frame)
+
+            signal.signal(number, heard)
+
+    def _begin(self) -> None:
+        if self._stopped is None and self._server is not None:
+            self._stopped = asyncio.ensure_future(self._server.stop(self._seconds))
+
+    async def wait(self) -> None:
+        """Return when gRPC has stopped."""
+        self._begin()
+        if self._stopped is not None:
+            await self._stopped
+
+
 def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
@@ -261,11 +333,12 @@ class _Embeddings:
         version = request.scope.get(VERSION)
         model.check_version(model_name, version)
         ask = model.ask([prompt], None if prompt_2 is None else [prompt_2], clip_skip, datatype)
+        model.admit(ask, request.headers.get(CLIENT, ""))
         (name,) = model.keys(ask, await model.tokens(ask))
         headers = {"etag": f'W/"{name[:32]}"', "cache-control": self._control(version)}
         if name[:32] in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
-        rows, lengths = await model.answer(ask, request.headers.get(CLIENT, ""))
+        rows, lengths = await model.answer(ask)
         payload = InferRequest(model.name, [], name[:32], parameters={"binary_data_output": True})
         body, size = model.respond(payload, rows, lengths).to_rest()
         headers[_JSON_LENGTH] = str(size)
@@ -302,10 +375,10 @@ def application(settings: Settings) -> Guard:
             "ready",
             extra={"event": "ready", "seconds": round(time.perf_counter() - started, 3)},
         )
+        stopping = _Stopping(server, settings.drain)
         yield
         _log.info("draining", extra={"event": "draining"})
-        if server is not None:
-            await server.stop(settings.drain)
+        await stopping.wait()
         await model.close()
         _log.info("stopped", extra={"event": "stopped"})
 
@@ -356,12 +429,15 @@ def _handle_errors(app: FastAPI) -> None:
             fault = error.errors()[0]
             where = field_path(fault["loc"][1:]) or "the request"
             return JSONResponse({"error": f"{where}: {fault['msg']}"}, 400)
+        if isinstance(error, HTTPException):
+            return JSONResponse({"error": error.detail}, error.status_code, error.headers)
         status = 404 if isinstance(error, kserve_errors.ModelNotFound) else 503
         return JSONResponse({"error": str(error)}, status)
 
     for kind in (
         Refusal,
         RequestValidationError,
+        HTTPException,
         kserve_errors.ModelNotFound,
         kserve_errors.ModelNotReady,
         kserve_errors.ServerNotReady,

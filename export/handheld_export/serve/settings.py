@@ -43,6 +43,11 @@ class Settings:
     max_queue: int = 512
     """Prompts that wait for the encoders; more are refused."""
     max_connections: int = 1024
+    """Requests at once, probes aside, and connections that may rest open, per worker."""
+    send_timeout: float = 30.0
+    """For a client to read its answer."""
+    max_unread: int = 256 * 2**20
+    """Bytes of answers that clients have not read, per worker, before more are refused."""
     long_prompts: Literal["truncate", "refuse"] = "truncate"
     """What happens to prompts of more tokens than the encoders read."""
     # Who may ask, and how much.

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
+import re
+import ssl
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote, urlsplit
 
 import anyio
-import anyio.from_thread
 import httpx
 import numpy as np
+from anyio.from_thread import BlockingPortal
 from numpy.typing import NDArray
 
 from handheld.bundle import Bundle
@@ -27,6 +31,7 @@ from handheld.text.oip import (
     Datatype,
     from_wire,
     read_answer,
+    wire_dtype,
     write_request,
 )
 from handheld.text.store import Store
@@ -34,6 +39,7 @@ from handheld.text.store import Store
 _RETRIED = {408, 425, 429, 500, 502, 503, 504}
 _MAX_BODY = 256 * 2**20
 _MAX_ERROR = 2**16
+_TOKEN = re.compile(r"[\x21-\x7e]+")
 
 
 class _AgainError(Exception):
@@ -122,7 +128,7 @@ class AsyncTextClient:
         self._http = httpx.AsyncClient(
             headers=headers,
             timeout=self._attempt,
-            verify=verify,
+            verify=_authorities(verify) if isinstance(verify, str) else verify,
             transport=transport,
             follow_redirects=False,
         )
@@ -148,11 +154,12 @@ class AsyncTextClient:
             If the server does not tell within the deadline.
         """
         if self._version is None:
-            tree: Any = (await self._ask("GET", self._path(""), None, {})).json()
+            response = await self._ask("GET", self._path(""), None, {})
             try:
+                tree: Any = response.json()
                 (version,) = tree["versions"]
                 self._version = str(version)
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError, RecursionError):
                 raise TextServerError(
                     "the server does not tell which text encoders it has",
                     path=self.url,
@@ -188,6 +195,14 @@ class AsyncTextClient:
         """
         if prompts_2 is not None and len(prompts_2) != len(prompts):
             raise UsageError("there must be as many second prompts as prompts")
+        for prompt in (*prompts, *(prompts_2 or ())):
+            try:
+                prompt.encode()
+            except UnicodeEncodeError:
+                raise UsageError(
+                    "a prompt holds half of a surrogate pair, which is no character",
+                    remedy="decode the prompt as UTF-8",
+                ) from None
         started = time.monotonic()
         version = self._version or await self.version()
         seconds: Sequence[str | None] = prompts_2 or [None] * len(prompts)
@@ -201,9 +216,9 @@ class AsyncTextClient:
                 if row is not None and self._fault(row) is None:
                     found[pair] = row
         lacking = [p for p in pairs if p not in found]
-        left = max(0.0, self.deadline - (time.monotonic() - started))
         groups = [[p] for p in lacking] if self._get else [lacking] if lacking else []
         for group in groups:
+            left = max(0.0, self.deadline - (time.monotonic() - started))
             rows = await self._fetch(group, clip_skip, version, left)
             for pair, row in zip(group, rows, strict=True):
                 found[pair] = row
@@ -253,6 +268,10 @@ class AsyncTextClient:
                     field="encoders_sha256",
                     remedy="name a server of the checkpoint that the bundle was exported from",
                 )
+        for name in ("prompt_embeds", "pooled"):
+            value = answer.tensors.get(name)
+            if value is not None and value.dtype != wire_dtype(self.datatype):
+                raise AnswerError(f"output '{name}' is {value.dtype}, not {self.datatype}")
         embeds = from_wire("prompt_embeds", answer.tensors)
         pooled = from_wire("pooled", answer.tensors)
         tokens = answer.tensors.get("tokens")
@@ -380,6 +399,10 @@ class AsyncTextClient:
             if isinstance(error, TimeoutError):
                 reason = f"nothing came within {self._attempt:g} s"
             raise _AgainError(reason) from None
+        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
+            raise TextServerError(
+                f"cannot be asked: {type(error).__name__}", path=self.url, remedy="check the URL"
+            ) from None
         whole = httpx.Response(
             response.status_code, headers=_plain(response), content=content, request=request
         )
@@ -412,9 +435,14 @@ class TextClient:
     """
 
     def __init__(self, url: str, **options: Any) -> None:
-        self._held = contextlib.ExitStack()
         self._client = AsyncTextClient(url, **options)
-        self._portal = self._held.enter_context(anyio.from_thread.start_blocking_portal())
+        started: Future[BlockingPortal] = Future()
+        # A daemon: a program that ends without closing its client must not wait for it.
+        self._thread = threading.Thread(
+            target=_run_portal, args=(started,), name="text-client", daemon=True
+        )
+        self._thread.start()
+        self._portal = started.result()
 
     @classmethod
     def for_bundle(cls, url: str, bundle: Bundle, **options: Any) -> TextClient:
@@ -431,8 +459,10 @@ class TextClient:
 
     def close(self) -> None:
         """Close the connections and stop the thread."""
-        with self._held:
+        if self._thread.is_alive():
             self._portal.call(self._client.aclose)
+            self._portal.call(self._portal.stop)
+            self._thread.join()
 
     @property
     def encoders_sha256(self) -> str:
@@ -449,8 +479,27 @@ class TextClient:
         return self._portal.call(self._client.encode, prompts, prompts_2, clip_skip)
 
 
+def _run_portal(started: Future[BlockingPortal]) -> None:
+    async def serve() -> None:
+        async with BlockingPortal() as portal:
+            started.set_result(portal)
+            await portal.sleep_until_stopped()
+
+    anyio.run(serve)
+
+
 def _checked_url(url: str, token: str | None) -> str:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        _ = parts.port, httpx.URL(url)
+    except (ValueError, httpx.InvalidURL):
+        parts = urlsplit("")
+    if token is not None and not _TOKEN.fullmatch(token):
+        raise UsageError(
+            "the token holds spaces, line breaks or other characters that a header cannot",
+            field="HANDHELD_TEXT_TOKEN",
+            remedy="give the token alone, as  handheld serve-text --new-token  printed it",
+        )
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
         raise UsageError(
             f"'{url}' is not the URL of a server", remedy="name one like https://text.example"
@@ -461,6 +510,21 @@ def _checked_url(url: str, token: str | None) -> str:
             "a token would travel unencrypted", path=url, remedy="use https, or no token"
         )
     return url.rstrip("/")
+
+
+def _authorities(path: str) -> ssl.SSLContext:
+    try:
+        found = Path(path)
+        folder = found.is_dir()
+        return ssl.create_default_context(
+            cafile=None if folder else path, capath=path if folder else None
+        )
+    except (OSError, ssl.SSLError) as error:
+        raise UsageError(
+            f"holds no authorities' certificates: {error.strerror or error}",
+            path=path,
+            remedy="name a PEM file or a folder of hashed ones",
+        ) from None
 
 
 async def _bounded(response: httpx.Response) -> bytes:

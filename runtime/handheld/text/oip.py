@@ -43,6 +43,11 @@ class Answer:
     version: str | None
 
 
+def wire_dtype(datatype: Datatype) -> np.dtype[Any]:
+    """Return the dtype of the values in which embeddings travel."""
+    return np.dtype(_NUMPY[datatype])
+
+
 def write_strings(values: Iterable[str]) -> bytes:
     """Return the bytes of a string tensor."""
     encoded = [v.encode() for v in values]
