@@ -3,9 +3,11 @@
     python benchmarks/gate.py build/bundles/critter-stack1-litert-cpu
     python benchmarks/gate.py BUNDLE --records build/gate/records.jsonl
 
-Runs the bundle again and again, unchanged. Then sets of these runs are compared with the package's
-gates: pairs of sets as they are, which must pass, and pairs whose new set has all times 10 % longer
-or all memory 5 % larger, which must fail. With --records, runs from before are used.
+Runs the bundle twice a round, as `handheld bench BASE NEW --rounds N` does, unchanged. Then, again
+and again, some of the rounds are drawn, in each of them one run is called the base and the other
+new, and both are compared with the package's gates: as they are, which must pass, and with all
+times of the new runs 10 % longer or all memory 5 % larger, which must fail. With --records, runs
+from before are used.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 
 from handheld import bench, comparison, records
 from handheld.bundle import Bundle
+from handheld.errors import UsageError
 from handheld.records import MemoryFigures, RunRecord
 from stages import ROOT, Stages, command, guarded, say, versions, write_summary
 
@@ -40,16 +43,16 @@ def planted(record: RunRecord, time: float, memory: float) -> RunRecord:
 
 
 def trials(
-    found: list[RunRecord], size: int, count: int, time: float, memory: float
+    found: list[list[RunRecord]], size: int, count: int, time: float, memory: float
 ) -> list[dict[str, Any]]:
-    """Compare pairs of sets that share no run; each takes turns through the runs."""
+    """Compare the two sides of rounds drawn at random, sides drawn at random too."""
     rng = random.Random(1)
     gates = comparison.read_gates()
     rows: list[dict[str, Any]] = []
     for _ in range(count):
-        drawn = rng.sample(found, 2 * size)
-        new = [planted(r, time, memory) for r in drawn[size:]]
-        result = comparison.compare(drawn[:size], new, gates)
+        drawn = [rng.sample(pair, 2) for pair in rng.sample(found, size)]
+        new = [planted(pair[1], time, memory) for pair in drawn]
+        result = comparison.compare([pair[0] for pair in drawn], new, gates)
         rows.append(
             {
                 r.gate.metric: {
@@ -64,13 +67,22 @@ def trials(
     return rows
 
 
+def rounds(file: Path) -> list[list[RunRecord]]:
+    """Return the runs of every whole round in a file."""
+    found: dict[records.Round, list[RunRecord]] = {}
+    for record in records.read(file):
+        if record.status == "ok" and record.round is not None:
+            found.setdefault(record.round, []).append(record)
+    return [pair for pair in found.values() if len(pair) == 2]
+
+
 def main() -> int:
     """Collect runs, compare sets of them, and write what the gates said."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--runs", type=int, default=80)
-    parser.add_argument("--set", type=int, default=40, help="runs on each side")
-    parser.add_argument("--iterations", type=int, default=150)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--set", type=int, default=30, help="rounds in a comparison")
+    parser.add_argument("--iterations", type=int, default=100)
     parser.add_argument("--records", type=Path)
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "gate")
     arguments = parser.parse_args()
@@ -80,21 +92,26 @@ def main() -> int:
     stages = Stages()
     if arguments.records is None:
         bundle, device = Bundle.open(arguments.bundle), HostDevice()
-        have = len(records.read(file)) if file.exists() else 0
-        with stages(f"running {bundle.path.name} {arguments.runs} times"):
-            for _ in range(arguments.runs - have):
+        have = len(rounds(file)) if file.exists() else 0
+        series = records.new_id()
+        with stages(f"running {bundle.path.name} twice in each of {arguments.rounds} rounds"):
+            for index in range(2 * (arguments.rounds - have)):
                 bench.run(
                     bundle,
                     device,
                     bench.Options(iterations=arguments.iterations, first_ever=False),
                     command=command(),
+                    turn=records.Round(series=series, index=index // 2),
                     keep=lambda r: records.append(file, r),
                 )
-    found = [r for r in records.read(file) if r.status == "ok"]
+    pairs = rounds(file)
+    if len(pairs) < arguments.set:
+        raise UsageError(f"holds {len(pairs)} rounds of two runs", path=file, remedy="run more")
+    found = [r for pair in pairs for r in pair]
     cases = {
-        "unchanged": trials(found, arguments.set, 20, 1.0, 1.0),
-        "10 % slower": trials(found, arguments.set, 20, 1.1, 1.0),
-        "5 % more memory": trials(found, arguments.set, 20, 1.0, 1.05),
+        "unchanged": trials(pairs, arguments.set, 20, 1.0, 1.0),
+        "10 % slower": trials(pairs, arguments.set, 20, 1.1, 1.0),
+        "5 % more memory": trials(pairs, arguments.set, 20, 1.0, 1.05),
     }
     failed: dict[str, dict[str, int]] = {}
     for name, rows in cases.items():
@@ -114,7 +131,7 @@ def main() -> int:
             "versions": versions(),
             "device": found[0].device.model_dump(mode="json"),
             "runs": len(found),
-            "runs_per_side": arguments.set,
+            "rounds_per_comparison": arguments.set,
             "spread_of_medians": round(spread, 4),
             "failed_of_20": failed,
             "cases": cases,
@@ -122,7 +139,7 @@ def main() -> int:
     )
     right = (
         not any(failed["unchanged"].values())
-        and failed["10 % slower"]["min_ms"] == 20
+        and failed["10 % slower"]["median_ms"] == 20
         and failed["5 % more memory"]["peak_rss"] == 20
     )
     return 0 if right else 1

@@ -150,7 +150,7 @@ def test_rounds_take_turns(capsys, sample, tmp_path):
     )  # fmt: skip
     assert code == 0, err
     found = [r.settings.residency for r in read(tmp_path / "records.jsonl")]
-    assert found == ["resident", "stream"] * 2
+    assert found == ["resident", "stream", "stream", "resident"]
 
 
 def test_bench_json(capsys, sample):

@@ -10,9 +10,17 @@ import pytest
 
 import releases
 from handheld import cli, records
-from handheld.comparison import Gate, _critical, compare, read_gates, shift
+from handheld.comparison import (
+    Gate,
+    _critical,
+    _signed_rank_critical,
+    compare,
+    paired_shift,
+    read_gates,
+    shift,
+)
 from handheld.errors import UsageError
-from handheld.records import Check
+from handheld.records import INTERRUPTED, Check, Round
 
 GATES = (Gate(metric="median_ms", max_ratio=1.03), Gate(metric="peak_rss", max_ratio=1.02))
 
@@ -71,6 +79,58 @@ def test_the_fastest_iteration_tells_what_noise_hides_from_the_median():
     assert compare(base, disturbed(1.0, 20), gates).passed
 
 
+def turns(rng, count, factor, *, series="a"):
+    """A base and a new run a round, on a machine that is slow or fast for some rounds at a time."""
+    base, new = [], []
+    slow = False
+    for i in range(count):
+        slow ^= rng.random() < 0.3
+        for side, speed in ((base, 1.0), (new, factor)):
+            level = 8.0 * (1.6 if slow else 1.0) * speed * math.exp(rng.normal(0, 0.02))
+            if rng.random() < 0.05:
+                level *= 1.6  # It changed between the two runs.
+            times = tuple(level * math.exp(rng.normal(0, 0.02)) for _ in range(7))
+            number = 2 * i + (side is new)
+            side.append(
+                releases.record(number=number, times=times, round=Round(series=series, index=i))
+            )
+    return base, new
+
+
+def test_rounds_see_through_a_machine_that_changes_its_speed():
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        found = compare(*turns(rng, 30, 1.1), GATES).rows[0]
+        assert (found.verdict, found.rounds) == ("fail", 30)
+        assert compare(*turns(rng, 30, 1.0), GATES).passed
+    base, new = turns(rng, 20, 1.1)
+    _, other = turns(rng, 20, 1.1, series="b")
+    alone = compare(base, other, GATES).rows[0]
+    assert alone.rounds == 0, "rounds of other commands are not pairs"
+    markdown = compare(base, new, GATES).markdown()
+    assert "20 / 20, 20 rounds" in markdown
+
+
+@pytest.mark.parametrize("n", [1, 4, 7, 10])
+def test_paired_distribution_is_wilcoxons(n):
+    sums = [sum(s) for k in range(n + 1) for s in itertools.combinations(range(1, n + 1), k)]
+    counts = np.bincount(sums, minlength=n * (n + 1) // 2 + 1)
+    below = np.cumsum(counts) / counts.sum()
+    for tail in (0.2, 0.05, 0.025, 0.005):
+        assert _signed_rank_critical(n, tail) == int((below <= tail).sum())
+
+
+def test_paired_interval_covers_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(400):
+        _, interval = paired_shift(1.1 * np.exp(rng.standard_t(2, 9) * 0.03), 0.95)
+        assert interval is not None
+        hits += interval[0] <= 1.1 <= interval[1]
+    assert hits >= 0.92 * 400
+    assert paired_shift([1.0, 1.1], 0.95)[1] is None
+
+
 def test_one_run_gives_no_verdict():
     rng = np.random.default_rng(0)
     found = compare(runs(rng, 10), runs(rng, 1, time=80.0), GATES)
@@ -104,6 +164,24 @@ def test_gates_are_for_what_they_name():
     found = compare(runs(rng, 5), runs(rng, 5), gates)
     assert not found.rows
     assert "no gate covers" in found.notes[0]
+    assert not found.passed, "what nothing looks at has not passed"
+
+
+def test_a_figure_that_is_gone_fails():
+    rng = np.random.default_rng(0)
+    base, new = runs(rng, 6), [r.model_copy(update={"memory": None}) for r in runs(rng, 6)]
+    found = compare(base, new, GATES)
+    assert "peak_rss" in found.missing[0]
+    assert not found.passed
+
+
+def test_runs_cut_short_fail_unless_by_hand():
+    rng = np.random.default_rng(0)
+    base, new = runs(rng, 5), runs(rng, 5)
+    killed = releases.record(number=9, status="partial", error="the harness was killed")
+    assert "killed" in compare(base, [*new, killed], GATES).broken[0]
+    stopped = releases.record(number=9, status="partial", error=INTERRUPTED)
+    assert compare(base, [*new, stopped], GATES).passed
 
 
 @pytest.mark.parametrize(("m", "n"), [(2, 2), (3, 4), (5, 5), (4, 7)])
@@ -176,6 +254,27 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert found["passed"] is False
     assert found["rows"][0]["ratio"] > 1.1
     assert len(found["rows"][0]["new_runs"]) == 8
+
+
+def test_command_with_two_bundles_in_one_file(tmp_path, capsys):
+    file = tmp_path / "turns.jsonl"
+    base, new = turns(np.random.default_rng(0), 12, 1.2)
+    for sha256, found in (("00" * 32, base), ("01" * 32, new)):
+        for r in found:
+            facts = r.bundle.model_copy(update={"sha256": sha256})
+            records.append(file, r.model_copy(update={"bundle": facts}))
+    one = ["compare", str(file), str(file), "--base-bundle", "0000", "--new-bundle"]
+    assert cli.run([*one, "0101"]) == 1
+    assert "12 rounds" in capsys.readouterr().out
+    assert cli.run([*one, "00"]) == 0
+    assert cli.run([*one, "2"]) == 2
+    assert "holds no run records of '2'" in capsys.readouterr().err
+    assert cli.run([*one, "0"]) == 2
+    assert "fits several" in capsys.readouterr().err
+    gates = tmp_path / "gates.toml"
+    gates.write_text("[[gate]]\nmetric = 'median_ms'\nmax_ratio = 1.1\ntarget = 'coreml'\n")
+    assert cli.run([*one, "01", "--gate", str(gates)]) == 1
+    assert "no gate covers" in capsys.readouterr().err
 
 
 def test_command_with_too_little(tmp_path, capsys):

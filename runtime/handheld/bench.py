@@ -49,6 +49,7 @@ from handheld.protocol import (
     Thermal,
 )
 from handheld.records import (
+    INTERRUPTED,
     BundleFacts,
     Check,
     DeviceFacts,
@@ -56,6 +57,7 @@ from handheld.records import (
     HeatSample,
     MemoryFigures,
     Pass,
+    Round,
     RunRecord,
     Settings,
     new_id,
@@ -137,6 +139,7 @@ def run(
     options: Options,
     *,
     command: tuple[str, ...] = (),
+    turn: Round | None = None,
     progress: Progress = lambda purpose, event: None,
     notice: Notice = lambda text: None,
     keep: Callable[[RunRecord], None] = lambda record: None,
@@ -177,7 +180,7 @@ def run(
             attempt.run()
         except KeyboardInterrupt as e:
             interrupt = e
-            status, error = "partial", "interrupted"
+            status, error = "partial", INTERRUPTED
         except HandheldError as e:
             status, error = "failed", str(e)
             if any(p.iterations for p in attempt.passes) and not isinstance(e, GateError):
@@ -224,6 +227,7 @@ def run(
                 inputs=given.source,
                 cache=options.cache,
             ),
+            round=turn,
             transfer=place.transfer,
             passes=tuple(attempt.passes),
             memory=_memory(attempt.passes),

@@ -6,6 +6,11 @@ Hodges and Lehmann's, the median of all ratios between a new and a base run, wit
 belongs to the Mann-Whitney test. It assumes no distribution, and a run that was disturbed moves it
 little. With too few runs there is no interval, so no verdict.
 
+Where bundles took turns (``handheld bench BASE NEW --rounds N``), runs of one round are compared
+with each other only: a machine that is slow for minutes at a time is slow for both. The shift is
+then the median of all means of two rounds' ratios, with the interval of Wilcoxon's signed-rank
+test.
+
 What else a machine does makes runs slower, never faster. So a run's fastest iteration tells changes
 of the code where the median drowns in noise (Chen and Revels, *Robust benchmarking in noisy
 environments*, 2016, arXiv:1608.04295); the median tells what users see.
@@ -28,7 +33,7 @@ from pydantic import Field, ValidationError
 from handheld.bundle import describe_validation
 from handheld.errors import UsageError
 from handheld.program import Model
-from handheld.records import RunRecord
+from handheld.records import INTERRUPTED, Round, RunRecord
 
 Metric = Literal[
     "median_ms",
@@ -111,6 +116,8 @@ class Row:
     gate: Gate
     base_runs: tuple[str, ...]
     new_runs: tuple[str, ...]
+    rounds: int
+    """That hold runs of both sides; 0 where all runs were compared with all."""
     base: float | None
     """Median over runs."""
     new: float | None
@@ -127,15 +134,17 @@ class Comparison:
 
     rows: tuple[Row, ...]
     broken: tuple[str, ...]
-    """New runs that failed or drew a wrong picture: they fail whatever the gates say."""
+    """New runs that failed, were cut short, or drew a wrong picture: they fail whatever the gates
+    say."""
     missing: tuple[str, ...]
-    """Groups of the base that the new records lack."""
+    """Groups and figures of the base that the new records lack."""
     notes: tuple[str, ...]
 
     @property
     def passed(self) -> bool:
-        """Whether no gate failed and nothing is broken or missing."""
-        return not (self.broken or self.missing or any(r.verdict == "fail" for r in self.rows))
+        """Whether there was something to compare, and nothing failed, is broken or missing."""
+        failed = any(r.verdict == "fail" for r in self.rows)
+        return bool(self.rows) and not (self.broken or self.missing or failed)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the comparison as a JSON object."""
@@ -168,7 +177,7 @@ class Comparison:
             lines.append(
                 f"| {r.key} | {r.gate.metric} | {_figure(r.base, r.gate.metric)} "
                 f"| {_figure(r.new, r.gate.metric)} | {_ratio(r.ratio)} | {interval} "
-                f"| {r.gate.max_ratio:g} | {len(r.base_runs)} / {len(r.new_runs)} "
+                f"| {r.gate.max_ratio:g} | {_runs(r)} "
                 f"| {mark[r.verdict]}: {r.reason} |"
             )
         for title, items in (
@@ -221,9 +230,11 @@ def compare(
     broken = [
         f"{r.id} ({Key.of(r)}): {r.error or 'a wrong picture'}"
         for r in new
-        if r.status == "failed" or (r.check is not None and not r.check.matches)
+        if (r.status != "ok" and r.error != INTERRUPTED)
+        or (r.check is not None and not r.check.matches)
     ]
     missing = [str(key) for key in sorted(set(old) - set(ours))]
+    missing += [f"{r.gate.metric} of {r.key}" for r in rows if r.base_runs and not r.new_runs]
     notes = [f"only new: {key}" for key in sorted(set(ours) - set(old))]
     noisy = sum(bool(r.noisy) for r in [*base, *new])
     hot = sum(bool(r.throttled) for r in [*base, *new])
@@ -247,12 +258,18 @@ def _groups(records: Sequence[RunRecord]) -> dict[Key, list[RunRecord]]:
 def _row(key: Key, gate: Gate, base: list[RunRecord], new: list[RunRecord]) -> Row:
     before, after = _values(base, gate.metric), _values(new, gate.metric)
     old, ours = list(before.values()), list(after.values())
+    pairs = _pairs(base, new, before, after)
+    if len(pairs) < gate.min_runs:
+        pairs = []
     ratio = low = high = None
     verdict: Verdict = "undecided"
     if min(len(old), len(ours)) < gate.min_runs:
         reason = f"needs {gate.min_runs} runs on each side"
     else:
-        ratio, interval = shift(old, ours, gate.confidence)
+        if pairs:
+            ratio, interval = paired_shift(pairs, gate.confidence)
+        else:
+            ratio, interval = shift(old, ours, gate.confidence)
         if interval is None:
             reason = f"too few runs for {gate.confidence:.0%}"
         else:
@@ -268,6 +285,7 @@ def _row(key: Key, gate: Gate, base: list[RunRecord], new: list[RunRecord]) -> R
         gate=gate,
         base_runs=tuple(before),
         new_runs=tuple(after),
+        rounds=len(pairs),
         base=float(np.median(old)) if old else None,
         new=float(np.median(ours)) if ours else None,
         ratio=ratio,
@@ -285,6 +303,73 @@ def _values(records: list[RunRecord], metric: str) -> dict[str, float]:
         if isinstance(value, int | float) and value > 0:
             found[record.id] = float(value)
     return found
+
+
+def _pairs(
+    base: list[RunRecord],
+    new: list[RunRecord],
+    before: dict[str, float],
+    after: dict[str, float],
+) -> list[float]:
+    """Return new over base for every round that has both, medians where it has several."""
+
+    def by_round(records: list[RunRecord], values: dict[str, float]) -> dict[Round, float]:
+        found: dict[Round, list[float]] = {}
+        for record in records:
+            if record.round is not None and record.id in values:
+                found.setdefault(record.round, []).append(values[record.id])
+        return {r: float(np.median(v)) for r, v in found.items()}
+
+    old, ours = by_round(base, before), by_round(new, after)
+    return [ours[r] / old[r] for r in old if r in ours]
+
+
+def paired_shift(
+    ratios: Sequence[float], confidence: float
+) -> tuple[float, tuple[float, float] | None]:
+    """Return by which factor the new value of a pair differs from its base, and the interval.
+
+    Parameters
+    ----------
+    ratios : sequence of float
+        Positive, one per pair.
+    confidence : float
+        Of the two-sided interval.
+
+    Returns
+    -------
+    ratio : float
+        Hodges and Lehmann's estimate on logarithms.
+    interval : (float, float) or None
+        None if there are too few pairs for the confidence.
+
+    Notes
+    -----
+    The interval's ends are the k-th smallest and largest means of two pairs' logarithms, where k
+    is the largest number with ``P(T < k) <= (1 - confidence) / 2`` under the distribution of
+    Wilcoxon's signed-rank statistic; see Hollander, Wolfe and Chicken, section 3.3.
+    """
+    logs = np.log(np.asarray(ratios, float))
+    one, two = np.triu_indices(len(logs))
+    means = np.sort((logs[one] + logs[two]) / 2)
+    estimate = math.exp(float(np.median(means)))
+    k = _signed_rank_critical(len(logs), (1 - confidence) / 2)
+    if k == 0:
+        return estimate, None
+    return estimate, (math.exp(float(means[k - 1])), math.exp(float(means[-k])))
+
+
+@cache
+def _signed_rank_critical(n: int, tail: float) -> int:
+    """Return the largest k with ``P(T <= k - 1) <= tail``; 0 if there is none."""
+    most = n * (n + 1) // 2
+    # Number of subsets of the ranks with each sum, as a part of all.
+    shares = np.zeros(most + 1)
+    shares[0] = 1.0
+    for rank in range(1, n + 1):
+        shares[rank:] = (shares[rank:] + shares[: most + 1 - rank]) / 2
+        shares[:rank] /= 2
+    return int(np.searchsorted(np.cumsum(shares), tail, side="right"))
 
 
 def shift(
@@ -351,6 +436,11 @@ def _figure(value: float | None, metric: str) -> str:
     if value is None:
         return "-"
     return f"{value / 1e6:.1f} MB" if metric == "peak_rss" else f"{value:.1f} ms"
+
+
+def _runs(row: Row) -> str:
+    counts = f"{len(row.base_runs)} / {len(row.new_runs)}"
+    return f"{counts}, {row.rounds} rounds" if row.rounds else counts
 
 
 def _ratio(value: float | None) -> str:

@@ -27,6 +27,8 @@ from handheld.program import Model
 from handheld.protocol import Hello, Iteration, Load, Memory, Output, Residency, Thermal
 
 RECORD_VERSION: Final = 1
+INTERRUPTED: Final = "interrupted"
+"""The error of a run that was cut short by who started it."""
 NOISY_SPREAD = 0.10
 """A record whose p5 to p95 is wider than this part of its median is noisy."""
 NOISY_LOAD = 0.25
@@ -212,6 +214,14 @@ class Check(Model):
         return self.psnr_db >= self.min_psnr_db
 
 
+class Round(Model):
+    """Runs of one round were made one after the other: what disturbs one disturbs the others."""
+
+    series: Annotated[str, Field(min_length=1, max_length=64)]
+    """Of one command."""
+    index: Annotated[int, Field(ge=0)]
+
+
 class RunRecord(Model):
     """What one benchmark run of one bundle, size and setting saw on one device."""
 
@@ -227,6 +237,8 @@ class RunRecord(Model):
     device: DeviceFacts
     bundle: BundleFacts
     settings: Settings
+    round: Round | None = None
+    """Null where bundles did not take turns."""
     transfer: Transfer | None = None
     """Null where nothing has to be sent."""
     passes: tuple[Pass, ...] = ()

@@ -135,7 +135,14 @@ def bench(
 
     stopped: HandheldError | KeyboardInterrupt | None = None
     try:
-        for _, bundle, one, mode in itertools.product(range(rounds), opened, chosen, modes):
+        series = records.new_id()
+        turns = [*itertools.product(opened, chosen, modes)]
+        for index, (bundle, one, mode) in (
+            # Every other round the other way round, so that none always comes first.
+            (i, turn)
+            for i in range(rounds)
+            for turn in (turns[::-1] if i % 2 else turns)
+        ):
             options = bench_.Options(
                 size=size,
                 residency=mode,
@@ -167,6 +174,7 @@ def bench(
                     one,
                     options,
                     command=("handheld", *(shlex.quote(a) for a in sys.argv[1:])),
+                    turn=records.Round(series=series, index=index) if rounds > 1 else None,
                     progress=bar.see,
                     notice=bar.say,
                     keep=keep,
