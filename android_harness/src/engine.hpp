@@ -62,9 +62,10 @@ class Engine {
   virtual std::unique_ptr<Model> load(const ArtifactInfo&) = 0;
 };
 
-// Each engine file defines one of these. The CMake options HANDHELD_LITERT and
-// HANDHELD_EXECUTORCH decide which are compiled in.
+// Each engine file defines one of these. The CMake options HANDHELD_LITERT, HANDHELD_EXECUTORCH
+// and HANDHELD_ONNX decide which are compiled in.
 std::unique_ptr<Engine> make_litert(const EngineOptions&);
 std::unique_ptr<Engine> make_executorch(const EngineOptions&);
+std::unique_ptr<Engine> make_onnx(const EngineOptions&);
 
 }  // namespace hh

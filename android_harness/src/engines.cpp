@@ -34,6 +34,7 @@ std::unique_ptr<Engine> open_executorch(const EngineOptions& options) {
 const char* remedy(const std::string& name) {
   if (name == "litert") return "pip install ai-edge-litert, then: handheld harness build";
   if (name == "executorch") return "pip install executorch, then: handheld harness build";
+  if (name == "onnx") return "pip install onnxruntime, then: handheld harness build";
   if (name == "coreml") return "Core ML bundles run on Apple devices only: use the iOS harness";
   if (name == "qnn") return "QNN bundles need a harness built with Qualcomm's SDK";
   return "export the bundle for another target";
@@ -48,6 +49,9 @@ std::map<std::string, std::string> built_in_engines() {
 #endif
 #if defined(HANDHELD_EXECUTORCH)
   out["executorch"] = HANDHELD_EXECUTORCH_VERSION;
+#endif
+#if defined(HANDHELD_ONNX)
+  out["onnx"] = HANDHELD_ONNX_VERSION;
 #endif
   return out;
 }
@@ -71,6 +75,9 @@ Engine& Engines::get(const std::string& name) {
 #endif
 #if defined(HANDHELD_EXECUTORCH)
   if (name == "executorch") engine = open_executorch(options_);
+#endif
+#if defined(HANDHELD_ONNX)
+  if (name == "onnx") engine = make_onnx(options_);
 #endif
   if (!engine)
     throw Error("engine-missing",

@@ -64,11 +64,17 @@ class _Package:
     version: str
     folder: Path
 
+    def file(self, pattern: str) -> Path:
+        """Return the file that fits a pattern."""
+        return next(self.folder.glob(pattern))
+
 
 _ENGINES = {
     "executorch": ("executorch", "executorch", "share/cmake/executorch-config.cmake"),
     "litert": ("ai-edge-litert", "ai_edge_litert", "libLiteRt.so"),
+    "onnx": ("onnxruntime", "onnxruntime", "capi/libonnxruntime.so.*"),
 }
+"""Engine to distribution, module, and a file of it that the build uses."""
 
 
 def sources() -> Path:
@@ -247,7 +253,7 @@ def build_kit(name: str, force: bool = False) -> Kit:
                     "there is no compiler for arm64 Linux",
                     remedy="apt install g++-aarch64-linux-gnu",
                 )
-            packages = {e: _wheel(e) for e in _ENGINES}
+            packages = {e: _wheel(e) for e in _packages()}
             folder = cache_root() / "harness" / f"{name}-{source}"
             if force or not (folder / PROGRAM).is_file():
                 _compile(
@@ -374,7 +380,7 @@ def _readelf(path: Path, *options: str) -> str:
 
 _CROSS = "aarch64-linux-gnu-g++"
 _SOURCE = "source.txt"
-_LIBRARIES = {"executorch": "lib", "litert": ""}
+_LIBRARIES = {"executorch": "lib", "litert": "", "onnx": "capi"}
 
 
 def _kit_source(name: str, native: bool) -> str:
@@ -404,7 +410,7 @@ def _wheel(engine: str) -> _Package:
         ) from None
     version = version.partition("+")[0]
     folder = cache_root() / "wheels" / f"{distribution}-{version}-aarch64"
-    if not (folder / module / file).is_file():
+    if not any((folder / module).glob(file)):
         with replaced_folder(folder) as temporary:
             wheels = temporary / "wheels"
             command = [
@@ -439,6 +445,10 @@ def _collect(
     if "litert" in packages:
         waiting.append(packages["litert"].folder / "libLiteRt.so")
         environment["HANDHELD_LITERT_LIBRARY"] = "libLiteRt.so"
+    if "onnx" in packages:
+        library = packages["onnx"].file(_ENGINES["onnx"][2])
+        waiting.append(library)
+        environment["HANDHELD_ONNX_LIBRARY"] = library.name
     taken: dict[str, Path] = {}
     while waiting:
         path = waiting.pop()
@@ -570,6 +580,7 @@ def _compile(folder: Path, found: dict[str, _Package], options: list[str]) -> No
             f"-DHANDHELD_JSON_INCLUDE={json_package.folder / 'include'}",
             f"-DHANDHELD_EXECUTORCH={'ON' if 'executorch' in found else 'OFF'}",
             f"-DHANDHELD_LITERT={'ON' if 'litert' in found else 'OFF'}",
+            f"-DHANDHELD_ONNX={'ON' if 'onnx' in found else 'OFF'}",
             "-S",
             str(sources()),
             "-B",
@@ -581,6 +592,9 @@ def _compile(folder: Path, found: dict[str, _Package], options: list[str]) -> No
         if package := found.get("litert"):
             configure.append(f"-DHANDHELD_LITERT_LIBRARY={package.folder / 'libLiteRt.so'}")
             configure.append(f"-DHANDHELD_LITERT_VERSION={package.version}")
+        if package := found.get("onnx"):
+            configure.append(f"-DHANDHELD_ONNX_LIBRARY={package.file(_ENGINES['onnx'][2])}")
+            configure.append(f"-DHANDHELD_ONNX_VERSION={package.version}")
         _step(configure, log, "cannot be configured")
         _step([cmake, "--build", str(work), "--target", "install"], log, "does not compile")
         shutil.rmtree(work)
@@ -622,7 +636,7 @@ def _package(distribution: str, module: str, file: str) -> _Package | None:
         return None
     for location in (spec.submodule_search_locations or ()) if spec else ():
         folder = Path(location).resolve()
-        if (folder / file).is_file():
+        if any(folder.glob(file)):
             return _Package(version, folder)
     return None
 
