@@ -12,6 +12,7 @@ from handheld.manifest import Artifact, ModelInfo, Verification
 from handheld.protocol import Iteration, Memory, Thermal
 from handheld.records import (
     BundleFacts,
+    Check,
     DeviceFacts,
     MemoryFigures,
     Pass,
@@ -26,6 +27,8 @@ from handheld.release.signing import Identity
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 HOST = DeviceFacts(id="host-1", kind="host", cores=2, ram_bytes=8 * 10**9, os="Debian 12")
+PIXEL = HOST.model_copy(update={"id": "phone-1", "kind": "android"})
+IPHONE = HOST.model_copy(update={"id": "phone-2", "kind": "ios"})
 GOOD = Verification(snr_db=50.0, student_snr_db=51.0, max_abs_error=0.01, psnr_db=50.0)
 
 
@@ -135,6 +138,8 @@ def record(
         "settings": Settings(residency=residency, threads=2, seed=0, warmup=1,
                              iterations=len(times), min_seconds=0.0),
         "passes": passes,
+        "check": Check(sha256="0" * 64, reference_sha256="0" * 64, snr_db=99.0, psnr_db=99.0,
+                       max_abs_error=0, min_psnr_db=40.0),
         "memory": MemoryFigures(separate_pass=True, peak_rss=peak, anon=peak // 2, file=peak // 2),
     }  # fmt: skip
     return RunRecord(**{**values, **changes})

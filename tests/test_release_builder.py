@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 
 import pytest
 
 import releases
 from handheld.errors import BundleError, GateError, OutputError, UsageError
 from handheld.manifest import Verification
+from handheld.release import sbom
 from handheld.release.builder import Options, build, examine, modes
 from handheld.release.folder import Release, digest_tree
 from handheld.release.signing import Identity
@@ -132,16 +134,60 @@ def test_unknown_targets_need_a_rule(tmp_path):
     rules = tmp_path / "rules.toml"
     rules.write_text('[targets.mlx]\nunit = "gpu"\nplatforms = ["ios"]\n')
     options = Options(name="sample", version=1, rules=rules)
-    build([made], [releases.record(made)], tmp_path / "r", options)
+    runs = [releases.record(made, device=releases.IPHONE)]
+    build([made], runs, tmp_path / "r", options)
     assert Release.open(tmp_path / "r").manifest.variants[0].unit == "gpu"
 
 
 def test_a_target_for_one_soc(tmp_path):
     made = releases.bundle(tmp_path / "b", target="executorch-qnn:SM8650")
-    build([made], [releases.record(made)], tmp_path / "r", OPTIONS)
+    with pytest.raises(GateError, match="it ran on host only, and is for android"):
+        build([made], [releases.record(made)], tmp_path / "r", OPTIONS)
+    build([made], [releases.record(made, device=releases.PIXEL)], tmp_path / "r", OPTIONS)
     needs = Release.open(tmp_path / "r").manifest.variants[0].needs
     assert needs.soc == ("SM8650",)
     assert needs.platforms == ("android",)
+
+
+def test_runs_that_compared_no_picture_are_not_enough(tmp_path):
+    made = releases.bundle(tmp_path / "b")
+    with pytest.raises(GateError, match="no run compared its picture"):
+        build([made], [releases.record(made, check=None)], tmp_path / "r", OPTIONS)
+
+
+def test_records_of_one_name_that_differ_are_refused(tmp_path):
+    made = releases.bundle(tmp_path / "b")
+    runs = [releases.record(made), releases.record(made, peak=1)]
+    with pytest.raises(UsageError, match="two different records"):
+        build([made], runs, tmp_path / "r", OPTIONS)
+    build([made], runs[:1] * 2, tmp_path / "r", OPTIONS)
+
+
+def test_names_that_no_release_has_are_refused(tmp_path):
+    made = releases.bundle(tmp_path / "b")
+    with pytest.raises(UsageError, match="name"):
+        build([made], [releases.record(made)], tmp_path / "r", Options("a b", 1))
+    assert not (tmp_path / "r").exists()
+
+
+def test_only_a_zipped_release_is_replaced(tmp_path):
+    made, target = releases.bundle(tmp_path / "b"), tmp_path / "r.zip"
+    with zipfile.ZipFile(target, "w") as archive:
+        archive.writestr("thesis.txt", "mine")
+    with pytest.raises(OutputError, match="not a release"):
+        build([made], [releases.record(made)], target, OPTIONS, zipped=True)
+    target.unlink()
+    for _ in range(2):
+        build([made], [releases.record(made)], target, OPTIONS, zipped=True)
+
+
+def test_the_bill_of_materials_has_every_version(tmp_path):
+    one, two = (releases.bundle(tmp_path / n, model=n) for n in ("a", "b"))
+    artifact = two.manifest.artifacts[0].model_copy(update={"tools": {"torch": "2.14.0"}})
+    other = two.manifest.model_copy(update={"artifacts": (artifact,)})
+    tree = json.loads(sbom.make([one.manifest, other], "x"))
+    found = [c["version"] for c in tree["components"] if c["name"] == "torch"]
+    assert found == ["2.13.0+cpu", "2.14.0"]
 
 
 def test_a_changed_bundle_is_noticed_while_copying(tmp_path):

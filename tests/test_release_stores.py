@@ -74,10 +74,16 @@ def test_play_sends_what_selection_chooses(made, tmp_path):
 
 def test_play_targets_socs(tmp_path):
     bundle = releases.bundle(tmp_path / "b", target="executorch-qnn:SM8650")
-    build([bundle], [releases.record(bundle)], tmp_path / "r", Options("s", 1))
+    runs = [releases.record(bundle, device=releases.PIXEL)]
+    build([bundle], runs, tmp_path / "r", Options("s", 1))
     stores.find("play").lay_out(Release.open(tmp_path / "r"), tmp_path / "play")
     [(_, _, socs)] = groups(tmp_path / "play/device_targeting_config.xml")
     assert socs == [("Qualcomm", "SM8650"), ("QTI", "SM8650")]
+
+
+def test_names_of_packs_differ():
+    assert base.unique("a", {"b"}) == "a"
+    assert base.unique("a", {"a", "a-2"}) == "a-3"
 
 
 def test_play_splits_what_is_too_large(made, tmp_path, monkeypatch):

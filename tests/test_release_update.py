@@ -187,11 +187,65 @@ def test_the_version_before_stays_until_the_new_one_has_run(tmp_path, made):
     assert check(device) == state.current.version == 1
     with pytest.raises(ReleaseError, match="no version before"):
         updates.revert(device)
-    # Going back is this device's choice; the site may offer version 2 again.
+    assert not go(tmp_path, made, site).changed, "what was reverted does not come straight back"
+    assert check(device) == 1
+    assert go(tmp_path, made, site, retry=True).changed
+    updates.revert(device)
+    publish(made[0][3], site)
+    assert check(device) == 1
     go(tmp_path, made, site)
     updates.confirm(device)
-    assert check(device) == 2
+    assert check(device) == 3
     assert len(list((device / "versions").iterdir())) == 1
+
+
+@pytest.mark.parametrize("offset", [0, SIZE // 2, SIZE - 1])
+def test_a_damaged_version_is_repaired_and_holds_up_no_update(tmp_path, made, offset):
+    device, site = tmp_path / "device", site_of(tmp_path, made, 1)
+
+    def damage():
+        state = updates.state(device)
+        path = updates.bundle_path(device, state.current) / "artifacts/unet.0.tflite"
+        data = bytearray(path.read_bytes())
+        data[offset] ^= 1
+        path.write_bytes(data)
+
+    go(tmp_path, made, site)
+    updates.confirm(device)
+    assert not go(tmp_path, made, site, repair=True).changed
+    damage()
+    assert not go(tmp_path, made, site).changed
+    with pytest.raises(HandheldError):
+        check(device)
+    repaired = go(tmp_path, made, site, repair=True)
+    assert repaired.changed and 0 < repaired.fetched_bytes < SIZE / 2
+    assert check(device) == 1 and updates.state(device).confirmed
+    damage()
+    for version in (2, 3, 4):
+        publish(made[0][version], site, [made[0][v] for v in range(1, version)])
+        go(tmp_path, made, site)
+        assert check(device) == version
+        updates.confirm(device)
+        damage()
+
+
+def test_another_products_release_is_not_taken(tmp_path, made):
+    go(tmp_path, made, site_of(tmp_path, made, 1))
+    bundle = releases.bundle(tmp_path / "b", data=b"other")
+    options = Options("other", 7)
+    build([bundle], [releases.record(bundle)], tmp_path / "r", options, Identity(key=made[2]))
+    with pytest.raises(UsageError, match="the site has those of 'sample'"):
+        publish(tmp_path / "r", tmp_path / "site")
+    publish(tmp_path / "r", tmp_path / "elsewhere")
+    with pytest.raises(TrustError, match="this folder holds 'sample'"):
+        go(tmp_path, made, tmp_path / "elsewhere")
+    assert check(tmp_path / "device") == 1
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "https://a b", "ftp://x"])
+def test_addresses_that_are_none(tmp_path, made, url):
+    with pytest.raises(HandheldError):
+        go(tmp_path, made, url)
 
 
 def test_a_third_version_keeps_the_one_that_has_run(tmp_path, made):

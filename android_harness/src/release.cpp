@@ -37,8 +37,12 @@ void check_release(const std::string& release_json, const std::string& variant,
     if (text.size() != ref.bytes || sha256_of_file(path, "bundle") != ref.sha256)
       throw Error("hash", path + ": is not the manifest that the release names");
     const Manifest manifest = read_manifest(bundle);
-    for (const Artifact& artifact : manifest.artifacts)
+    for (const Artifact& artifact : manifest.artifacts) {
       check_file(manifest, artifact.file, artifact.field + ".file", true);
+      for (size_t i = 0; i < artifact.parts.size(); ++i)
+        check_file(manifest, artifact.parts[i],
+                   artifact.field + ".parts[" + std::to_string(i) + "]", true);
+    }
     if (manifest.constants) check_file(manifest, *manifest.constants, "constants", true);
     check_other_files(text, path, manifest);
     return;

@@ -338,16 +338,24 @@ def update(
     phone: Annotated[
         str | None, typer.Option(help="A phone of the catalogue; by default this machine.")
     ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Hash the installed files; fetch damaged ones again.")
+    ] = False,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Install a version again that was reverted.")
+    ] = False,
     json_output: JsonOption = False,
 ) -> None:
     """Bring a folder to the newest release of a site, as an app does it on a phone.
 
     Only what changed is fetched, and an interrupted run goes on where it was. The switch is one
-    rename, and the version before stays until `handheld release confirm`.
+    rename, and the version before stays until `handheld release confirm`. A version that was
+    reverted is not installed again, a newer one is.
 
     \b
     handheld release update ./device https://example.org/models --key release.pub
     handheld release update ./device ./site --key release.pub --phone "OnePlus 12"
+    handheld release update ./device ./site --key release.pub --repair
     """  # noqa: D301
     from handheld.release import update as update_
 
@@ -374,6 +382,8 @@ def update(
             url,
             who,
             chosen,
+            repair=repair,
+            retry=retry,
             progress=lambda have, total: bar.update(task, completed=have, total=total),
         )
     _print_state(folder, done.state, json_output, done)
@@ -451,6 +461,12 @@ def _trusted(
             remedy="give --key, --certificate, or --identity with --issuer; "
             "--unsigned checks hashes only",
         )
+    if key is not None and certificate:
+        raise UsageError(
+            "the key would not be looked at",
+            field="--key and --certificate",
+            remedy="trust a public key, or the roots of certificates: give one",
+        )
     return Identity(key=key, certificates=tuple(certificate or ()), keyless=keyless)
 
 
@@ -519,7 +535,14 @@ def _date(text: str | None) -> datetime | None:
         raise UsageError(
             f"'{text}' is no date", field="--expires", remedy="write 2027-06-30"
         ) from None
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
+    found = found if found.tzinfo else found.replace(tzinfo=UTC)
+    if found <= datetime.now(UTC):
+        raise UsageError(
+            f"{text} is over: nobody could install the release",
+            field="--expires",
+            remedy="give a date to come",
+        )
+    return found
 
 
 def _bytes(text: str | None, option: str) -> int | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +17,12 @@ from pathlib import Path
 from statistics import median
 from typing import get_args
 
+from pydantic import ValidationError
+
 from handheld import numerics_gates
 from handheld.archive import pack
 from handheld.bundle import MANIFEST as BUNDLE_MANIFEST
-from handheld.bundle import Bundle, references
+from handheld.bundle import Bundle, describe_validation, references
 from handheld.errors import BundleError, GateError, OutputError, UsageError
 from handheld.estimates import peak_bytes
 from handheld.files import fsync_folder, output_errors, replaced_folder
@@ -125,12 +128,24 @@ def examine(
                 remedy="give its bundle too, or leave the record out",
             )
     found = []
+    rules = read_rules(options.rules)
     for name, bundle in zip(ids, bundles, strict=True):
-        own = {r.id: r for r in records if r.bundle.sha256 == bundle.sha256}
+        own: dict[str, RunRecord] = {}
+        for record in records:
+            if record.bundle.sha256 != bundle.sha256:
+                continue
+            if own.setdefault(record.id, record) != record:
+                raise UsageError(
+                    f"two different records are called {record.id}",
+                    remedy="leave the wrong one out",
+                )
         mine = tuple(own[key] for key in sorted(own))
         gate = _gate(bundle, options)
+        platforms = rules.target(bundle.manifest.target).platforms
         found.append(
-            Candidate(name, bundle, mine, gate, _faults(bundle, mine, gate, options.gates))
+            Candidate(
+                name, bundle, mine, gate, _faults(bundle, mine, gate, options.gates, platforms)
+            )
         )
     return found
 
@@ -152,7 +167,11 @@ def _numerics(
 
 
 def _faults(
-    bundle: Bundle, records: tuple[RunRecord, ...], gate: Gate | None, gates: Path | None
+    bundle: Bundle,
+    records: tuple[RunRecord, ...],
+    gate: Gate | None,
+    gates: Path | None,
+    platforms: Sequence[str],
 ) -> tuple[str, ...]:
     manifest = bundle.manifest
     faults = [] if gate else [f"there is no gate for the precision {manifest.precision}"]
@@ -179,6 +198,12 @@ def _faults(
             faults.append(f"run {record.id} {record.status}: {record.error or 'no reason given'}")
         elif record.check is not None and not record.check.matches:
             faults.append(f"run {record.id} drew a wrong picture")
+    good = [r for r in records if r.status == "ok"]
+    if good and not any(r.check is not None for r in good):
+        faults.append("no run compared its picture with the bundle's reference")
+    if good and not any(r.device.kind in platforms for r in good):
+        kinds = ", ".join(sorted({r.device.kind for r in good}))
+        faults.append(f"it ran on {kinds} only, and is for {', '.join(platforms)}")
     if records and not any(r.status == "ok" and r.memory and r.memory.peak_rss for r in records):
         faults.append("no run record has a peak of memory")
     return tuple(faults)
@@ -270,16 +295,24 @@ def _fill(
         )
     )
     manifests = [c.bundle.manifest for c in chosen]
-    manifest = ReleaseManifest(
-        name=options.name,
-        version=options.version,
-        label=options.label,
-        expires=options.expires,
-        budget=rules.budget,
-        variants=tuple(variants),
-        sources=_sources(manifests),
-        documents=_documents(folder, manifests, options),
-    )
+    try:
+        manifest = ReleaseManifest(
+            name=options.name,
+            version=options.version,
+            label=options.label,
+            expires=options.expires,
+            budget=rules.budget,
+            variants=tuple(variants),
+            sources=_sources(manifests),
+            documents=_documents(folder, manifests, options),
+        )
+    except ValidationError as error:
+        message, place = describe_validation(error)
+        raise UsageError(
+            f"this release cannot be: {message}",
+            field=place,
+            remedy="--name takes letters, digits and . _ -",
+        ) from None
     (folder / MANIFEST).write_bytes(manifest.to_bytes())
     digests = digest_tree(folder)
     # A release that exists is a release that opens.
@@ -433,11 +466,20 @@ def _write(folder: Path, name: str, data: bytes) -> FileRef:
     return FileRef(path=name, sha256=sha256, bytes=size)
 
 
+def _is_zipped_release(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return False
+    return any(name.rpartition("/")[2] == MANIFEST for name in names)
+
+
 def check_replaceable(path: Path, zipped: bool = False) -> None:
     """Raise OutputError if something that is not a release is at ``path``."""
     if not path.exists() and not path.is_symlink():
         return
-    if zipped and path.is_file() and path.suffix == ".zip":
+    if zipped and path.is_file() and _is_zipped_release(path):
         return
     is_folder = not zipped and path.is_dir() and not path.is_symlink()
     if is_folder and ((path / MANIFEST).is_file() or not any(path.iterdir())):

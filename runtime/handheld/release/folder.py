@@ -38,7 +38,7 @@ from handheld.release.manifest import (
     parse,
 )
 
-MAX_FILES = 100_000
+MAX_FILES = 20_000
 MAX_DEPTH = 32
 KIND = Kind("release", MANIFEST, ReleaseError, AGAIN)
 _BLOCK = 1 << 20
@@ -86,7 +86,8 @@ class Release:
                 path=root,
                 remedy="name a folder that `handheld release build` wrote",
             )
-        manifest = parse(read_limited(root / MANIFEST, MAX_MANIFEST_BYTES), root / MANIFEST)
+        data = _as_hashed(root, MANIFEST, MAX_MANIFEST_BYTES, digests)
+        manifest = parse(data, root / MANIFEST)
         named = {MANIFEST}
         for field, ref in own_files(manifest):
             _compare(root, ref, digests, root / MANIFEST, field)
@@ -165,7 +166,7 @@ def _check_variant(root: Path, variant: Variant, digests: Digests, field: str) -
     folder = folder_of(variant)
     path = root / folder / "manifest.json"
     try:
-        data = read_limited(path, MAX_BUNDLE_MANIFEST)
+        data = _as_hashed(root, f"{folder}/manifest.json", MAX_BUNDLE_MANIFEST, digests)
         files = bundle_files(data, variant, path)
         for name, ref in files.items():
             inside = ref.model_copy(update={"path": f"{folder}/{name}"})
@@ -198,6 +199,15 @@ def _compare(root: Path, ref: FileRef, digests: Digests, source: Path, field: st
             field=field,
             remedy=AGAIN,
         )
+
+
+def _as_hashed(root: Path, name: str, limit: int, digests: Digests) -> bytes:
+    """Read a file that was hashed, and notice if it has been replaced since."""
+    data = read_limited(root / name, limit)
+    known = digests.get(name)
+    if known is not None and len(data) <= limit and hashlib.sha256(data).hexdigest() != known[0]:
+        raise ReleaseError("changed while it was read", path=root / name, remedy=AGAIN)
+    return data
 
 
 def read_limited(path: Path, limit: int) -> bytes:

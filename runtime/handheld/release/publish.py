@@ -32,7 +32,7 @@ from handheld.manifest import BundlePath, Sha256
 from handheld.program import Model
 from handheld.release.chunks import ChunkList, parse_list
 from handheld.release.folder import Release
-from handheld.release.manifest import AGAIN, MANIFEST, SIGNATURE, Variant, folder_of
+from handheld.release.manifest import AGAIN, MANIFEST, SIGNATURE, Variant, folder_of, parse
 
 LATEST = "latest.json"
 BLOCK_BYTES: Final = 2**20
@@ -169,9 +169,17 @@ def publish(
                 remedy="build it again with a larger --version",
             )
         same = root / str(published) / f"{MANIFEST}.zst"
-        if published == manifest.version and same.is_file():
+        if same.is_file():
             data = zstd().ZstdDecompressor().decompress(same.read_bytes())
-            if data != manifest.to_bytes():
+            name = parse(data, same).name
+            if name != manifest.name:
+                raise UsageError(
+                    f"is a release of '{manifest.name}', the site has those of '{name}'",
+                    path=path,
+                    field="name",
+                    remedy="publish to a folder of its own",
+                )
+            if published == manifest.version and data != manifest.to_bytes():
                 raise UsageError(
                     f"another version {published} is published",
                     path=path,

@@ -20,7 +20,7 @@ def make(manifests: Sequence[Manifest], name: str) -> bytes:
     models: dict[str, dict[str, Any]] = {}
     for manifest in manifests:
         versions = [manifest.provenance.tools, *(a.tools for a in manifest.artifacts)]
-        for package, version in {k: v for group in versions for k, v in group.items()}.items():
+        for package, version in {pair for group in versions for pair in group.items()}:
             # A local part such as +cpu belongs to a package URL in escaped form.
             purl = f"pkg:pypi/{package.lower()}@{version.replace('+', '%2B')}"
             tools[package, version] = {

@@ -46,7 +46,7 @@ class Phone(Model):
             ram_bytes=facts.ram_bytes,
             os=int(version.group(1)) if version else None,
             free_bytes=facts.free_bytes,
-            engines=tuple(facts.engines),
+            engines=tuple(facts.engines) or None,
         )
 
 

@@ -22,7 +22,8 @@ from handheld.release.manifest import SIGNATURE
 
 PASSWORD = "HANDHELD_KEY_PASSWORD"  # noqa: S105
 """Environment variable with the password of an encrypted key."""
-MAX_SIGNATURE_BYTES = 64 * 2**20
+MAX_SIGNATURE_BYTES = 8 * 2**20
+"""Parsed before anything is known about it; it lists some 40,000 files."""
 _SERIALIZATION = {
     "method": "files",
     "hash_type": "sha256",
@@ -107,6 +108,8 @@ def signed_digests(path: Path, identity: Identity) -> dict[str, str]:
     MissingDependencyError
         If ``model-signing`` is not installed.
     """
+    if identity.key is not None and identity.certificates:
+        raise UsageError("a key and certificates are trusted: the key would not be looked at")
     if path.is_symlink() or not path.is_file():
         raise TrustError("is not signed", path=path, remedy="get the release from its maker")
     data = read_limited(path, MAX_SIGNATURE_BYTES)

@@ -93,12 +93,16 @@ class State(Model):
     previous: Installed | None = None
     """Kept until the current one has run."""
     confirmed: bool = False
+    reverted: int | None = None
+    """The version that was gone back from; it is not installed again by itself."""
 
 
 class Seen(Model):
     """What ``seen.json`` says."""
 
     version: int
+    name: str | None = None
+    """Of the release: another one's is never taken for it."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,7 @@ def confirm(root: str | Path) -> State:
     with _alone(home):
         found = _must(home)
         if not found.confirmed:
-            found = State(current=found.current, confirmed=True)
+            found = State(current=found.current, confirmed=True, reverted=found.reverted)
             _write(home / CURRENT, found)
         _sweep(home, found)
     return found
@@ -169,7 +173,7 @@ def revert(root: str | Path) -> State:
                 path=home,
                 remedy="it is removed once the new one has run",
             )
-        found = State(current=found.previous, confirmed=True)
+        found = State(current=found.previous, confirmed=True, reverted=found.current.version)
         _write(home / CURRENT, found)
         _sweep(home, found)
     return found
@@ -181,11 +185,14 @@ def update(
     identity: signing.Identity,
     phone: Phone,
     *,
+    repair: bool = False,
+    retry: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Result:
     """Bring a device to the newest release of a site.
 
-    What was fetched before an interruption is not fetched again.
+    What was fetched before an interruption is not fetched again. Files of the version in use are
+    hashed before anything is made of them, and fetched if they are damaged.
 
     Parameters
     ----------
@@ -197,6 +204,10 @@ def update(
         Who must have signed.
     phone : Phone
         What the device is; decides the variant.
+    repair : bool
+        If the version in use is the newest, hash its files and replace those that are damaged.
+    retry : bool
+        Install the newest version again though :func:`revert` went back from it.
 
     Raises
     ------
@@ -218,17 +229,23 @@ def update(
                 f"the site offers version {version}, after {least}", path=url, field="version",
                 remedy="it was set back, or somebody replays an old release",
             )  # fmt: skip
-        if found and version == found.current.version:
+        is_current = found is not None and version == found.current.version
+        is_damaged = found is not None and is_current and repair and not _is_whole(home, found)
+        is_reverted = found is not None and version == found.reverted and not retry
+        if found and ((is_current and not is_damaged) or is_reverted):
             # A run that was killed right after the switch has left what it fetched.
             _clean(home, found)
             return Result(found, False, site.fetched, 0)
-        manifest = _trusted(home, site, version, identity, least)
+        manifest = _trusted(home, site, version, identity, least, seen.name if seen else None)
         answer = select(manifest, phone)
         if answer.variant is None or answer.residency is None:
             raise ReleaseError(answer.reason, path=url)
         variant = manifest.variant(answer.variant)
         new = Installed(version=version, variant=variant.id, residency=answer.residency)
         reused = _install(home, site, manifest, variant, new, found, progress)
+        if found and is_damaged and new.folder == found.current.folder:
+            _clean(home, found)
+            return Result(found, True, site.fetched, reused)
         previous = None
         if found:
             previous = found.current if found.confirmed else found.previous or found.current
@@ -244,7 +261,12 @@ class _Site:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         self.fetched = 0
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError as error:
+            raise ReleaseError(
+                f"is not an address: {error}", path=url, remedy="use https"
+            ) from None
         self._pool: Any = None
         if parts.scheme in ("http", "https"):
             try:
@@ -305,6 +327,8 @@ class _Site:
                 finally:
                     response.release_conn()
                 wanted = response.headers.get("Content-Length")
+                if wanted is not None and not (wanted.isascii() and wanted.isdigit()):
+                    raise ReleaseError("the server gives no sensible length", path=where)
                 if wanted is None or len(data) >= min(int(wanted), limit + 1):
                     return data
             except urllib3.exceptions.HTTPError as error:
@@ -319,7 +343,12 @@ class _Site:
 
 
 def _trusted(
-    home: Path, site: _Site, version: int, identity: signing.Identity, least: int
+    home: Path,
+    site: _Site,
+    version: int,
+    identity: signing.Identity,
+    least: int,
+    name: str | None,
 ) -> ReleaseManifest:
     """Fetch a release's manifest and check whose it is."""
     data = site.unpacked(f"{version}/{MANIFEST}.zst", MAX_MANIFEST_BYTES)
@@ -333,9 +362,16 @@ def _trusted(
     manifest = parse(data, where)
     if manifest.version != version:
         raise TrustError(f"is version {manifest.version}, not {version}", path=where)
+    if name not in (None, manifest.name):
+        raise TrustError(
+            f"is a release of '{manifest.name}', this folder holds '{name}'",
+            path=where,
+            field="name",
+            remedy="update from the right site, or into another folder",
+        )
     check_age(manifest, Path(where), least)
     write_file(fetched / MANIFEST, data)
-    _write(home / SEEN, Seen(version=version))
+    _write(home / SEEN, Seen(version=version, name=manifest.name))
     return manifest
 
 
@@ -401,6 +437,7 @@ class _Old:
         self.chunks_bytes: bytes | None = None
         self.files: dict[str, ChunkedFile] = {}
         self.places: dict[str, tuple[Path, int, int]] = {}
+        self._intact: dict[str, bool] = {}
         if found is None:
             return
         folder = home / "versions" / found.current.folder
@@ -418,6 +455,16 @@ class _Old:
             for sha256, size in file.pieces:
                 self.places.setdefault(sha256, (self.bundle / file.path, offset, size))
                 offset += size
+
+    def is_intact(self, path: str) -> bool:
+        """Tell whether a file still has the content that its version's list says."""
+        if path not in self._intact:
+            file = self.files.get(path)
+            same = False
+            with contextlib.suppress(OSError):
+                same = file is not None and _sha256(self.bundle / path) == file.sha256
+            self._intact[path] = same
+        return self._intact[path]
 
     def piece(self, sha256: str) -> bytes | None:
         """Return a piece of the version in use, if its file is not damaged."""
@@ -451,7 +498,7 @@ def _to_fetch(
 
 def _is_same(file: ChunkedFile, old: _Old) -> bool:
     was = old.files.get(file.path)
-    return was is not None and was.sha256 == file.sha256 and (old.bundle / file.path).is_file()
+    return was is not None and was.sha256 == file.sha256 and old.is_intact(file.path)
 
 
 def _patches(
@@ -477,7 +524,8 @@ def _patches(
         fits = (patch.old_sha256, patch.sha256) == (was.sha256, file.sha256)
         blocks = -(-file.bytes // BLOCK_BYTES)
         missing = sum(n for s, n in file.pieces if s not in old.places)
-        if fits and len(patch.blocks) == blocks and patch.cost < missing:
+        cheaper = len(patch.blocks) == blocks and patch.cost < missing
+        if fits and cheaper and old.is_intact(patch.path):
             found[patch.path] = patch
     return found
 
@@ -516,13 +564,12 @@ def _assemble(
     target.parent.mkdir(parents=True, exist_ok=True)
     if patch is None and _is_same(file, old):
         source = old.bundle / file.path
-        if _sha256(source) == file.sha256:
-            try:
-                # Versions are never written to, so they may share files.
-                os.link(source, target)
-            except OSError:
-                shutil.copyfile(source, target)
-            return
+        try:
+            # Versions are never written to, so they may share files.
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
+        return
     digest = hashlib.sha256()
     with target.open("xb") as sink:
         for data in _parts(file, old, patch, pieces):
@@ -550,6 +597,12 @@ def _parts(
             if len(was) != len(block):
                 raise ReleaseError("the old file is damaged", path=old.bundle / file.path)
             yield (was + block).tobytes()
+
+
+def _is_whole(home: Path, found: State) -> bool:
+    """Tell whether every file of the version in use is what it was when it was installed."""
+    old = _Old(home, found)
+    return bool(old.files) and all(old.is_intact(path) for path in old.files)
 
 
 def _sha256(path: Path) -> str:

@@ -19,7 +19,15 @@ from typing import ClassVar
 from handheld.errors import ReleaseError
 from handheld.release.folder import Release
 from handheld.release.manifest import MANIFEST, SIGNATURE, folder_of
-from handheld.release.stores.base import Layout, Pack, Store, copy, files_of, for_platform
+from handheld.release.stores.base import (
+    Layout,
+    Pack,
+    Store,
+    copy,
+    files_of,
+    for_platform,
+    unique,
+)
 
 MAX_HOSTED_BYTES = 200_000_000_000
 """Of all packs of an app that Apple hosts."""
@@ -52,7 +60,7 @@ class Apple(Store):
         size = sum(p.stat().st_size for p in (folder / "release").iterdir())
         packs = [Pack(index, size, tuple(v.id for v in variants), 2)]
         for variant in variants:
-            name = f"{base}-{_identifier(variant.id)}"
+            name = unique(f"{base}-{_identifier(variant.id)}", {p.name for p in packs})
             copy(release, variant, sizes[variant.id], folder / folder_of(variant))
             _manifest(folder, name, folder_of(variant), {"onDemand": {}})
             files = sizes[variant.id]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -137,6 +137,16 @@ def for_platform(release: Release, platform: str) -> list[Variant]:
     if not chosen:
         raise ReleaseError(f"the release has nothing for {platform}", path=release.path)
     return chosen
+
+
+def unique(name: str, taken: Collection[str]) -> str:
+    """Return a name that is not taken: itself, or with a number behind it."""
+    number = 2
+    found = name
+    while found in taken:
+        found = f"{name}-{number}"
+        number += 1
+    return found
 
 
 def total(files: dict[str, int], names: Sequence[str]) -> int:
