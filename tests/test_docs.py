@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from handheld import cli
 
@@ -57,6 +58,18 @@ def test_commands_and_options_exist(document, line):
     assert given <= known | {"--help"}, f"{document}: {line}"
     if hasattr(command, "commands") and words:
         pytest.fail(f"{document}: {line}: '{words[0]}' is not one of {sorted(command.commands)}")
+
+
+def test_the_pipeline_uses_commands_that_exist():
+    tree = yaml.safe_load((ROOT / "examples/github/release.yml").read_text(encoding="utf-8"))
+    seen = []
+    for job in tree["jobs"].values():
+        for step in job["steps"]:
+            script = step.get("run", "").replace("\\\n", " ")
+            for match in re.finditer(r"(?:^|do )\s*(handheld [a-z][^;\n|]*)", script, re.MULTILINE):
+                test_commands_and_options_exist("release.yml", match.group(1))
+                seen.append(match.group(1).split()[1])
+    assert {"export", "verify", "bench", "report", "compare", "release"} <= set(seen)
 
 
 def test_make_targets_exist():
