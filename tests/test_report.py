@@ -118,7 +118,7 @@ return [seen, bad];
 """
 DRAWN = """
 return [...document.querySelectorAll('svg.plot')].map(s => { const box = s.getBoundingClientRect();
-  const marks = [...s.querySelectorAll('circle,rect,path,line')].filter(m => {
+  const marks = [...s.querySelectorAll('circle,rect,path,line:not(.grid)')].filter(m => {
     const b = m.getBBox(); const c = getComputedStyle(m);
     const painted = (c.fill !== 'none' && c.fill !== 'rgba(0, 0, 0, 0)') || c.stroke !== 'none';
     return painted && (b.width > 0 || b.height > 0); });

@@ -7,6 +7,7 @@ import org.json.JSONArray
 import org.json.JSONObject
 import java.io.Closeable
 import java.io.File
+import java.util.Locale
 
 /** What is known of a phone; null where it does not tell. */
 data class Phone(
@@ -64,8 +65,9 @@ class Release(json: String) {
     }
 
     private fun isSoc(have: String, wanted: String): Boolean {
-        val ours = have.filterNot { it.isWhitespace() }.toUpperCase()
-        val theirs = wanted.filterNot { it.isWhitespace() }.toUpperCase()
+        // Locale.ROOT: in Turkish the capital of i is another letter.
+        val ours = have.filterNot { it.isWhitespace() }.toUpperCase(Locale.ROOT)
+        val theirs = wanted.filterNot { it.isWhitespace() }.toUpperCase(Locale.ROOT)
         return ours == theirs || ours.startsWith("$theirs-")
     }
 
