@@ -87,7 +87,7 @@ def main() -> None:
             time.sleep(600)
         if "die" in FAULTS and index == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.002)
+        time.sleep(0.4 if "slow" in FAULTS else 0.002)
         took = (time.monotonic() - begin) * 1000
         if "noisy" in FAULTS:
             took *= 1 + index

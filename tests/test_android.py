@@ -23,6 +23,7 @@ from handheld.bench import Options
 from handheld.devices import android, process
 from handheld.devices.android import AndroidDevices
 from handheld.errors import DeviceError, HarnessError
+from handheld.protocol import Hello
 from handheld.thermal_gate import Gate
 from phone import PROFILES
 
@@ -332,6 +333,29 @@ def test_a_hot_phone_is_waited_for_or_marked(phone, device, sample, monkeypatch)
     )
     assert not hot.gate.passed
     assert hot.throttled is True
+
+
+@system
+@pytest.mark.parametrize("moment", [0.1, 0.6])
+def test_heat_that_passes_while_a_phone_is_measured_is_seen(
+    phone, device, sample, monkeypatch, moment
+):
+    monkeypatch.setattr("handheld.bench.WATCH_S", 0.1)
+    monkeypatch.setenv("HANDHELD_FAKE", "slow")
+    spells = []
+
+    def see(purpose, event):
+        if isinstance(event, Hello) and purpose == "latency":
+            for seconds, status in ((moment, 3), (moment + 0.5, 0)):
+                spells.append(threading.Timer(seconds, setattr, (phone.state, "thermal", status)))
+                spells[-1].start()
+
+    options = Options(iterations=5, first_ever=False)
+    record = bench.run(sample, device, options, progress=see)
+    for spell in spells:
+        spell.join()
+    assert record.heat_start.status == record.heat_end.status == 0
+    assert record.throttled is True
 
 
 @system

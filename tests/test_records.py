@@ -4,6 +4,7 @@ import json
 import multiprocessing
 from datetime import UTC, datetime
 
+import numpy as np
 import pytest
 
 from handheld import records
@@ -19,7 +20,9 @@ from handheld.records import (
     RunRecord,
     Settings,
     append,
+    block_uncertainty,
     drift,
+    median_uncertainty,
     new_id,
     noise_reasons,
     read,
@@ -105,6 +108,20 @@ def test_noise():
     assert any("+20%" in r for r in slower)
     assert "50% of the cores" in noise_reasons([10.0], Heat(busy=0.5))[0]
     assert noise_reasons([], None) == ()
+    assert "meanwhile" in noise_reasons([10.0], calm, calm, 0.3)[0]
+    assert noise_reasons([10.0], calm, calm, 0.02) == ()
+
+
+def test_noise_is_what_hides_the_median():
+    rng = np.random.default_rng(0)
+    steady = 10 * np.exp(rng.normal(0, 0.01, 100))
+    disturbed = np.where(rng.random(100) < 0.1, 1.6 * steady, steady)
+    assert block_uncertainty(list(disturbed)) < 0.025
+    assert noise_reasons(list(disturbed), None) == (), "a few slow ones leave the median alone"
+    regimes = steady * np.repeat([1.0, 1.5, 1.0, 1.5, 1.0], 20)
+    assert median_uncertainty(list(regimes)) < block_uncertainty(list(regimes))
+    assert "is known to" in noise_reasons(list(regimes), None)[0]
+    assert block_uncertainty([1.0] * 19) is None
 
 
 def test_a_file_of_records(tmp_path):

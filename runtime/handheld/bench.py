@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
+import os
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -72,6 +74,8 @@ MOST_PSNR_DB = 40.0
 ALLOWED_DB = 3.0
 """How much worse than its export a bundle may be."""
 CAP_DB = 999.0
+WATCH_S = 2.0
+"""Between two looks at a phone's heat while it is measured; a look is one request to the phone."""
 SAMPLE_S = 30.0
 """How often a sustained pass looks at the device's heat."""
 Purpose = Literal["first-ever", "latency", "memory", "sustained", "diagnosis"]
@@ -238,7 +242,10 @@ def run(
             energy_j_per_picture=attempt.energy,
             check=check,
             noisy=noise_reasons(
-                latency.milliseconds("timed") if latency else [], heat_start, heat_end
+                latency.milliseconds("timed") if latency else [],
+                heat_start,
+                heat_end,
+                latency.others if latency else None,
             ),
             throttled=gate.too_hot or _throttled(attempt.passes, heat_start, heat_end),
         )
@@ -447,13 +454,12 @@ class _Attempt:
     def _sustain(self, cache: str | None) -> None:
         before = self.device.heat()
         job = self._job(cache).model_copy(update={"min_seconds": self.options.sustained_s})
-        self._pass("sustained", job, sample_s=SAMPLE_S)
+        self._pass("sustained", job)
         pictures = len(self.passes[-1].iterations)
         self.energy = energy_j(before, self.device.heat(), pictures)
 
-    def _pass(self, purpose: Purpose, job: Job, sample_s: float | None = None) -> None:
+    def _pass(self, purpose: Purpose, job: Job) -> None:
         self.progress(purpose, None)
-        next_sample = sample_s or math.inf
         seen: dict[str, list[Any]] = {
             "loads": [],
             "iterations": [],
@@ -470,8 +476,10 @@ class _Attempt:
             Output: "outputs",
         }
         values: dict[str, Any] = {}
-        started = datetime.now(UTC)
+        started, clock = datetime.now(UTC), time.monotonic()
+        before = self.device.others_s()
         events = self.place.run(job, self.options.timeout_s)
+        watch = _Watch(self.device, self._interval_s(purpose), seen["heat"])
         try:
             for received in events:
                 event = received.event
@@ -484,14 +492,10 @@ class _Attempt:
                 if isinstance(event, Done):
                     values["done"] = True
                 self.progress(purpose, event)
-                seconds = received.since_spawn_ms / 1000
-                if seconds >= next_sample:
-                    seen["heat"].append(HeatSample(t_s=seconds, heat=self.device.heat()))
-                    next_sample = seconds + (sample_s or math.inf)
-            if self.device.kind != "host":
-                # A phone that was hot for this pass may have cooled before the next.
-                seconds = (datetime.now(UTC) - started).total_seconds()
-                seen["heat"].append(HeatSample(t_s=seconds, heat=self.device.heat()))
+            after, seconds = self.device.others_s(), time.monotonic() - clock
+            if before is not None and after is not None:
+                cores = os.cpu_count() or 1
+                values["others"] = max(0.0, after - before) / (seconds * cores)
         except KeyboardInterrupt:
             values["error"] = "interrupted"
             raise
@@ -500,6 +504,7 @@ class _Attempt:
             raise
         finally:
             events.close()
+            watch.stop()
             self.passes.append(
                 Pass(
                     purpose=purpose,
@@ -509,6 +514,13 @@ class _Attempt:
                     **values,
                 )
             )
+
+    def _interval_s(self, purpose: Purpose) -> float | None:
+        """Return how often to look at the device's heat, None for not at all."""
+        if self.device.kind != "host":
+            return WATCH_S
+        # A computer counts its throttling itself, and to look costs it time.
+        return SAMPLE_S if purpose == "sustained" else None
 
     def _compare(self, output: Path) -> None:
         if self.given.picture is None:
@@ -522,6 +534,50 @@ class _Attempt:
         self.check = compare(picture, self.given.picture, limit).model_copy(
             update={"device_psnr_db": told[-1] if told else None}
         )
+
+
+class _Watch:
+    """Looks at a device's heat while it is measured: at once, again and again, and at the end.
+
+    Parameters
+    ----------
+    device : Device
+    interval_s : float or None
+        None never looks.
+    samples : list of HeatSample
+        Where what was seen goes, with the seconds since the start.
+    """
+
+    def __init__(self, device: Device, interval_s: float | None, samples: list[Any]) -> None:
+        self._device = device
+        self._interval_s = interval_s
+        self._samples = samples
+        self._began = time.monotonic()
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        if interval_s is not None:
+            self._thread = threading.Thread(target=self._look_on, name="heat", daemon=True)
+            self._thread.start()
+
+    def _look_on(self) -> None:
+        while not self._stopped.wait(self._look()):
+            pass
+        self._look()
+
+    def _look(self) -> float | None:
+        # A device that went away is noticed by who runs on it.
+        with contextlib.suppress(DeviceError):
+            heat = self._device.glance()
+            seconds = time.monotonic() - self._began
+            if heat is not None:
+                self._samples.append(HeatSample(t_s=round(seconds, 3), heat=heat))
+        return self._interval_s
+
+    def stop(self) -> None:
+        """Look once more, and stop."""
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
 
 
 def _memory(passes: list[Pass]) -> MemoryFigures | None:

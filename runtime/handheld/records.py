@@ -32,7 +32,13 @@ INTERRUPTED: Final = "interrupted"
 NOISY_SPREAD = 0.10
 """A record whose p5 to p95 is wider than this part of its median is noisy."""
 NOISY_LOAD = 0.25
-"""So is one taken while other processes used more than this part of the cores."""
+"""So is one before or after which other processes used more than this part of the cores."""
+NOISY_OTHERS = 0.10
+"""So is one during which they used more than this part."""
+NOISY_MEDIAN = 0.025
+"""With times enough to tell, a record is noisy whose median is not known to this part, instead of
+one of wide spread: short disturbances widen the spread and leave the median alone."""
+_BLOCKS = 10
 
 
 class DeviceFacts(Model):
@@ -156,6 +162,8 @@ class Pass(Model):
     thermal: tuple[Thermal, ...] = ()
     outputs: tuple[Output, ...] = ()
     heat: tuple[HeatSample, ...] = ()
+    others: Annotated[float, Field(ge=0)] | None = None
+    """Part of all cores that other processes used meanwhile; null where nobody tells."""
     done: bool = False
     error: str | None = None
 
@@ -355,17 +363,52 @@ def drift(values: list[float]) -> float | None:
     return float(np.median(values[-third:]) / np.median(values[:third]) - 1)
 
 
+def block_uncertainty(values: list[float]) -> float | None:
+    """Return how uncertain a median is, as part of it, where times depend on those before them.
+
+    A machine is slow or fast for a while, so neighbours are alike and the interval of
+    :func:`median_uncertainty` is too narrow. Medians of ten blocks of neighbours are nearly
+    independent (batch means; Law and Kelton, *Simulation Modeling and Analysis*, chapter 9), and
+    their second and ninth bound the median with 98 %. Returns half that width; None below 20
+    values.
+    """
+    if len(values) < 2 * _BLOCKS:
+        return None
+    medians = sorted(float(np.median(b)) for b in np.array_split(np.asarray(values), _BLOCKS))
+    middle = float(np.median(values))
+    return (medians[-2] - medians[1]) / 2 / middle if middle > 0 else None
+
+
 def noise_reasons(
-    timed: list[float], start: Heat | None, end: Heat | None = None
+    timed: list[float],
+    start: Heat | None,
+    end: Heat | None = None,
+    others: float | None = None,
 ) -> tuple[str, ...]:
-    """Return the reasons not to trust the times of a run."""
+    """Return the reasons not to trust the times of a run.
+
+    Parameters
+    ----------
+    timed : list of float
+        Milliseconds of the timed iterations, in order.
+    start, end : Heat, optional
+        The device's state before and after.
+    others : float, optional
+        Part of all cores that other processes used meanwhile.
+    """
     reasons = []
     stats = statistics(timed)
-    if stats and stats.spread > NOISY_SPREAD:
+    uncertain = block_uncertainty(timed)
+    if uncertain is not None:
+        if uncertain > NOISY_MEDIAN:
+            reasons.append(f"the median is known to {uncertain:.1%} only")
+    elif stats and stats.spread > NOISY_SPREAD:
         reasons.append(f"p5 to p95 spans {stats.spread:.0%} of the median")
     change = drift(timed)
     if change is not None and abs(change) > NOISY_SPREAD:
         reasons.append(f"the last third is {change:+.0%} against the first")
+    if others is not None and others > NOISY_OTHERS:
+        reasons.append(f"other processes used {others:.0%} of the cores meanwhile")
     for heat, when in ((start, "before the start"), (end, "after the end")):
         if heat and heat.busy is not None and heat.busy > NOISY_LOAD:
             reasons.append(f"other processes used {heat.busy:.0%} of the cores {when}")

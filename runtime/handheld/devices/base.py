@@ -86,6 +86,14 @@ class Device(ABC):
     def heat(self) -> Heat:
         """Return the thermal state now."""
 
+    def glance(self) -> Heat | None:
+        """Return the thermal state while a job runs, or None if to look would disturb it."""
+        return self.heat()
+
+    def others_s(self) -> float | None:
+        """Return the processor seconds that other processes have used, or None if unknown."""
+        return None
+
     @abstractmethod
     def prepare(
         self, bundle: Bundle, sending: Sending = lambda name, done, total: None

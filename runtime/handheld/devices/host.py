@@ -72,6 +72,17 @@ class HostDevice(Device):
         """Return temperature, throttling and load now."""
         return Heat(celsius=_hottest(), throttle_events=_throttled(), busy=_busy())
 
+    def others_s(self) -> float | None:
+        """Return the processor seconds of all but this process and the children it had."""
+        try:
+            user, nice, system, _, _, irq, softirq, steal = (
+                int(n) for n in Path("/proc/stat").read_text().split()[1:9]
+            )
+        except (OSError, ValueError):
+            return None
+        everybody = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return everybody - sum(os.times()[:4])
+
     @contextmanager
     def prepare(
         self, bundle: Bundle, sending: Sending = lambda name, done, total: None

@@ -162,6 +162,12 @@ class IosDevice(Device):
             charging=report.charging,
         )
 
+    def glance(self) -> Heat | None:
+        """Return what the app's last event said; to ask, it would have to be started anew."""
+        if self._place is None or not self._place.running:
+            return None
+        return Heat(status=self._place.thermal)
+
     @contextmanager
     def prepare(
         self, bundle: Bundle, sending: Sending = lambda name, done, total: None
