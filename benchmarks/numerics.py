@@ -1,0 +1,171 @@
+"""Every target's numerics: models exported in every precision, then verified, in one table.
+
+    python benchmarks/numerics.py                       # critter and its three students
+    python benchmarks/numerics.py --model critter-stack1 --target litert-cpu --precision int8
+    python benchmarks/numerics.py --segment             # one full-size segment in the evaluator
+
+Writes build/numerics: the bundles, numerics.json, and numerics.html with pictures. A target whose
+tools are missing is named and passed over. Bundles that are there already are taken as they are.
+Exits with 1 if a gate fails, or the full-size segment takes longer than a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from handheld.bundle import MANIFEST, Bundle
+from handheld.errors import HandheldError, TargetError
+from handheld.models import checkpoint as find_model
+from handheld.program import Ports, TensorSpec
+from handheld_export import measure, targets, verify_page
+from handheld_export.checkpoint import Checkpoint
+from handheld_export.cli import quiet
+from handheld_export.export import Options, export
+from handheld_export.quantization import round_to_nearest
+from handheld_export.targets.base import SegmentInput
+from handheld_export.verify import Report, verify
+
+MODELS = ("critter", "critter-stack1", "critter-stack2", "critter-stack3")
+STUDENT_PRECISIONS = ("fp32", "fp16", "int8", "16a8w")
+"""Roundings of a student's other layers: its own codes are the rest."""
+SECONDS = 60.0
+
+
+def bundles(
+    model: str, target: str | None, precision: str | None, folder: Path
+) -> list[tuple[str, str, Path]]:
+    """Export a model for every target that is here; return what is to be verified."""
+    made = []
+    source = Checkpoint(find_model(model))
+    student = bool(source.unet.quantized)
+    for name in targets.names() if target is None else [target]:
+        try:
+            levels = targets.find(name).precisions
+        except TargetError as error:
+            print(f"skipped {error.message}: {error.remedy}", flush=True)
+            continue
+        for level in levels:
+            if precision is not None and level != precision:
+                continue
+            if precision is None and student and level not in STUDENT_PRECISIONS:
+                continue
+            path = folder / f"{model}-{name}-{level}"
+            if not (path / MANIFEST).exists():
+                began = time.perf_counter()
+                export(source, Options(target=name, precision=level), path)
+                print(f"{path.name}: {time.perf_counter() - began:.0f} s", flush=True)
+            made.append((name, level, path))
+    return made
+
+
+def segment(folder: Path) -> dict[str, Any]:
+    """Convert one transformer of SDXL's size for Core ML, and time the evaluator.
+
+    1280 channels, two layers, 256 tokens: that of a picture of 512 pixels.
+    """
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    class Segment(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Transformer2DModel(
+                num_attention_heads=20, attention_head_dim=64, in_channels=1280, num_layers=2,
+                norm_num_groups=32, cross_attention_dim=2048, use_linear_projection=True,
+            )  # fmt: skip
+
+        def forward(self, x: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            y = self.model(x.permute(0, 3, 1, 2), encoder_hidden_states=context).sample
+            return (y.permute(0, 2, 3, 1),)
+
+    torch.manual_seed(0)
+    module = Segment().eval()
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.Linear):
+            weight = round_to_nearest(layer.weight.detach().numpy(), "int4")
+            layer.weight = torch.nn.Parameter(torch.from_numpy(weight.dequantize()), False)
+            layer.quantized = weight  # type: ignore[assignment]
+    shapes = {"x": (1, 16, 16, 1280), "context": (1, 77, 2048)}
+    ports = Ports(
+        inputs={n: TensorSpec(shape=s) for n, s in shapes.items()},
+        outputs={"y": TensorSpec(shape=shapes["x"])},
+    )
+    examples = [torch.randn(s) for s in shapes.values()]
+    target = targets.find("coreml")
+    began = time.perf_counter()
+    with torch.no_grad():
+        lowered = target.lower(
+            SegmentInput("segment", module, ports, examples), folder / "segment.mlpackage"
+        )
+        converted = time.perf_counter() - began
+        expected = module(*examples)[0].numpy()
+    began = time.perf_counter()
+    (result,) = target.load(lowered.path, ports)(*(x.numpy() for x in examples))
+    return {
+        "weights": sum(p.numel() for p in module.parameters()),
+        "bytes": sum(p.stat().st_size for p in (lowered.path, *lowered.parts)),
+        "convert_s": round(converted, 1),
+        "evaluate_s": round(time.perf_counter() - began, 1),
+        "snr_db": round(measure.snr_db(expected, result), 1),
+    }
+
+
+def markdown(reports: list[Report]) -> str:
+    """Return the reports as the table of docs/numerics.md."""
+    out = ["| | checkpoint | student | max error | text | PSNR |", "|---|---|---|---|---|---|"]
+    for report in reports:
+        (cells, _), *_ = verify_page.lines(report, artifacts=False)
+        out.append(f"| {' | '.join(cells)} |")
+    return "\n".join(out)
+
+
+def main() -> None:
+    """Run what was asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--model", action="append", help=f"by default {', '.join(MODELS)}")
+    parser.add_argument("--target", help="by default all")
+    parser.add_argument("--precision", help="by default all")
+    parser.add_argument("--segment", action="store_true", help="only the full-size segment")
+    parser.add_argument("--output", type=Path, default=Path("build/numerics"))
+    arguments = parser.parse_args()
+    quiet()
+    folder = arguments.output
+    folder.mkdir(parents=True, exist_ok=True)
+    if arguments.segment:
+        figures = segment(folder)
+        print(json.dumps(figures, indent=2))
+        (folder / "segment.json").write_text(json.dumps(figures, indent=2))
+        sys.exit(figures["evaluate_s"] > SECONDS)
+    reports: list[Report] = []
+    failed = []
+    for model in arguments.model or MODELS:
+        for _, _, path in bundles(model, arguments.target, arguments.precision, folder):
+            try:
+                report = verify(Bundle.open(path))
+            except HandheldError as error:
+                failed.append(f"{path.name}: {error}")
+                print(failed[-1], flush=True)
+                continue
+            reports.append(report)
+            print(markdown([report]).rsplit("\n", 1)[-1], flush=True)
+            failed += [f"{path.name}: {p}" for p in report.problems]
+            failed += [f"{path.name}: {r.artifact}" for r in report.rows if not r.passed]
+            if not report.whole_passed:
+                failed.append(f"{path.name}: end to end")
+            (folder / "numerics.json").write_text(
+                json.dumps([r.as_dict() for r in reports], indent=2)
+            )
+            (folder / "numerics.html").write_text(verify_page.render(reports))
+    print(markdown(reports))
+    if failed:
+        sys.exit("\n".join(failed))
+
+
+if __name__ == "__main__":
+    main()
