@@ -22,6 +22,8 @@ from handheld_export.targets.base import SegmentInput
 from handheld_export.verify import verify
 
 MIDDLE = "unet.01.mid_block"
+WHOLE = "unet.00.down_blocks.0"
+"""Core ML's one chunk."""
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +94,7 @@ def plant(bundle: Path, checkpoint: Path, edit, target=None, artifact=MIDDLE) ->
     source = Checkpoint(checkpoint)
     target = target or targets.find(manifest.target)
     lines = lowering.lines(source, (8, 8), manifest.text.tokens)
-    segment = next(s for s in lines.segments("unet", target.segment_weights) if s.id == artifact)
+    segment = next(s for s in lines.cut("unet", target, manifest.precision) if s.id == artifact)
     materialize(segment, source.unet, find_precision(manifest.precision))
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(p.shape, generator=generator) for p in segment.ports.inputs.values()]
@@ -191,16 +193,16 @@ def test_transposed_palette(bundle, checkpoint):
         put(coded, codes=np.ascontiguousarray(coded.quantized.codes.T))
 
     assert verify(Bundle.open(bundle), checkpoint).passed
-    report = verify(plant(bundle, checkpoint, transpose), checkpoint)
-    assert found(report) == {MIDDLE}
+    report = verify(plant(bundle, checkpoint, transpose, artifact=WHOLE), checkpoint)
+    assert found(report) == {WHOLE}
 
 
 @on("coreml", "int4")
 def test_truncated_blob(bundle, checkpoint):
-    blob = bundle / "artifacts" / f"{MIDDLE}.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
+    blob = bundle / "artifacts" / f"{WHOLE}.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
     blob.write_bytes(blob.read_bytes()[:-200])
     report = verify(settle(bundle), checkpoint)
-    assert found(report) == {MIDDLE}
+    assert found(report) == {WHOLE}
     assert "the weight file is damaged" in report.problems[0]
 
 

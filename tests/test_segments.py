@@ -226,3 +226,18 @@ def test_model_is_built_without_weights(parts):
         assert isinstance(graph.model, torch.nn.Module)
         if isinstance(graph.model, UNet2DConditionModel):
             assert graph.model.conv_in.weight.is_meta
+
+
+def test_chunks_across_blocks(parts):
+    graph, _ = parts[0]
+    total = sum(graph.weights(u) for u in graph.units)
+    largest = max(graph.weights(u) for u in graph.units)
+    (one,) = group(graph, total, across_blocks=True)
+    assert one.units == graph.units
+    assert one.inputs == tuple(graph.inputs)
+    for most in (total // 2 + largest, total // 4 + largest):
+        chunks = group(graph, most, across_blocks=True)
+        assert [u for c in chunks for u in c.units] == list(graph.units)
+        assert all(c.weights <= most for c in chunks)
+        assert len(chunks) <= -(-total // most) + 1
+        assert len({u.block for u in chunks[0].units}) > 1

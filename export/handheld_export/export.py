@@ -278,7 +278,7 @@ def _plan(checkpoint: Checkpoint, options: Options) -> _Plan:
     segments = [
         (line, segment, checkpoint.component(segment.graph.component))
         for line in ("embedding", "unet", "decoder")
-        for segment in parts.segments(line, target.segment_weights)
+        for segment in parts.cut(line, target, options.precision)
     ]
     by_line = {
         line: [s for at, s, _ in segments if at == line]

@@ -107,10 +107,19 @@ class Lines:
     embedding: Graph | None
     decoder: Graph
 
-    def segments(self, line: str, most_weights: int) -> list[Segment]:
+    def segments(
+        self, line: str, most_weights: int, *, across_blocks: bool = False
+    ) -> list[Segment]:
         """Segments of one graph."""
         graph = getattr(self, line)
-        return [] if graph is None else group(graph, most_weights, line)
+        if graph is None:
+            return []
+        return group(graph, most_weights, line, across_blocks=across_blocks)
+
+    def cut(self, line: str, target: Target, precision: str) -> list[Segment]:
+        """Segments of one graph by a target's policy."""
+        most = target.most_weights(precision)
+        return self.segments(line, most, across_blocks=target.across_blocks)
 
 
 @lru_cache(maxsize=2)
@@ -210,9 +219,7 @@ def lower(task: Task) -> dict[str, Any]:
     checkpoint = _open(task.checkpoint)
     target = targets.find(task.target)
     parts = lines(checkpoint, task.latent, task.tokens)
-    segment = next(
-        s for s in parts.segments(task.line, target.segment_weights) if s.id == task.segment
-    )
+    segment = next(s for s in parts.cut(task.line, target, task.precision) if s.id == task.segment)
     component = checkpoint.component(segment.graph.component)
     example = load_file(task.example)
     inputs = [torch.from_numpy(example[f"in.{n}"]) for n in segment.inputs]

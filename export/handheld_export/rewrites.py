@@ -55,7 +55,7 @@ def rewrite(
     for name, layer in copied.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             layer.source_name = name
-    return _rewrite(copied, _REPLACEMENTS if replacements is None else replacements, {})
+    return _rewrite(copied, REPLACEMENTS if replacements is None else replacements, {})
 
 
 def _copy(module: nn.Module) -> nn.Module:
@@ -472,7 +472,7 @@ def _replace_gelu(layer: nn.GELU) -> nn.Module:
     return TanhGELU() if layer.approximate == "tanh" else layer
 
 
-_REPLACEMENTS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+REPLACEMENTS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     nn.Dropout: lambda _: Identity(),
     nn.SiLU: lambda _: SiLU(),
     FP32SiLU: lambda _: SiLU(),

@@ -165,7 +165,9 @@ class _UpResnet(nn.Module):
         return self.resnet(torch.cat([x, skip], dim=1), emb)  # type: ignore[no-any-return]
 
 
-class _TransformerIn(nn.Module):
+class TransformerIn(nn.Module):
+    """From a picture to tokens."""
+
     def __init__(self, transformer: Any) -> None:
         super().__init__()
         self.norm = transformer.norm
@@ -190,7 +192,9 @@ class _TransformerBlock(nn.Module):
         return self.block(tokens, encoder_hidden_states=context)  # type: ignore[no-any-return]
 
 
-class _TransformerOut(nn.Module):
+class TransformerOut(nn.Module):
+    """From tokens to a picture, added to the one before."""
+
     def __init__(self, transformer: Any) -> None:
         super().__init__()
         self.proj_out = transformer.proj_out
@@ -259,7 +263,7 @@ class _Line:
     def transformer(self, path: str, module: Any, x: str) -> str:
         tokens = self.add(
             f"{path}.proj_in",
-            _TransformerIn(module),
+            TransformerIn(module),
             x,
             prefixes=(f"{path}.norm", f"{path}.proj_in"),
         )
@@ -267,7 +271,7 @@ class _Line:
             tokens = self.add(
                 f"{path}.transformer_blocks.{i}", _TransformerBlock(block), tokens, "context"
             )
-        return self.add(f"{path}.proj_out", _TransformerOut(module), tokens, x)
+        return self.add(f"{path}.proj_out", TransformerOut(module), tokens, x)
 
     def samplers(self, path: str, modules: Any, x: str) -> str:
         for i, module in enumerate(modules or ()):
@@ -541,8 +545,10 @@ def check_weights(component: Component, model: nn.Module, wanted: set[str]) -> N
 # --- segments ----------------------------------------------------------------------------
 
 
-def group(graph: Graph, most_weights: int, prefix: str = "") -> list[Segment]:
-    """Join neighbouring units of a block into segments.
+def group(
+    graph: Graph, most_weights: int, prefix: str = "", *, across_blocks: bool = False
+) -> list[Segment]:
+    """Join neighbouring units into segments.
 
     Parameters
     ----------
@@ -552,6 +558,9 @@ def group(graph: Graph, most_weights: int, prefix: str = "") -> list[Segment]:
         alone.
     prefix : str
         Before the segments' ids.
+    across_blocks : bool
+        Join units of different blocks too, into as few segments as there can be, of about the
+        same size.
 
     Returns
     -------
@@ -560,9 +569,12 @@ def group(graph: Graph, most_weights: int, prefix: str = "") -> list[Segment]:
     """
     groups: list[list[Unit]] = []
     size = 0
+    total = sum(graph.weights(unit) for unit in graph.units)
+    enough = total / max(1, -(-total // most_weights)) if across_blocks and most_weights else total
     for unit in graph.units:
         weights = graph.weights(unit)
-        if not groups or unit.block != groups[-1][0].block or size + weights > most_weights:
+        ends = size >= enough if across_blocks else groups and unit.block != groups[-1][0].block
+        if not groups or ends or size + weights > most_weights:
             groups.append([])
             size = 0
         groups[-1].append(unit)

@@ -435,7 +435,7 @@ def _torch(bundle: Bundle, path: Path, *, student: bool = False) -> TorchArtifac
     pairs = [
         (s, checkpoint.component(s.graph.component))
         for line in ("embedding", "unet", "decoder")
-        for s in lines.segments(line, target.segment_weights)
+        for s in lines.cut(line, target, manifest.precision)
     ]
     have, want = {s.id: s.ports for s, _ in pairs}, {a.id: a.ports for a in manifest.artifacts}
     if have != want:

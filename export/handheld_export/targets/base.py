@@ -78,6 +78,8 @@ class Target(ABC):
     """Names of :mod:`handheld_export.precision` that this target runs."""
     segment_weights: ClassVar[int]
     """Grouping policy: neighbouring units join while their weights stay below this."""
+    across_blocks: ClassVar[bool] = False
+    """Whether units of different blocks join, for engines that like few artifacts."""
 
     packages: ClassVar[Mapping[str, str]] = {}
     """Distributions that lower and load, engine first, and the module that each brings."""
@@ -87,6 +89,10 @@ class Target(ABC):
     """What verification here cannot show, where :meth:`load` is not the engine itself."""
     needs_ranges: ClassVar[bool] = False
     """Whether quantized layers need calibrated activation ranges."""
+
+    def most_weights(self, precision: str) -> int:
+        """Return the grouping policy for a precision."""
+        return self.segment_weights
 
     def container(self, weight: QuantizedWeight) -> Grid:
         """Return the grid that holds a weight's codes, wider where no kernel reads its own."""

@@ -10,6 +10,13 @@ from handheld.errors import TargetError
 from handheld.program import Ports
 from handheld_export.targets.base import Array, Lowered, Runner, SegmentInput, Target
 
+_MOST_WEIGHTS = {
+    "int8": 900_000_000,
+    "int4": 1_500_000_000,
+    "int4g32": 1_500_000_000,
+    "int2": 1_500_000_000,
+}
+
 
 class CoreML(Target):
     """Lower to an .mlpackage that computes in fp16.
@@ -23,12 +30,20 @@ class CoreML(Target):
     engine: ClassVar[str] = "coreml"
     suffix: ClassVar[str] = ".mlpackage"
     precisions: ClassVar[tuple[str, ...]] = ("fp16", "int8", "int4", "int4g32", "int2")
-    segment_weights: ClassVar[int] = 400_000_000
+    segment_weights: ClassVar[int] = 475_000_000
+    across_blocks: ClassVar[bool] = True
     packages: ClassVar[Mapping[str, str]] = {"coremltools": "coremltools"}
     extra: ClassVar[str] = "coreml"
     unproven: ClassVar[str | None] = (
         "coreml: run by handheld's evaluator of ML programs, not run on hardware"
     )
+
+    def most_weights(self, precision: str) -> int:
+        """Return what stays below 1 GB: the Neural Engine takes seconds to prepare each package.
+
+        SDXL's U-Net becomes two chunks in 4 and 2 bits, three in int8, six in fp16.
+        """
+        return _MOST_WEIGHTS.get(precision, self.segment_weights)
 
     def lower(self, segment: SegmentInput, path: Path) -> Lowered:
         """Write the package of a segment and read its codes back.
@@ -39,10 +54,11 @@ class CoreML(Target):
             If a layer's grid does not fit or coremltools cannot convert the segment.
         """
         from handheld_export import coreml
+        from handheld_export.ane_rewrites import ANE_REPLACEMENTS
         from handheld_export.mil import Package
         from handheld_export.rewrites import rewrite
 
-        module = rewrite(segment.module)
+        module = rewrite(segment.module, ANE_REPLACEMENTS)
         try:
             layers = coreml.compress(module, self.held)
             files = coreml.convert(module, segment.examples, len(segment.ports.outputs), path)
