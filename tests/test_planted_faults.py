@@ -186,6 +186,7 @@ def test_int2_convolution(bundle, checkpoint):
     assert any(p.startswith(f"{MIDDLE}: gives values that are not finite") for p in report.problems)
 
 
+@pytest.mark.slow
 @on("coreml", "int4")
 def test_transposed_palette(bundle, checkpoint):
     def transpose(layer):
@@ -197,6 +198,7 @@ def test_transposed_palette(bundle, checkpoint):
     assert found(report) == {WHOLE}
 
 
+@pytest.mark.slow
 @on("coreml", "int4")
 def test_truncated_blob(bundle, checkpoint):
     blob = bundle / "artifacts" / f"{WHOLE}.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
@@ -206,6 +208,7 @@ def test_truncated_blob(bundle, checkpoint):
     assert "the weight file is damaged" in report.problems[0]
 
 
+@pytest.mark.slow
 @on("coreml", "int4")
 def test_wrong_engine_version(bundle, checkpoint):
     path = bundle / "manifest.json"

@@ -210,7 +210,9 @@ class TransformerOut(nn.Module):
         return x + residual
 
 
-class _Plain(nn.Module):
+class Plain(nn.Module):
+    """Modules one after the other."""
+
     def __init__(self, *modules: nn.Module) -> None:
         super().__init__()
         self.modules_ = nn.ModuleList(modules)
@@ -275,7 +277,7 @@ class _Line:
 
     def samplers(self, path: str, modules: Any, x: str) -> str:
         for i, module in enumerate(modules or ()):
-            x = self.add(f"{path}.{i}", _Plain(module), x)
+            x = self.add(f"{path}.{i}", Plain(module), x)
         return x
 
 
@@ -338,7 +340,7 @@ def unet_graph(
         )
     line = _Line()
     line.block = "down_blocks.0"
-    x = line.add("conv_in", _Plain(model.conv_in), "sample")
+    x = line.add("conv_in", Plain(model.conv_in), "sample")
     skips = [x]
     for i, block in enumerate(model.down_blocks):
         path = line.block = f"down_blocks.{i}"
@@ -370,9 +372,7 @@ def unet_graph(
         x = line.samplers(f"{path}.upsamplers", block.upsamplers, x)
     x = line.add(
         "conv_out",
-        _Plain(
-            *(m for m in (model.conv_norm_out, model.conv_act, model.conv_out) if m is not None)
-        ),
+        Plain(*(m for m in (model.conv_norm_out, model.conv_act, model.conv_out) if m is not None)),
         x,
         prefixes=[p for p in ("conv_norm_out", "conv_out") if getattr(model, p) is not None],
     )
@@ -449,12 +449,12 @@ def _kl_decoder(model: Any, line: _Line) -> str:
     if getattr(model, "post_quant_conv", None) is not None:
         prefixes.insert(0, "post_quant_conv")
         modules.insert(0, model.post_quant_conv)
-    x = line.add("decoder.conv_in", _Plain(*modules), "latent", prefixes=prefixes)
+    x = line.add("decoder.conv_in", Plain(*modules), "latent", prefixes=prefixes)
     mid = decoder.mid_block
     x = line.add("decoder.mid_block.resnets.0", _Resnet(mid.resnets[0]), x)
     for j, resnet in enumerate(mid.resnets[1:]):
         if mid.attentions[j] is not None:
-            x = line.add(f"decoder.mid_block.attentions.{j}", _Plain(mid.attentions[j]), x)
+            x = line.add(f"decoder.mid_block.attentions.{j}", Plain(mid.attentions[j]), x)
         x = line.add(f"decoder.mid_block.resnets.{j + 1}", _Resnet(resnet), x)
     for i, block in enumerate(decoder.up_blocks):
         path = line.block = f"decoder.up_blocks.{i}"
@@ -463,7 +463,7 @@ def _kl_decoder(model: Any, line: _Line) -> str:
         x = line.samplers(f"{path}.upsamplers", block.upsamplers, x)
     return line.add(
         "decoder.conv_out",
-        _Plain(decoder.conv_norm_out, decoder.conv_act, decoder.conv_out),
+        Plain(decoder.conv_norm_out, decoder.conv_act, decoder.conv_out),
         x,
         prefixes=["decoder.conv_norm_out", "decoder.conv_out"],
     )
@@ -476,7 +476,7 @@ def _tiny_decoder(model: Any, line: _Line) -> str:
     for i, layer in enumerate(layers):
         line.block = f"decoder.layers.level{level}"
         path = f"decoder.layers.{i}"
-        wrap = _TinyIn if i == 0 else _TinyOut if i == len(layers) - 1 else _Plain
+        wrap = _TinyIn if i == 0 else _TinyOut if i == len(layers) - 1 else Plain
         x = line.add(path, wrap(layer), x)
         level += isinstance(layer, nn.Upsample)
     return x

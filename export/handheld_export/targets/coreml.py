@@ -55,11 +55,13 @@ class CoreML(Target):
         """
         from handheld_export import coreml
         from handheld_export.ane_rewrites import ANE_REPLACEMENTS
+        from handheld_export.half import fit
         from handheld_export.mil import Package
         from handheld_export.rewrites import rewrite
 
         module = rewrite(segment.module, ANE_REPLACEMENTS)
         try:
+            notes = fit(module, segment.examples)
             layers = coreml.compress(module, self.held)
             files = coreml.convert(module, segment.examples, len(segment.ports.outputs), path)
             coreml.read_back(path, layers)
@@ -68,7 +70,7 @@ class CoreML(Target):
             raise TargetError(
                 f"segment '{segment.id}': {error.message}", remedy=error.remedy
             ) from error
-        return Lowered(files[0], tools=self.versions(), parts=tuple(files[1:]))
+        return Lowered(files[0], tools=self.versions(), notes=notes, parts=tuple(files[1:]))
 
     def load(self, path: Path, ports: Ports) -> Runner:
         """Open a package, named by its ``Manifest.json``, with the evaluator."""
