@@ -11,13 +11,14 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 CORE = "com.apple.dt.CoreDeviceError"
 IDENTIFIER = "4F480C10-679A-47F3-AE36-99D0EC643774"
@@ -39,6 +40,10 @@ class IPhone:
         copy.write_text(Path(__file__).read_text())
         self.xcrun.write_text(f'#!/bin/sh\nexec {sys.executable} -SE {copy} {folder} "$@"\n')
         self.xcrun.chmod(0o755)
+        self.pmd = folder / "pymobiledevice3"
+        words = f"{sys.executable} -SE {copy} {folder} --pmd"
+        self.pmd.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+        self.pmd.chmod(0o755)
         self.set(**state)
 
     def set(self, **state: Any) -> None:
@@ -88,6 +93,9 @@ def main() -> None:
     state = json.loads((folder / "state.json").read_text())
     if arguments and arguments[0] == "--app":
         app(folder, state, arguments[1:])
+        return
+    if arguments and arguments[0] == "--pmd":
+        pymobiledevice3(folder, state, arguments[1:])
         return
     assert arguments[0] == "devicectl", arguments
     with (folder / "calls.jsonl").open("a") as f:
@@ -227,6 +235,69 @@ def copy(folder: Path, state: dict[str, Any], words: list[str], direction: str) 
         data[0] ^= 1
         (container / target).write_bytes(data)
     return {"files": []}
+
+
+def pymobiledevice3(folder: Path, state: dict[str, Any], arguments: list[str]) -> None:
+    """Do as the program pymobiledevice3 does, of which ``--udid`` may be anywhere."""
+    with (folder / "calls.jsonl").open("a") as f:
+        f.write(json.dumps(arguments) + "\n")
+    assert arguments.pop(0) == "--no-color"
+    if "hang" in state:
+        time.sleep(600)
+    if "garbage" in state:
+        print(state["garbage"])
+        return
+    words = list(arguments)
+    if words == ["usbmux", "list"]:
+        if "fails" in state:
+            fails(state["fails"])
+        known = {
+            "BuildVersion": "22B83", "ConnectionType": "USB", "DeviceClass": "iPhone",
+            "DeviceName": "Test iPhone", "Identifier": UDID, "ProductType": "iPhone16,1",
+            "ProductVersion": "18.1", "UniqueDeviceID": UDID,
+        }  # fmt: skip
+        network = {**known, "ConnectionType": "Network"}
+        print(json.dumps([known, network, {**known, "DeviceClass": "Watch"}, {"odd": 1}], indent=4))
+        return
+    at = words.index("--udid")
+    assert words[at + 1] == UDID
+    del words[at : at + 2]
+    if "fails" in state:
+        fails(state["fails"])
+    container = folder / "container"
+    match words:
+        case ["developer", "dvt", "launch", "--userspace", text]:
+            try:
+                found = launch(folder, state, shlex.split(text))
+            except FailedError as error:
+                fails(str(error))
+            print(f"Process launched with pid {found['process']['processIdentifier']}")
+        case ["developer", "dvt", "kill", "--userspace", pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(int(pid), signal.SIGKILL)
+        case ["developer", "dvt", "is-running-pid", "--userspace", pid]:
+            print(json.dumps(int(pid) in _running(folder)))
+        case ["apps", "query", name]:
+            print(json.dumps({} if "not_installed" in state else {name: {"CFBundleName": "Bench"}}))
+        case ["apps", "install", path]:
+            assert Path(path).is_dir()
+            command(folder, state, ["device", "install", "app", "--device", IDENTIFIER])
+        case ["apps", "push", _, source, target]:
+            place = container / target
+            assert place.is_dir(), "AFC makes no folder above what is sent"
+            assert Path(source).is_dir(), "a file alone would need its folder to be there"
+            shutil.copytree(source, place / Path(source).name, dirs_exist_ok=True)
+        case ["apps", "pull", _, source, target]:
+            if not (container / source).is_file():
+                fails(f"No such file on the device: {source} (AFC status OBJECT_NOT_FOUND).")
+            shutil.copyfile(container / source, target)
+        case _:
+            raise AssertionError(words)
+
+
+def fails(text: str) -> NoReturn:
+    print(f"2026-01-01 12:00:00 host pymobiledevice3[1] ERROR {text}", file=sys.stderr)
+    sys.exit(1)
 
 
 def app(folder: Path, state: dict[str, Any], arguments: list[str]) -> None:

@@ -359,6 +359,27 @@ def test_heat_that_passes_while_a_phone_is_measured_is_seen(
 
 
 @system
+def test_machines_take_turns_on_a_phone(phone, device, sample):
+    lock = phone.storage / "handheld" / "lock"
+    boot = (phone.system / "boot_id").read_text().strip()
+    lock.mkdir(parents=True)
+    (lock / "owner").write_text(f"another {boot}\n")
+    with pytest.raises(DeviceError, match="another machine is using this phone"):
+        bench.run(sample, device, FAST)
+    assert (lock / "owner").is_file(), "its lock stays"
+    for left_over in (f"{android.owner()} {boot}", "another from-before-a-restart", ""):
+        lock.mkdir(exist_ok=True)
+        (lock / "owner").write_text(f"{left_over}\n")
+        assert bench.run(sample, device, FAST).status == "ok"
+        assert phone.left() == [] and not lock.exists()
+    lock.mkdir()
+    (lock / "owner").write_text(f"another {boot}\n")
+    gone = time.time() - android.LOCK_S - 5
+    os.utime(lock, (gone, gone))
+    assert bench.run(sample, device, FAST).status == "ok"
+
+
+@system
 def test_a_phone_without_exit_codes(tmp_path, server, kits, monkeypatch, sample):
     for key, value in {**server, "HANDHELD_KITS": str(kits)}.items():
         monkeypatch.setenv(key, value)

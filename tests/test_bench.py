@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ from handheld.bench import Options
 from handheld.bundle import Bundle
 from handheld.devices import process
 from handheld.errors import BundleError, DeviceError, HarnessError, UsageError
-from handheld.records import read
+from handheld.protocol import Load
+from handheld.records import Pass, read
 
 FAST = Options(iterations=3, timeout_s=60, first_ever=False)
 FULL = Options(iterations=3, timeout_s=60)
@@ -80,6 +82,16 @@ def test_without_cache(sample, host):
     record = bench.run(sample, host, Options(cache=False))
     assert [p.purpose for p in record.passes] == ["latency", "memory"]
     assert record.passes[0].loads[0].cache == "none"
+
+
+def test_placement(sample):
+    now = datetime.now(UTC)
+    done = Pass(purpose="latency", started=now, finished=now, done=True)
+    assert bench.placement(sample, "16x8", [done]) == {"unet.0": {"cpu": 1}}
+    assert bench.placement(sample, "16x8", []) is None
+    told = Load(t_ms=1.0, artifact="unet.0", ms=1.0, units={"npu": 40, "cpu": 2})
+    other = done.model_copy(update={"loads": (told,)})
+    assert bench.placement(sample, "16x8", [other]) == {"unet.0": {"npu": 40, "cpu": 2}}
 
 
 def test_another_seed_is_not_compared(sample, host):

@@ -75,6 +75,65 @@ def test_what_stops_a_phone_is_said_with_its_remedy(iphone, state, what, remedy)
     assert IosDevices().attached() == []
 
 
+@pytest.fixture
+def linux(iphone, monkeypatch):
+    """The same phone, by the program that Linux has."""
+    monkeypatch.setenv("HANDHELD_XCRUN", "there-is-no-xcrun")
+    monkeypatch.setenv("HANDHELD_PYMOBILEDEVICE3", str(iphone.pmd))
+    return iphone
+
+
+def test_a_phone_on_linux(linux):
+    found = device()
+    facts = found.facts()
+    assert found.serial == UDID
+    assert (facts.soc, facts.os, facts.os_build) == ("iPhone16,1", "iOS 18.1", "22B83")
+    assert facts.transport == "pymobiledevice3"
+    assert UDID not in facts.model_dump_json()
+
+
+@pytest.mark.parametrize(
+    ("state", "what", "remedy"),
+    [
+        ({"garbage": "no devices"}, "is not understood", "update"),
+        ({"garbage": "{}"}, "is not understood", "update"),
+        ({"fails": "Failed to connect to usbmuxd socket."}, "usbmuxd", "start usbmuxd"),
+        ({"fails": "Device is not paired"}, "not paired", "tap Trust"),
+        ({"fails": "Developer Mode is disabled."}, "disabled", "Settings"),
+        ({"fails": ""}, "failed", "unlock"),
+    ],
+)
+def test_what_stops_a_phone_on_linux(linux, state, what, remedy):
+    linux.set(**state)
+    (obstacle,) = IosDevices().obstacles()
+    assert what in obstacle.what
+    assert remedy in obstacle.remedy
+    assert IosDevices().attached() == []
+
+
+def test_a_program_that_hangs_is_ended(linux, monkeypatch):
+    monkeypatch.setattr("handheld.devices.pymobiledevice3.CALL_S", 0.3)
+    linux.set(hang=True)
+    (obstacle,) = IosDevices().obstacles()
+    assert "did not answer" in obstacle.what
+
+
+@pytest.mark.slow
+def test_a_whole_job_on_linux(linux, sample, tmp_path, monkeypatch):
+    app = tmp_path / "Bench; rm -rf $HOME.app"
+    app.mkdir()
+    monkeypatch.setenv("HANDHELD_IOS_APP", str(app))
+    linux.set(not_installed=True)
+    record = bench.run(sample, device(), Options(iterations=3, timeout_s=60))
+    assert (record.status, record.error) == ("ok", None)
+    assert record.check.psnr_db == 999.0
+    assert record.transfer.bytes > 0
+    assert bench.run(sample, device(), FAST).transfer.bytes == 0
+    assert linux.left() == []
+    linux.set(harness="die")
+    assert "ended before its job was done" in bench.run(sample, device(), FAST).error
+
+
 def test_simulators_and_watches_are_no_phones(iphone):
     iphone.set(hardware={"reality": "virtual"})
     assert IosDevices().attached() == []

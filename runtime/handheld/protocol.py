@@ -99,6 +99,8 @@ class Load(Event):
     artifact: str
     ms: float
     cache: Literal["none", "built", "hit"] = "none"
+    units: dict[str, int] | None = None
+    """Operations by compute unit (``cpu``, ``gpu``, ``npu``), where the engine tells."""
 
 
 class Iteration(Event):

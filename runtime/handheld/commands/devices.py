@@ -24,7 +24,8 @@ def devices(
 ) -> None:
     """List this machine and attached phones, and what stops those that cannot be used.
 
-    Phones are found by adb (Android) and, on a Mac, by xcrun devicectl (iPhone).
+    Phones are found by adb (Android), and iPhones by xcrun devicectl on a Mac, else by the
+    program pymobiledevice3.
     HANDHELD_ADB_SERVERS=tcp:HOST:PORT,... names adb servers on other machines.
 
     \b

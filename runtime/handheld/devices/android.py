@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import platform
 import re
 import tempfile
 import uuid
@@ -21,11 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from handheld import kit
+from handheld import kit, socs
 from handheld.bundle import MANIFEST, Bundle, references
 from handheld.devices import adb, process
 from handheld.devices.adb import Phone, Server, quote, script
 from handheld.devices.base import Device, Devices, Obstacle, Place, Received, Sending
+from handheld.devices.host import machine_id
 from handheld.errors import DeviceError, HandheldError, HarnessError
 from handheld.files import cache_root, output_errors, sha256_file
 from handheld.kit import Kit
@@ -35,6 +37,9 @@ from handheld.records import DeviceFacts, Heat, Transfer
 
 ROOT: Final = "/data/local/tmp/handheld"
 OBJECTS, HARNESS, WEIGHTS, RUNS = (f"{ROOT}/{n}" for n in ("objects", "harness", "weights", "runs"))
+LOCK: Final = f"{ROOT}/lock"
+LOCK_S = 900.0
+"""A machine that has not touched its lock on a phone for this long has gone away."""
 SPARE_BYTES = 100_000_000
 """Space that stays free on the phone."""
 SYNC_S = 120.0
@@ -66,6 +71,8 @@ _FACTS: Final = script(
         "echo @boot; cat /proc/sys/kernel/random/boot_id",
     ]
 )
+_NPU: Final = ('export ADSP_LIBRARY_PATH="$PWD;/vendor/dsp/cdsp;/vendor/lib/rfsa/adsp"',)
+"""Where the NPU looks for its own libraries; paths are parted by semicolons there."""
 _HEAT: Final = script(
     [
         "echo @thermal; dumpsys thermalservice 2>/dev/null",
@@ -105,6 +112,35 @@ _SWEEP: Final = script(
         f"mkdir -p {OBJECTS} {HARNESS} {WEIGHTS} {RUNS}",
     ]
 )
+
+
+def owner() -> str:
+    """Return what this machine is called on a phone; copies of one image differ by their names."""
+    return hashlib.sha256(f"{machine_id()} {platform.node()}".encode()).hexdigest()[:16]
+
+
+def _taking(owner: str) -> list[str]:
+    """Return the lines that take the phone for a machine, or tell who has it.
+
+    A lock of the same machine is left over: its own lock keeps its processes apart. One that
+    nobody has touched for a while, or that comes from before a restart or from the future,
+    is of a machine that went away.
+    """
+    return [
+        f"mkdir -p {ROOT}",
+        "boot=$(cat /proc/sys/kernel/random/boot_id)",
+        f"if ! mkdir {LOCK} 2>/dev/null; then",
+        f"  owner=$(cat {LOCK}/owner 2>/dev/null)",
+        f"  age=$(( $(date +%s) - $(stat -c %Y {LOCK} 2>/dev/null || echo 0) ))",
+        '  case "$owner" in',
+        f'    "{owner} "*) ;;',
+        f'    *" $boot") if [ $age -ge -60 ] && [ $age -lt {int(LOCK_S)} ]; then',
+        '      echo "@held $age"; exit 0; fi;;',
+        "  esac",
+        "fi",
+        f'echo "{owner} $boot" > {LOCK}/owner || exit 1',
+        f"touch {LOCK}",
+    ]
 
 
 class AndroidDevices(Devices):
@@ -199,6 +235,10 @@ class AndroidDevice(Device):
         """Return thermal state, battery and load now."""
         return parse_heat(self._ask(_HEAT))
 
+    def glance(self) -> Heat | None:
+        """Return the thermal state, and say that the phone is still in use."""
+        return parse_heat(self._ask(f"[ -d {LOCK} ] && touch {LOCK}; {_HEAT}"))
+
     def kit(self) -> Kit:
         """Return the harness for this phone.
 
@@ -242,13 +282,18 @@ class AndroidDevice(Device):
         with self._locked():
             if not self.phone.attach():
                 raise self.phone.gone()
-            place = AndroidPlace(self.phone, bundle, self.kit(), sending)
+            properties = parse_getprop(self._ask("getprop"))
+            place = AndroidPlace(
+                self.phone, bundle, self._kit(properties), soc(properties), sending
+            )
+            place.take()
             try:
                 place.send()
                 yield place
             finally:
                 with contextlib.suppress(DeviceError):
                     place.sweep()
+                    self.phone.shell(f"rm -rf {LOCK}")
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -286,8 +331,11 @@ class AndroidPlace(Place):
     into ``objects``: a phone's shell may make no hard links.
     """
 
-    def __init__(self, phone: Phone, bundle: Bundle, chosen: Kit, sending: Sending) -> None:
+    def __init__(
+        self, phone: Phone, bundle: Bundle, chosen: Kit, soc: str | None, sending: Sending
+    ) -> None:
         self._phone = phone
+        self._soc = soc
         self._bundle = bundle
         self._kit = chosen
         self._harness = f"{HARNESS}/{chosen.sha256}"
@@ -295,6 +343,23 @@ class AndroidPlace(Place):
         self._run = f"{RUNS}/{uuid.uuid4().hex}"
         self._boot = ""
         self.transfer = Transfer()
+
+    def take(self) -> None:
+        """Take the phone for this machine.
+
+        Raises
+        ------
+        DeviceError
+            If another machine is using it.
+        """
+        told = self._must(script(_taking(owner())), "cannot be taken")
+        if found := re.search(r"@held (-?\d+)", told):
+            raise DeviceError(
+                f"another machine is using this phone, and did {found[1]} s ago",
+                field=self._phone.serial,
+                remedy=f"wait for it to end; after {LOCK_S / 60:.0f} minutes of silence the phone "
+                "is taken from it",
+            )
 
     def send(self) -> None:
         """Clean up after earlier runs and send what is missing.
@@ -310,6 +375,8 @@ class AndroidPlace(Place):
             for digest, ref in refs.items()
         ]
         for name, digest in self._kit.info.files.items():
+            if not socs.is_for(name, self._soc):
+                continue
             path = self._kit.folder / name
             files.append(_File(path, f"{self._harness}/{name}", digest, path.stat().st_size))
         told = self._must(
@@ -419,6 +486,7 @@ class AndroidPlace(Place):
             f"printf %s {quote(remote.model_dump_json())} > {self._run}/job.json || exit 1",
             f"echo $$ > {self._run}/pid",
             *(f"export {k}={quote(v)}" for k, v in self._kit.info.environment.items()),
+            *(_NPU if any(map(socs.is_skel, self._kit.info.files)) else ()),
             f"exec {' '.join(map(quote, self._kit.info.command))} {_seen(self._run)}/job.json",
         ]
         command = self._phone.shell_command(script(lines))

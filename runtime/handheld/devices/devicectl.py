@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +16,23 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from handheld.devices import programs
+from handheld.devices.iphone import (
+    CALL_S,
+    INSTALL_S,
+    Facts,
+    Iphone,
+    NotInstalledError,
+    copy_seconds,
+)
 from handheld.errors import DeviceError
 
 PROGRAM: Final = "HANDHELD_XCRUN"
 """Environment variable: the program to use instead of the ``xcrun`` on PATH."""
-CALL_S = 60.0
 MAX_ANSWER_BYTES = 32 * 2**20
 CORE_DEVICE: Final = "com.apple.dt.CoreDeviceError"
+_MISSING: Final = (CORE_DEVICE, 7000)
+_NOT_INSTALLED: Final = ("FBSOpenApplicationServiceErrorDomain", 1)
 _POSIX_TIMEOUT: Final = ("NSPOSIXErrorDomain", 60)
 
 
@@ -227,28 +236,13 @@ def _call(arguments: Sequence[str], timeout_s: float) -> dict[str, Any]:
         answer = Path(folder) / "answer.json"
         # The arguments of a launched app come last, so the options go before them.
         command = [found, "devicectl", "--quiet", "--json-output", str(answer), *arguments]
-        try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=timeout_s,
-                check=False,
-                start_new_session=True,
-            )
-        except subprocess.TimeoutExpired:
-            raise DeviceError(
-                f"devicectl did not answer within {timeout_s:.0f} s",
-                remedy="plug the phone in again",
-            ) from None
-        except OSError as error:
-            raise DeviceError(f"cannot be started: {error.strerror}", path=found) from None
+        ended = programs.call("devicectl", command, timeout_s)
         try:
             with answer.open("rb") as f:
                 data = f.read(MAX_ANSWER_BYTES + 1)
         except OSError:
             raise DeviceError(
-                f"devicectl ended with {done.returncode} and answered nothing",
+                f"devicectl ended with {ended.code} and answered nothing",
                 remedy="check that Xcode is set up: xcode-select -p, xcodebuild -runFirstLaunch",
             ) from None
     if len(data) > MAX_ANSWER_BYTES:
@@ -300,3 +294,70 @@ def parse_processes(found: dict[str, Any]) -> set[int]:
         items, list
     ) else []  # fmt: skip
     return {pid for pid in listed if isinstance(pid, int)}
+
+
+class Devicectl(Iphone):
+    """An iPhone, by devicectl."""
+
+    transport = "devicectl"
+
+    def __init__(self, item: Listed) -> None:
+        hardware, properties = item.hardware, item.properties
+        self._device = item.identifier
+        self.serial = hardware.udid or item.identifier
+        self.facts = Facts(
+            model=hardware.marketing_name,
+            product_type=hardware.product_type,
+            cpu=hardware.cpu.name if hardware.cpu else None,
+            os=f"{hardware.platform or 'iOS'} {properties.os_version or '?'}",
+            os_build=properties.os_build,
+        )
+
+    def launch(self, app: str, arguments: list[str]) -> int:
+        """Start an app anew and return its process id."""
+        try:
+            found = self._call("process", "launch", ["--terminate-existing", app, *arguments])
+        except DevicectlError as error:
+            if error.caused_by(*_NOT_INSTALLED):
+                raise NotInstalledError(error.message, remedy=error.remedy) from None
+            raise
+        return parse_process(found).pid
+
+    def is_running(self, pid: int) -> bool:
+        """Tell whether a process is there."""
+        return pid in parse_processes(self._call("info", "processes"))
+
+    def terminate(self, pid: int) -> None:
+        """End a process."""
+        self._call("process", "terminate", ["--pid", str(pid)])
+
+    def install(self, path: Path) -> None:
+        """Install a built app."""
+        self._call("install", "app", [str(path.absolute())], INSTALL_S)
+
+    def copy_to(self, app: str, source: Path, target: str) -> None:
+        """Send a file."""
+        places = _container(app, str(source.absolute()), target)
+        self._call("copy", "to", places, copy_seconds(source))
+
+    def copy_from(self, app: str, source: str, target: Path) -> bool:
+        """Fetch a file; tell whether it was there."""
+        try:
+            self._call("copy", "from", _container(app, source, str(target.absolute())), INSTALL_S)
+        except DevicectlError as error:
+            if error.caused_by(*_MISSING):
+                return False
+            raise
+        return target.is_file()
+
+    def _call(
+        self, group: str, verb: str, after: Sequence[str] = (), timeout_s: float = CALL_S
+    ) -> dict[str, Any]:
+        return call(["device", group, verb, "--device", self._device, *after], timeout_s)
+
+
+def _container(app: str, source: str, target: str) -> list[str]:
+    return [
+        "--domain-type", "appDataContainer", "--domain-identifier", app,
+        "--source", source, "--destination", target,
+    ]  # fmt: skip

@@ -50,7 +50,7 @@ class HostDevice(Device):
     kind = "host"
 
     def __init__(self) -> None:
-        self.id = f"host-{_machine()[:8]}"
+        self.id = f"host-{machine_id()[:8]}"
 
     def facts(self) -> DeviceFacts:
         """Return what this machine is."""
@@ -107,7 +107,7 @@ class HostDevices(Devices):
         return []
 
 
-def _machine() -> str:
+def machine_id() -> str:
     for path in (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id")):
         if text := _read(path):
             return hashlib.sha256(f"handheld {text}".encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""iPhones, through ``xcrun devicectl`` on a Mac. Not run on hardware yet.
+"""iPhones, through ``xcrun devicectl`` on a Mac or ``pymobiledevice3``. Not run on hardware yet.
 
 The benchmark app of ``ios_harness`` does on the phone what the harness does elsewhere. It is
 started with a job and writes events to its container, from which they are copied. In its
@@ -24,10 +24,11 @@ from typing import Annotated, Final
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from handheld.bundle import MANIFEST, Bundle, references
-from handheld.devices import devicectl, process
+from handheld.devices import devicectl, process, pymobiledevice3
 from handheld.devices.android import flattened
 from handheld.devices.base import Device, Devices, Obstacle, Place, Received, Sending
-from handheld.devices.devicectl import DevicectlError, Listed
+from handheld.devices.devicectl import Listed
+from handheld.devices.iphone import Iphone, NotInstalledError
 from handheld.errors import DeviceError, HarnessError
 from handheld.files import sha256_file
 from handheld.native import NativeError
@@ -40,10 +41,7 @@ IDENTIFIER: Final = "dev.handheld.bench"
 ROOT: Final = "Documents/handheld"
 POLL_S = 1.0
 REPORT_S = 60.0
-SLOWEST_BYTES_PER_S = 250_000
 MAX_EVENTS_BYTES = 256 * 2**20
-_MISSING: Final = (devicectl.CORE_DEVICE, 7000)
-_NOT_INSTALLED: Final = ("FBSOpenApplicationServiceErrorDomain", 1)
 
 
 class Report(BaseModel):
@@ -66,27 +64,31 @@ _STATUS: Final = (0, 1, 3, 4)
 
 
 class IosDevices(Devices):
-    """iPhones and iPads that this Mac knows."""
+    """iPhones and iPads that this computer reaches: by devicectl on a Mac, else pymobiledevice3."""
 
     def attached(self) -> list[Device]:
         """Return the devices that can be used."""
-        if devicectl.program() is None:
-            return []
-        try:
-            listed = devicectl.devices()
-        except DeviceError:
-            return []
-        return [IosDevice(item) for item in listed if _is_phone(item) and not obstacle(item)]
+        with contextlib.suppress(DeviceError):
+            if devicectl.program() is not None:
+                listed = devicectl.devices()
+                good = [item for item in listed if _is_phone(item) and not obstacle(item)]
+                return [IosDevice(devicectl.Devicectl(item)) for item in good]
+            if pymobiledevice3.program() is not None:
+                found = pymobiledevice3.devices()
+                return [IosDevice(pymobiledevice3.Pymobiledevice3(item)) for item in found]
+        return []
 
     def obstacles(self) -> list[Obstacle]:
         """Return why devices cannot be used."""
-        if devicectl.program() is None:
-            return []  # iPhones are of no concern on a machine without Xcode
         try:
-            listed = devicectl.devices()
+            if devicectl.program() is not None:
+                listed = devicectl.devices()
+                return [o for item in listed if _is_phone(item) and (o := obstacle(item))]
+            if pymobiledevice3.program() is not None:
+                pymobiledevice3.devices()
         except DeviceError as error:
-            return [Obstacle(error.message, error.remedy or "see devicectl list devices")]
-        return [o for item in listed if _is_phone(item) and (o := obstacle(item))]
+            return [Obstacle(error.message, error.remedy or "see what the program itself says")]
+        return []  # iPhones are of no concern on a machine without a program that reaches them
 
 
 def _is_phone(item: Listed) -> bool:
@@ -121,31 +123,31 @@ class IosDevice(Device):
 
     kind = "ios"
 
-    def __init__(self, item: Listed) -> None:
-        self._item = item
-        self.serial = item.hardware.udid or item.identifier
+    def __init__(self, phone: Iphone) -> None:
+        self._phone = phone
+        self.serial = phone.serial
         digest = hashlib.sha256(f"handheld {self.serial}".encode()).hexdigest()
         self.id = f"ios-{digest[:8]}"
         self._place: IosPlace | None = None
 
     def facts(self) -> DeviceFacts:
         """Return what the device is; its memory and engines are known once the app has run."""
-        hardware, properties = self._item.hardware, self._item.properties
+        known = self._phone.facts
         report = self._place.report if self._place else Report()
         return DeviceFacts(
             id=self.id,
             kind="ios",
-            model=hardware.marketing_name or hardware.product_type,
-            soc=hardware.product_type,
-            arch=hardware.cpu.name if hardware.cpu else None,
+            model=known.model or known.product_type,
+            soc=known.product_type,
+            arch=known.cpu,
             cores=report.cores,
             ram_bytes=report.ram_bytes,
             free_bytes=report.free_bytes,
-            os=f"{hardware.platform or 'iOS'} {properties.os_version or '?'}",
-            os_build=properties.os_build,
+            os=known.os,
+            os_build=known.os_build,
             engines=report.engines,
             harness=f"app {IDENTIFIER}",
-            transport="devicectl",
+            transport=self._phone.transport,
         )
 
     def heat(self) -> Heat:
@@ -173,7 +175,7 @@ class IosDevice(Device):
         self, bundle: Bundle, sending: Sending = lambda name, done, total: None
     ) -> Iterator[Place]:
         """Install the app if need be, send what is missing, and clean up afterwards."""
-        place = IosPlace(self._item.identifier, bundle)
+        place = IosPlace(self._phone, bundle)
         self._place = place
         try:
             place.send(sending)
@@ -187,8 +189,8 @@ class IosDevice(Device):
 class IosPlace(Place):
     """A bundle in the container of the benchmark app."""
 
-    def __init__(self, device: str, bundle: Bundle) -> None:
-        self._device = device
+    def __init__(self, phone: Iphone, bundle: Bundle) -> None:
+        self._phone = phone
         self._bundle = bundle
         self._run = f"runs/{uuid.uuid4().hex}"
         self.report = Report()
@@ -230,9 +232,7 @@ class IosPlace(Place):
         """Send what the container lacks."""
         try:
             report = self.ask()
-        except DevicectlError as error:
-            if not error.caused_by(*_NOT_INSTALLED):
-                raise
+        except NotInstalledError:
             self._install()
             report = self.ask()
         refs = {ref.sha256: ref for _, ref in references(self._bundle.manifest)}
@@ -300,7 +300,7 @@ class IosPlace(Place):
                 self.running = False
                 if not ended:
                     with contextlib.suppress(DeviceError):
-                        self._terminate(pid)
+                        self._phone.terminate(pid)
 
     def _events(
         self, path: Path, pid: int, timeout_s: float | None
@@ -332,7 +332,7 @@ class IosPlace(Place):
                 )
             time.sleep(POLL_S)
             # Asked before the last look at its events, so that none is missed.
-            alive = pid in devicectl.parse_processes(self._device_call("info", "processes"))
+            alive = self._phone.is_running(pid)
 
     def _translate(self, job: Job) -> Job:
         known = {
@@ -376,44 +376,17 @@ class IosPlace(Place):
                 "the benchmark app is not installed",
                 remedy=f"build it (ios_harness/README.md) and set {APP} to the .app folder",
             )
-        self._device_call("install", "app", after=[str(Path(app).absolute())], timeout_s=600)
+        self._phone.install(Path(app))
 
     def _launch(self, *arguments: str) -> int:
-        found = self._device_call(
-            "process", "launch", after=["--terminate-existing", IDENTIFIER, *arguments]
-        )
-        return devicectl.parse_process(found).pid
-
-    def _terminate(self, pid: int) -> None:
-        self._device_call("process", "terminate", after=["--pid", str(pid)])
-
-    def _container(self, source: str, target: str) -> list[str]:
-        return [
-            "--domain-type", "appDataContainer", "--domain-identifier", IDENTIFIER,
-            "--source", source, "--destination", target,
-        ]  # fmt: skip
+        return self._phone.launch(IDENTIFIER, list(arguments))
 
     def _copy_to(self, source: Path, target: str) -> None:
-        seconds = devicectl.CALL_S + source.stat().st_size / SLOWEST_BYTES_PER_S
-        after = self._container(str(source.absolute()), f"{ROOT}/{target}")
-        self._device_call("copy", "to", after=after, timeout_s=seconds)
+        self._phone.copy_to(IDENTIFIER, source, f"{ROOT}/{target}")
 
     def _copy_from(self, source: str, target: Path) -> bool:
         """Fetch a file; tell whether it is there."""
-        after = self._container(f"{ROOT}/{source}", str(target.absolute()))
-        try:
-            self._device_call("copy", "from", after=after, timeout_s=600)
-        except DevicectlError as error:
-            if error.caused_by(*_MISSING):
-                return False
-            raise
-        return target.is_file()
-
-    def _device_call(
-        self, *verb: str, after: list[str] | None = None, timeout_s: float = devicectl.CALL_S
-    ) -> dict[str, object]:
-        arguments = ["device", *verb, "--device", self._device, *(after or [])]
-        return devicectl.call(arguments, timeout_s)
+        return self._phone.copy_from(IDENTIFIER, f"{ROOT}/{source}", target)
 
 
 def _weights(cache: str) -> str:

@@ -17,6 +17,7 @@ from handheld.program import Model
 from handheld.protocol import Residency
 from handheld.records import DeviceFacts
 from handheld.release.manifest import Bytes, Mode, Platform, ReleaseManifest, Variant
+from handheld.socs import is_soc
 
 
 class Phone(Model):
@@ -116,15 +117,6 @@ def budget_bytes(release: ReleaseManifest, phone: Phone) -> int | None:
     if phone.ram_bytes is None or part is None:
         return None
     return int(phone.ram_bytes * part)
-
-
-def is_soc(have: str, wanted: str) -> bool:
-    """Tell whether a phone's SoC is the one that artifacts were compiled for.
-
-    Case and spaces do not count, and a bin such as ``SM8650-AC`` is an ``SM8650``.
-    """
-    ours, theirs = ("".join(name.upper().split()) for name in (have, wanted))
-    return ours == theirs or ours.startswith(f"{theirs}-")
 
 
 Rule = Callable[[ReleaseManifest, Variant, Mode, Phone], str | None]

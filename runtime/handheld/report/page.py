@@ -269,7 +269,8 @@ def _placement(records: Sequence[RunRecord]) -> str:
             + "".join(f"<td>{_link(r, str(counts.get(u, 0)))}</td>" for u in units)
             for artifact, counts in placement.items()
         ]
-        out.append(table(_name(r), "Operations by compute unit.", ("", *units), rows, "h3"))
+        note = "Operations by compute unit; of targets for the CPU alone, calls."
+        out.append(table(_name(r), note, ("", *units), rows, "h3"))
     if silent:
         out.append(
             f'<p class="note">{silent} records are from engines that do not tell where an '

@@ -1,0 +1,75 @@
+"""What a program that reaches iPhones has to do; the seam between ios.py and such programs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+from handheld.errors import DeviceError
+
+CALL_S = 60.0
+INSTALL_S = 600.0
+SLOWEST_BYTES_PER_S = 250_000
+
+
+class NotInstalledError(DeviceError):
+    """The benchmark app is not on the phone."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the program says about a phone; None where it does not."""
+
+    model: str | None = None
+    product_type: str | None = None
+    cpu: str | None = None
+    os: str | None = None
+    os_build: str | None = None
+
+
+class Iphone(ABC):
+    """One attached iPhone or iPad. Paths on it are below the app's container.
+
+    Every method raises DeviceError if the phone cannot be reached or the program fails.
+    """
+
+    serial: str
+    transport: str
+    """The program, for the record."""
+    facts: Facts
+
+    @abstractmethod
+    def launch(self, app: str, arguments: list[str]) -> int:
+        """Start an app anew and return its process id.
+
+        Raises
+        ------
+        NotInstalledError
+            If it is not on the phone.
+        """
+
+    @abstractmethod
+    def is_running(self, pid: int) -> bool:
+        """Tell whether a process is there."""
+
+    @abstractmethod
+    def terminate(self, pid: int) -> None:
+        """End a process."""
+
+    @abstractmethod
+    def install(self, path: Path) -> None:
+        """Install a built app."""
+
+    @abstractmethod
+    def copy_to(self, app: str, source: Path, target: str) -> None:
+        """Send a file into an app's container, into a folder that need not be there."""
+
+    @abstractmethod
+    def copy_from(self, app: str, source: str, target: Path) -> bool:
+        """Fetch a file from an app's container; tell whether it was there."""
+
+
+def copy_seconds(path: Path) -> float:
+    """Return how long it may take to send a file."""
+    return CALL_S + path.stat().st_size / SLOWEST_BYTES_PER_S

@@ -1,0 +1,54 @@
+"""Running the programs that reach phones: no shell, no terminal, bounded in time."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from handheld.errors import DeviceError
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a program ended, and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+def call(name: str, command: Sequence[str], timeout_s: float) -> Ended:
+    """Run a program to its end.
+
+    Parameters
+    ----------
+    name : str
+        For messages.
+    command : sequence of str
+        The program's path, then its arguments.
+    timeout_s : float
+        Then it is killed, with whatever it started.
+
+    Raises
+    ------
+    DeviceError
+        If it cannot be started or takes too long.
+    """
+    try:
+        done = subprocess.run(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=timeout_s,
+            check=False,
+            start_new_session=True,
+        )
+    except subprocess.TimeoutExpired:
+        raise DeviceError(
+            f"{name} did not answer within {timeout_s:.0f} s", remedy="plug the phone in again"
+        ) from None
+    except OSError as error:
+        raise DeviceError(f"cannot be started: {error.strerror}", path=command[0]) from None
+    return Ended(done.returncode, done.stdout.decode(errors="replace"),
+                 done.stderr.decode(errors="replace"))  # fmt: skip
