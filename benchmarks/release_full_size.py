@@ -31,12 +31,9 @@ LIMIT_S, LIMIT_MB = 60.0, 500.0
 
 def planned(target: str) -> int:
     """Return the bytes of SDXL's weights on a target after stack 1, as planned."""
-    from handheld import planning
-    from handheld_export.compress import recipe
+    from handheld import planning, recipes
 
-    shape = planning.architecture("sdxl")
-    for step in recipe.read(recipe.builtin("stack1", "sdxl")).steps:
-        shape = step.shape(shape)
+    shape = recipes.shape_after(recipes.builtin("stack1", "sdxl"), planning.architecture("sdxl"))
     return int(planning.figures(shape)["target_bytes"][target])
 
 

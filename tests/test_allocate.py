@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handheld.errors import UsageError
-from handheld_export.compress.allocate import Option, assign, bits_per_weight, nbytes, sensitivity
+from handheld.precision import Choice
+from handheld.reshaping import Option, assign, nbytes
+from handheld_export.compress.allocate import bits_per_weight, sensitivity
 from handheld_export.compress.fakequant import fit
-from handheld_export.precision import Choice
 
 GRIDS = ("int2", "int4", "int8")
 layer = st.tuples(*(st.floats(0, 10) for _ in GRIDS)).map(lambda d: sorted(d, reverse=True))

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from handheld.precision import Choice
 from handheld_export.compress.fakequant import extract, fit, insert
-from handheld_export.precision import Choice
 from handheld_export.quantization import LIMITS, round_to_nearest
 
 CHOICES = [Choice("int8"), Choice("int4"), Choice("int2"), Choice("int4", 32)]

@@ -9,9 +9,9 @@ pytest.importorskip("torch")
 import torch
 from torch import nn
 
+from handheld.precision import Choice
 from handheld_export.compress.fakequant import fit
 from handheld_export.compress.gptq import Hessian, round_layer, round_model
-from handheld_export.precision import Choice
 
 
 def correlated(rows, width, seed=0):

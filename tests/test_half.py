@@ -9,10 +9,10 @@ import torch
 
 import tiny
 from handheld.errors import TargetError
+from handheld.precision import find as find_precision
 from handheld_export import half
 from handheld_export.ane_rewrites import ANE_REPLACEMENTS
 from handheld_export.measure import snr_db
-from handheld_export.precision import find as find_precision
 from handheld_export.rewrites import rewrite
 from handheld_export.segments import SegmentModule, decoder_graph, group, materialize
 

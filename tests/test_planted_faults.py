@@ -13,10 +13,10 @@ import torch
 
 import tiny
 from handheld.bundle import Bundle
+from handheld.precision import find as find_precision
 from handheld_export import lowering, targets
 from handheld_export.checkpoint import Checkpoint
 from handheld_export.export import Options, export
-from handheld_export.precision import find as find_precision
 from handheld_export.segments import SegmentModule, layers, materialize, release
 from handheld_export.targets.base import SegmentInput
 from handheld_export.verify import verify

@@ -1,20 +1,19 @@
 from __future__ import annotations
 
 import pytest
-from torch import nn
 
 from handheld.errors import UsageError
-from handheld_export.precision import PRECISIONS, Choice, find
+from handheld.precision import PRECISIONS, Choice, find
 
-LINEAR, ODD = nn.Linear(64, 8), nn.Linear(40, 8)
-CONV, POINT = nn.Conv2d(8, 8, 3), nn.Conv2d(64, 8, 1)
+LINEAR, ODD = (8, 64), (8, 40)
+CONV, POINT = (8, 8, 3, 3), (8, 64, 1, 1)
 INT8 = Choice("int8")
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
-    ("layer", "module"),
+    ("layer", "shape"),
     [
         ("conv_in", CONV),
         ("conv_out", CONV),
@@ -25,8 +24,8 @@ BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
         ("time_embedding.linear_2", LINEAR),
     ],
 )
-def test_ends_stay_in_float(precision, layer, module):
-    assert find(precision).choose("unet", layer, module) is None
+def test_ends_stay_in_float(precision, layer, shape):
+    assert find(precision).choose("unet", layer, shape) is None
 
 
 @pytest.mark.parametrize(
@@ -43,14 +42,14 @@ def test_rules(precision, linear, other):
     rule = find(precision)
     for layer in (f"{BLOCK}.attn1.to_q", f"{BLOCK}.ff.net.2", "mid_block.attentions.0.proj_in"):
         assert rule.choose("unet", layer, LINEAR) == linear
-    for layer, module in (
+    for layer, shape in (
         ("mid_block.resnets.0.conv1", CONV),
         ("mid_block.resnets.0.conv_shortcut", POINT),
         ("mid_block.resnets.0.time_emb_proj", LINEAR),
         ("mid_block.attentions.0.proj_in", POINT),  # SD 1.5 projects by convolution
         ("up_blocks.0.upsamplers.0.conv", CONV),
     ):
-        assert rule.choose("unet", layer, module) == other
+        assert rule.choose("unet", layer, shape) == other
     assert rule.choose("decoder", "decoder.mid_block.attentions.0.to_q", LINEAR) == other
 
 

@@ -6,8 +6,8 @@ import torch
 from safetensors.numpy import load_file
 
 import tiny
+from handheld.precision import find as find_precision
 from handheld_export import measure
-from handheld_export.precision import find as find_precision
 from handheld_export.quantization import round_to_nearest
 from handheld_export.reference import TorchArtifacts
 from handheld_export.segments import decoder_graph, group

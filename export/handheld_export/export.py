@@ -45,11 +45,11 @@ from handheld.manifest import (
     TextInfo,
     Verification,
 )
+from handheld.precision import find as find_precision
 from handheld.program import Program, TensorSpec, check
 from handheld_export import lowering, measure, sampling, targets
 from handheld_export.assemble import assemble, time_embeddings, time_ids
 from handheld_export.checkpoint import Checkpoint, Component, read_json
-from handheld_export.precision import find as find_precision
 from handheld_export.quantization import ActivationRange
 from handheld_export.reference import TorchArtifacts
 from handheld_export.segments import Segment

@@ -28,9 +28,9 @@ from safetensors.numpy import load_file
 import handheld
 from handheld.errors import TargetError
 from handheld.files import sha256_file
+from handheld.precision import find as find_precision
 from handheld_export import measure, targets
 from handheld_export.checkpoint import Checkpoint, Component
-from handheld_export.precision import find as find_precision
 from handheld_export.quantization import ActivationRange, QuantizedWeight
 from handheld_export.segments import (
     Graph,

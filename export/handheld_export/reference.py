@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from handheld.precision import Precision
 from handheld_export.checkpoint import Component
-from handheld_export.precision import Precision
 from handheld_export.quantization import ActivationRange
 from handheld_export.segments import Segment, SegmentModule, layers, materialize, release
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from handheld.errors import CheckpointError, UsageError
+from handheld.precision import Precision
 from handheld.program import Ports, TensorSpec
 from handheld_export.checkpoint import Component
-from handheld_export.precision import Precision
 from handheld_export.quantization import QuantizedWeight, round_to_nearest
 
 
@@ -641,7 +641,8 @@ def materialize(
     for name, layer_module in layers(segment):
         weight = quantized.get(name)
         if weight is None:
-            choice = precision.choose(segment.graph.component, name, layer_module)
+            shape = tuple(layer_module.weight.shape)
+            choice = precision.choose(segment.graph.component, name, shape)
             if choice is None:
                 continue
             weight = round_to_nearest(

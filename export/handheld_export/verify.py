@@ -24,11 +24,11 @@ from handheld.execute import execute
 from handheld.manifest import Manifest, Verification
 from handheld.models import checkpoint as find_model
 from handheld.numerics_gates import Gate
+from handheld.precision import find as find_precision
 from handheld.program import Call, Program
 from handheld_export import lowering, measure, targets
 from handheld_export.checkpoint import Checkpoint
 from handheld_export.export import Runners
-from handheld_export.precision import find as find_precision
 from handheld_export.reference import TorchArtifacts
 
 Array = NDArray[Any]

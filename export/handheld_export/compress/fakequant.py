@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from handheld_export.precision import Choice
+from handheld.precision import Choice
 from handheld_export.quantization import LIMITS, QuantizedWeight
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from handheld.precision import Choice
 from handheld_export.compress.fakequant import fit
-from handheld_export.precision import Choice
 from handheld_export.quantization import LIMITS, QuantizedWeight
 
 

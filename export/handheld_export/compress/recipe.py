@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +12,11 @@ from pydantic import Field, ValidationError
 from handheld.bundle import describe_validation
 from handheld.errors import UsageError
 from handheld.program import Model
+from handheld.recipes import STACKS, builtin, parse
 from handheld_export.compress.data import Creatures, Dataset, Folder
 from handheld_export.compress.step import Step, essential, find, kinds
 
-STACKS = ("stack1", "stack2", "stack3")
+__all__ = ["STACKS", "Data", "Recipe", "builtin", "read"]
 
 
 class Data(Model):
@@ -92,12 +91,7 @@ def read(path: Path) -> Recipe:
         Naming the file and the field: not TOML, an unknown step or key, a value out of range,
         a step out of order.
     """
-    try:
-        value = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError("there is no such recipe", path=path) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-        raise UsageError(f"is not readable TOML: {e}", path=path, remedy="correct it") from None
+    value = parse(path)
     file = _checked(_File, value, path, "")
     steps: list[Step] = []
     for i, entry in enumerate(file.steps):
@@ -148,19 +142,3 @@ def _check_order(cls: type[Step], earlier: list[str], path: Path, at: str) -> No
             field=at,
             remedy="add that step",
         )
-
-
-def builtin(stack: str, model: str) -> Path:
-    """Return the file of a stack's recipe: the model's own if there is one, else SDXL's.
-
-    Raises
-    ------
-    UsageError
-        If there is no such stack.
-    """
-    root = Path(str(files("handheld_export.compress"))) / "recipes"
-    for family in (model, "sdxl"):
-        path = root / family / f"{stack}.toml"
-        if path.parent.parent == root and path.is_file():
-            return path
-    raise UsageError(f"stack '{stack}' is unknown", remedy=f"choose from {', '.join(STACKS)}")

@@ -75,7 +75,7 @@ class Target(ABC):
     suffix: ClassVar[str]
     """File suffix of artifacts, with the dot."""
     precisions: ClassVar[tuple[str, ...]]
-    """Names of :mod:`handheld_export.precision` that this target runs."""
+    """Names of :mod:`handheld.precision` that this target runs."""
     segment_weights: ClassVar[int]
     """Grouping policy: neighbouring units join while their weights stay below this."""
     across_blocks: ClassVar[bool] = False

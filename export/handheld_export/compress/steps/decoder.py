@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Annotated, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from pydantic import Field
@@ -13,6 +12,7 @@ from torch.nn import functional
 from handheld import counting
 from handheld.errors import UsageError
 from handheld.planning import Shape
+from handheld.reshaping import DecoderShape
 from handheld_export.compress import samples
 from handheld_export.compress.data import Prepared, keep
 from handheld_export.compress.engine import Loop, Trained, Trainer
@@ -20,17 +20,13 @@ from handheld_export.compress.load import Load, outputs, passes
 from handheld_export.compress.step import Context, Step, Student, essential, load_vae
 
 
-class Decoder(Step):
+class Decoder(DecoderShape, Step):
     """Train the decoder of an AutoencoderTiny (TAESD's architecture) on the VAE's own pictures."""
 
     kind: ClassVar[str] = "decoder"
     before: ClassVar[tuple[str, ...]] = ("decoder",)
 
     train: Loop
-    width: int = Field(default=64, ge=1)
-    """Channels of every layer."""
-    blocks: list[Annotated[int, Field(ge=0)]] = Field(default=[3, 3, 3, 1], min_length=2)
-    """Residual blocks at each resolution, smallest first."""
     l1: float = Field(default=0.1, ge=0)
     color: float = Field(default=10.0, ge=0)
     """Weight of the error of 8x8 areas' mean color."""
@@ -39,38 +35,6 @@ class Decoder(Step):
     keep: bool = False
     """Decode every latent once and keep the pictures, 3 bytes a pixel, in place of decoding the
     same latents again and again."""
-
-    def config(self, vae: dict[str, Any]) -> dict[str, Any]:
-        """Return the tiny autoencoder's configuration."""
-        factor = len(vae["block_out_channels"])
-        if len(self.blocks) != factor:
-            raise UsageError(
-                f"the VAE has {factor} resolutions",
-                field="decoder.blocks",
-                remedy=f"give {factor} numbers",
-            )
-        return {
-            "_class_name": "AutoencoderTiny",
-            "in_channels": 3,
-            "out_channels": 3,
-            "encoder_block_out_channels": [self.width] * factor,
-            "decoder_block_out_channels": [self.width] * factor,
-            "num_encoder_blocks": self.blocks[::-1],
-            "num_decoder_blocks": self.blocks,
-            "latent_channels": vae["latent_channels"],
-            "upsampling_scaling_factor": 2,
-            "act_fn": "relu",
-            "upsample_fn": "nearest",
-            "latent_magnitude": 3,
-            "latent_shift": 0.5,
-            "force_upcast": False,
-            "scaling_factor": 1.0,
-            "shift_factor": 0.0,
-        }
-
-    def shape(self, shape: Shape) -> Shape:
-        """Replace the decoder."""
-        return replace(shape, decoder=self.config(dict(shape.decoder)))
 
     def load(self, after: Shape, reference: Shape, teacher: Shape) -> Load:
         """Count the tiny decoder in training, and the VAE beside it."""

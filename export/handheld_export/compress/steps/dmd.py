@@ -6,16 +6,16 @@ arXiv 2405.14867.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
 from handheld.errors import UsageError
 from handheld.planning import Shape
+from handheld.reshaping import DMDShape
 from handheld_export.compress import diffusion, samples
 from handheld_export.compress.diffusion import Condition, Schedule
 from handheld_export.compress.engine import STREAMS, Draws, Loop, Trained, Trainer
@@ -105,7 +105,7 @@ def check_matching(low: float, high: float, gan_generator: float, gan_head: floa
         raise ValueError("gan_generator needs a head that learns: give gan_head, or set both to 0")
 
 
-class DMD(Step):
+class DMD(DMDShape, Step):
     """Match the distribution of the teacher's pictures in one step or a few."""
 
     kind: ClassVar[str] = "dmd"
@@ -113,7 +113,6 @@ class DMD(Step):
 
     train: Loop
     """``steps`` counts updates of the generator."""
-    timesteps: list[int] = Field(default=[399], min_length=1)
     fake_lr: float | None = Field(default=None, gt=0)
     """Learning rate of the fake score; the generator's if not given."""
     fake_updates: int = Field(default=5, ge=1)
@@ -137,21 +136,10 @@ class DMD(Step):
     """Fractions of the schedule between which scores are compared. What the student draws must be
     right in its large parts before the upper one can be low: little noise hides little."""
 
-    @field_validator("timesteps")
-    @classmethod
-    def _fall(cls, value: list[int]) -> list[int]:
-        if sorted(set(value), reverse=True) != value or not all(0 <= t < 1000 for t in value):
-            raise ValueError("timesteps must fall, within 999..0")
-        return value
-
     @model_validator(mode="after")
     def _consistent(self) -> DMD:
         check_matching(self.low, self.high, self.gan_generator, self.gan_head)
         return self
-
-    def shape(self, shape: Shape) -> Shape:
-        """Set the number of steps."""
-        return replace(shape, steps=len(self.timesteps))
 
     def load(self, after: Shape, reference: Shape, teacher: Shape) -> Load:
         """Count generator, fake score, which sees two batches, and teacher."""

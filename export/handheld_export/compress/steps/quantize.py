@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from handheld import counting
-from handheld.counting import Layer
-from handheld.errors import UsageError
-from handheld.planning import FLOAT, Shape, Stored
+from handheld.planning import Shape
+from handheld.reshaping import QuantizeShape, assign
 from handheld_export.compress import diffusion
-from handheld_export.compress.allocate import Option, assign, bits_per_weight, nbytes, sensitivity
+from handheld_export.compress.allocate import bits_per_weight, sensitivity
 from handheld_export.compress.fakequant import fit
 from handheld_export.compress.gptq import round_model
 from handheld_export.compress.load import Load, macs, params
 from handheld_export.compress.step import Context, Step, Student, build_unet
-from handheld_export.precision import Choice
-from handheld_export.quantization import BITS
-
-Grid = Literal["int8", "int4", "int2"]
 
 
-class Quantize(Step):
+class Quantize(QuantizeShape, Step):
     """Give every layer of the U-Net codes and scales.
 
     Layers get the first grid of their list at least. What the budget leaves goes to the layers
@@ -38,95 +30,12 @@ class Quantize(Step):
     imitated: ClassVar[bool] = True
     before: ClassVar[tuple[str, ...]] = ("quantize",)
 
-    linear: Annotated[list[Grid], Field(min_length=1)] = ["int4"]
-    convolution: Annotated[list[Grid], Field(min_length=1)] = ["int8"]
-    embedding: Annotated[list[Grid], Field(min_length=1)] = ["int8"]
-    """For the projections of the time embedding inside resnets."""
-    group_size: int | None = Field(default=None, ge=1)
-    bits: float | None = Field(default=None, gt=0)
-    """Budget: bits per weight over the quantized layers, scales included."""
-    megabytes: float | None = Field(default=None, gt=0)
-    """Budget in bytes instead; MB = 10^6 bytes."""
     method: Literal["round", "gptq"] = "gptq"
     calibration: int = Field(default=32, ge=1)
     """Pictures' worth of prompts and noise."""
     seed: int = 0
     timestep: int | None = Field(default=None, ge=0, le=999)
     """Where a student of many steps is measured; one of DMD has its own."""
-
-    def candidates(self, layers: Sequence[Layer]) -> dict[str, list[Choice]]:
-        """Return the choices for every layer that is quantized at all."""
-        found: dict[str, list[Choice]] = {}
-        for layer in layers:
-            if len(layer.shape) < 2 or layer.name.startswith(FLOAT):
-                continue
-            if layer.kind != "linear":
-                grids = self.convolution
-            elif layer.name.endswith("time_emb_proj"):
-                grids = self.embedding
-            else:
-                grids = self.linear
-            group = self.group_size
-            if group and (layer.kind != "linear" or layer.shape[1] % group):
-                group = None
-            found[layer.name] = [Choice(g, group if g == "int4" else None) for g in grids]
-        return found
-
-    def budget(
-        self, shapes: Mapping[str, tuple[int, ...]], candidates: Mapping[str, list[Choice]]
-    ) -> float:
-        """Return the budget in bytes; infinite where the recipe sets none.
-
-        Raises
-        ------
-        UsageError
-            If even the smallest grids take more.
-        """
-        budget = float("inf")
-        if self.megabytes is not None:
-            budget = self.megabytes * 1e6
-        elif self.bits is not None:
-            budget = self.bits / 8 * sum(math.prod(s) for s in shapes.values())
-        least = sum(min(nbytes(shapes[n], c) for c in given) for n, given in candidates.items())
-        if least > budget:
-            bits = 8 * least / sum(math.prod(s) for s in shapes.values())
-            raise UsageError(
-                f"the budget of {budget / 1e6:.2f} MB cannot be met: the smallest grids need "
-                f"{least / 1e6:.2f} MB, {bits:.3f} bits per weight",
-                field="quantize.bits" if self.bits else "quantize.megabytes",
-                remedy="raise the budget or allow smaller grids",
-            )
-        return budget
-
-    @model_validator(mode="after")
-    def _one_budget(self) -> Quantize:
-        if self.megabytes is not None and self.bits is not None:
-            raise ValueError("say bits or megabytes, not both")
-        lists = (self.linear, self.convolution, self.embedding)
-        if self.bits is None and self.megabytes is None and any(len(g) > 1 for g in lists):
-            raise ValueError("several grids need a budget to choose by: give bits or megabytes")
-        return self
-
-    def shape(self, shape: Shape) -> Shape:
-        """Give every layer a grid; under a budget, as if all weights were equally sensitive."""
-        shapes = {x.name: x.shape for x in shape.layers}
-        candidates = self.candidates(shape.layers)
-        budget = self.budget({n: shapes[n] for n in candidates}, candidates)
-        if budget == float("inf"):
-            chosen = {n: given[0] for n, given in candidates.items()}
-        else:
-            options = {
-                n: [
-                    Option(c, nbytes(shapes[n], c), math.prod(shapes[n]) * 4.0 ** -BITS[c.grid])
-                    for c in given
-                ]
-                for n, given in candidates.items()
-            }
-            chosen = assign(options, budget)
-            shape = shape.noted(
-                "which layers get more bits is measured in the run; here all are equally sensitive"
-            )
-        return replace(shape, grids={n: Stored(c.grid, c.group_size) for n, c in chosen.items()})
 
     def load(self, after: Shape, reference: Shape, teacher: Shape) -> Load:
         """Count forward passes: sensitivity runs the U-Net once for each layer and grid."""

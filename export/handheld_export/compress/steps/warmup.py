@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from handheld.errors import UsageError
 from handheld.planning import Shape
+from handheld.reshaping import WarmupShape
 from handheld_export import sampling
 from handheld_export.compress import diffusion, samples
 from handheld_export.compress.data import Prepared, keep
@@ -19,7 +19,7 @@ from handheld_export.compress.load import Load, macs, outputs, params, passes
 from handheld_export.compress.step import Context, Step, Student, build_unet
 
 
-class Warmup(Step):
+class Warmup(WarmupShape, Step):
     """Train one step from noise to what the teacher's sampler makes of that noise.
 
     DMD2 (arXiv 2405.14867) uses it before the distribution loss where one step is to be enough:
@@ -41,10 +41,6 @@ class Warmup(Step):
     when the first has found the shapes."""
     pairs_seed: int = 1
     """Of noise and captions; warm-ups that agree on it share their pairs."""
-
-    def shape(self, shape: Shape) -> Shape:
-        """Set one step."""
-        return replace(shape, steps=1)
 
     def load(self, after: Shape, reference: Shape, teacher: Shape) -> Load:
         """Count the drawing of pairs and a plain regression."""

@@ -6,12 +6,11 @@ in float: they are a thousandth of the weights and carry the whole signal.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
 from handheld.errors import UsageError
-from handheld_export.quantization import Grid
+from handheld.planning import FLOAT, Grid
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Precision:
     linear: Choice | None = None
     other: Choice | None = None
 
-    def choose(self, component: str, layer: str, module: nn.Module) -> Choice | None:
+    def choose(self, component: str, layer: str, shape: Sequence[int]) -> Choice | None:
         """Return what a layer is quantized to, or None for float.
 
         Parameters
@@ -48,20 +47,16 @@ class Precision:
             ``unet`` or ``decoder``.
         layer : str
             Module path.
-        module : nn.Linear or nn.Conv2d
+        shape : sequence of int
+            Of its weight: 2 dimensions are a linear layer, 4 a convolution.
         """
-        if layer.endswith(("conv_in", "conv_out")) or layer.startswith(
-            ("add_embedding", "time_embedding", "post_quant_conv")
-        ):
+        if layer.endswith(("conv_in", "conv_out")) or layer.startswith(FLOAT):
             return None
-        if isinstance(module, nn.Linear) and (
+        if len(shape) == 2 and (
             ".transformer_blocks." in layer or layer.endswith(("proj_in", "proj_out"))
         ):
-            if (
-                self.linear
-                and self.linear.group_size
-                and module.in_features % self.linear.group_size
-            ):
+            group = self.linear.group_size if self.linear else None
+            if self.linear and group and shape[1] % group:
                 return Choice(self.linear.grid)
             return self.linear
         return self.other
