@@ -181,3 +181,37 @@ def test_versions_and_missing(monkeypatch):
     assert next(iter(TARGET.versions())) == "coremltools"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "handheld[coreml]" in str(TARGET.missing())
+
+
+def test_compute_units(monkeypatch, tmp_path):
+    """The way to Core ML itself, with coremltools' model played by the evaluator."""
+    import coremltools
+
+    from handheld.errors import UsageError
+    from handheld.program import Ports, TensorSpec
+    from handheld_export import coreml
+    from handheld_export.mil import Package
+    from handheld_export.targets.coreml import CoreML
+
+    with pytest.raises(UsageError, match="macOS only"):
+        CoreML().on("ane")
+    with pytest.raises(UsageError, match="no compute unit 'npu'"):
+        CoreML().on("npu")
+    x = torch.randn(1, 4)
+    files = coreml.convert(torch.nn.Linear(4, 3).eval(), [x], 1, tmp_path / "a.mlpackage")
+    opened = []
+
+    class Model:
+        def __init__(self, path, compute_units):
+            opened.append((path, compute_units))
+
+        def predict(self, given):
+            return Package(tmp_path / "a.mlpackage").run(given)
+
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr(coremltools.models, "MLModel", Model)
+    ports = Ports(inputs={"x": TensorSpec(shape=(1, 4))}, outputs={"y": TensorSpec(shape=(1, 3))})
+    (found,) = CoreML().on("ane").load(files[0], ports)(x.numpy())
+    (wanted,) = CoreML().load(files[0], ports)(x.numpy())
+    assert (found == wanted).all()
+    assert opened == [(str(tmp_path / "a.mlpackage"), coremltools.ComputeUnit.CPU_AND_NE)]

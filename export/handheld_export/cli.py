@@ -200,6 +200,12 @@ def verify(
         Path | None,
         typer.Option(help="TOML file of gates, in the form of handheld's numerics_gates.toml."),
     ] = None,
+    unit: Annotated[
+        str | None,
+        typer.Option(
+            help="Compute unit: cpu, gpu or ane, for coreml on macOS. Not run on hardware yet."
+        ),
+    ] = None,
     html: Annotated[
         Path | None, typer.Option(help="Write a page with all figures and pictures.")
     ] = None,
@@ -219,7 +225,7 @@ def verify(
     from handheld_export.verify import verify as run
 
     path = None if checkpoint is None else _checkpoint_path(checkpoint)
-    reports = [run(Bundle.open(b), path, gate) for b in _bundles(bundle)]
+    reports = [run(Bundle.open(b), path, gate, unit) for b in _bundles(bundle)]
     if html is not None:
         with output_errors(html):
             html.parent.mkdir(parents=True, exist_ok=True)

@@ -239,7 +239,12 @@ def lower(task: Task) -> dict[str, Any]:
         work.mkdir(parents=True)
         try:
             path = work / f"{segment.id}{target.suffix}"
-            lowered = target.lower(SegmentInput(segment.id, module, segment.ports, inputs), path)
+            given = SegmentInput(segment.id, module, segment.ports, inputs)
+            try:
+                lowered = target.lower(given, path)
+            except TargetError as e:
+                message = f"segment '{segment.id}': {e.message}"
+                raise TargetError(message, remedy=e.remedy) from e
             runner = target.load(lowered.path, segment.ports)
             outputs = runner(*(x.numpy() for x in inputs))
             reference = [example[f"out.{n}"] for n in segment.outputs]

@@ -147,7 +147,12 @@ def _text_passes(text: float | None, gate: Gate) -> bool:
     return text is None or gate.text[0] <= text <= gate.text[1]
 
 
-def verify(bundle: Bundle, checkpoint: Path | None = None, gate: Path | None = None) -> Report:
+def verify(
+    bundle: Bundle,
+    checkpoint: Path | None = None,
+    gate: Path | None = None,
+    unit: str | None = None,
+) -> Report:
     """Verify a bundle.
 
     Parameters
@@ -158,12 +163,14 @@ def verify(bundle: Bundle, checkpoint: Path | None = None, gate: Path | None = N
         the bundle's own references are taken, and how strongly text works is not measured.
     gate : Path, optional
         Thresholds; see :func:`handheld.numerics_gates.gate`.
+    unit : str, optional
+        Compute unit that artifacts run on, for targets that have several.
 
     Raises
     ------
     UsageError, CheckpointError, TargetError
     """
-    return _Verification(bundle, checkpoint, gate).report()
+    return _Verification(bundle, checkpoint, gate, unit).report()
 
 
 @dataclass
@@ -179,7 +186,9 @@ class _Found:
 
 
 class _Verification:
-    def __init__(self, bundle: Bundle, checkpoint: Path | None, gates: Path | None) -> None:
+    def __init__(
+        self, bundle: Bundle, checkpoint: Path | None, gates: Path | None, unit: str | None
+    ) -> None:
         manifest = self.manifest = bundle.manifest
         self.bundle = bundle
         self.target = targets.find(manifest.target)
@@ -203,6 +212,9 @@ class _Verification:
         }
         self.calls = [op for op in self.program.ops if isinstance(op, Call)]
         self.notes = [self.target.unproven] if self.target.unproven else []
+        if unit is not None:
+            self.target = self.target.on(unit)
+            self.notes = [f"{manifest.target}: run on compute unit '{unit}'"]
         self._open(checkpoint)
         artifacts = {a.id: a for a in manifest.artifacts}
         paths = {k: bundle.file(a.file) for k, a in artifacts.items()}

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from handheld.errors import UsageError
 from handheld.planning import CONTAINERS
 from handheld.program import Ports
 from handheld_export.quantization import Grid, QuantizedWeight
@@ -120,8 +121,19 @@ class Target(ABC):
         Raises
         ------
         TargetError
-            If the segment cannot be lowered, naming the layer and the reason.
+            If the segment cannot be lowered, naming the layer and the reason. Who calls adds the
+            segment.
         """
+
+    def on(self, unit: str) -> Target:
+        """Return this target with artifacts loaded on one of the engine's compute units.
+
+        Raises
+        ------
+        UsageError
+            If there is no such unit, or not here.
+        """
+        raise UsageError(f"target '{self.name}' has no compute unit '{unit}'")
 
     @abstractmethod
     def load(self, path: Path, ports: Ports) -> Runner:

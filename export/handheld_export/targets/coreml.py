@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from handheld.errors import TargetError
+from handheld.errors import UsageError
 from handheld.program import Ports
 from handheld_export.targets.base import Array, Lowered, Runner, SegmentInput, Target
 
@@ -16,6 +17,9 @@ _MOST_WEIGHTS = {
     "int4g32": 1_500_000_000,
     "int2": 1_500_000_000,
 }
+
+_UNITS = {"cpu": "CPU_ONLY", "gpu": "CPU_AND_GPU", "ane": "CPU_AND_NE"}
+"""Compute units and what coremltools calls them; the CPU takes what the others do not."""
 
 
 class CoreML(Target):
@@ -37,6 +41,30 @@ class CoreML(Target):
     unproven: ClassVar[str | None] = (
         "coreml: run by handheld's evaluator of ML programs, not run on hardware"
     )
+
+    def __init__(self, unit: str | None = None) -> None:
+        self._unit = unit
+
+    def on(self, unit: str) -> CoreML:
+        """Return this target with packages run by Core ML itself, on macOS.
+
+        Not run on hardware yet: written after coremltools' documentation.
+
+        Raises
+        ------
+        UsageError
+            If the unit is unknown, or this is no Mac.
+        """
+        if unit not in _UNITS:
+            raise UsageError(
+                f"Core ML has no compute unit '{unit}'", remedy=f"choose from {', '.join(_UNITS)}"
+            )
+        if sys.platform != "darwin":
+            raise UsageError(
+                "Core ML runs on macOS only",
+                remedy="verify without --unit: handheld's evaluator runs the package",
+            )
+        return CoreML(unit)
 
     def most_weights(self, precision: str) -> int:
         """Return what stays below 1 GB: the Neural Engine takes seconds to prepare each package.
@@ -60,20 +88,17 @@ class CoreML(Target):
         from handheld_export.rewrites import rewrite
 
         module = rewrite(segment.module, ANE_REPLACEMENTS)
-        try:
-            notes = fit(module, segment.examples)
-            layers = coreml.compress(module, self.held)
-            files = coreml.convert(module, segment.examples, len(segment.ports.outputs), path)
-            coreml.read_back(path, layers)
-            Package(path).check()
-        except TargetError as error:
-            raise TargetError(
-                f"segment '{segment.id}': {error.message}", remedy=error.remedy
-            ) from error
+        notes = fit(module, segment.examples)
+        layers = coreml.compress(module, self.held)
+        files = coreml.convert(module, segment.examples, len(segment.ports.outputs), path)
+        coreml.read_back(path, layers)
+        Package(path).check()
         return Lowered(files[0], tools=self.versions(), notes=notes, parts=tuple(files[1:]))
 
     def load(self, path: Path, ports: Ports) -> Runner:
-        """Open a package, named by its ``Manifest.json``, with the evaluator."""
+        """Open a package, named by its ``Manifest.json``, with the evaluator or on a unit."""
+        if self._unit is not None:
+            return _Device(path.parent, ports, self._unit)
         return _Runner(path.parent, ports)
 
 
@@ -86,4 +111,20 @@ class _Runner(Runner):
 
     def __call__(self, *inputs: Array) -> tuple[Array, ...]:
         results = self._package.run({f"in{i}": x for i, x in enumerate(inputs)})
+        return tuple(results[f"out{i}"] for i in range(self._outputs))
+
+
+class _Device(Runner):
+    """Core ML itself, on one compute unit."""
+
+    def __init__(self, path: Path, ports: Ports, unit: str) -> None:
+        import coremltools as ct
+
+        self._model: Any = ct.models.MLModel(
+            str(path), compute_units=getattr(ct.ComputeUnit, _UNITS[unit])
+        )
+        self._outputs = len(ports.outputs)
+
+    def __call__(self, *inputs: Array) -> tuple[Array, ...]:
+        results = self._model.predict({f"in{i}": x for i, x in enumerate(inputs)})
         return tuple(results[f"out{i}"] for i in range(self._outputs))

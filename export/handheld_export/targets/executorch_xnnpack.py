@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from handheld.errors import TargetError
 from handheld.program import Ports
 from handheld_export.targets.base import Array, Lowered, Runner, SegmentInput, Target
 
@@ -53,13 +52,8 @@ class ExecuTorchXNNPACK(Target):
         from handheld_export import xnnpack
 
         outputs = [spec.shape for spec in segment.ports.outputs.values()]
-        try:
-            result = xnnpack.lower(segment.module, segment.examples, path, outputs)
-            xnnpack.check(path, result.layers)
-        except TargetError as error:
-            raise TargetError(
-                f"segment '{segment.id}': {error.message}", remedy=error.remedy
-            ) from error
+        result = xnnpack.lower(segment.module, segment.examples, path, outputs)
+        xnnpack.check(path, result.layers)
         return Lowered(path, 1, self.versions(), result.notes)
 
     def load(self, path: Path, ports: Ports) -> Runner:

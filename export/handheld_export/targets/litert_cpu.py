@@ -105,9 +105,7 @@ def _convert(opened: Any, segment: SegmentInput, weights: list[torch.Tensor]) ->
             model = litert_torch.convert(opened, (*segment.examples, *weights))
         return bytes(model.model_content())
     except Exception as error:
-        raise TargetError(
-            f"segment '{segment.id}': litert-torch cannot convert it: {error}"
-        ) from error
+        raise TargetError(f"litert-torch cannot convert it: {error}") from error
 
 
 def _partitions(path: Path) -> int:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from handheld.errors import TargetError
 from handheld.program import Ports
 from handheld_export.targets.base import Array, Lowered, Runner, SegmentInput, Target
 
@@ -42,17 +41,10 @@ class ONNX(Target):
         from handheld_export.rewrites import rewrite
 
         module = rewrite(segment.module)
-        try:
-            layers = onnx.replace(module, self.held)
-            ports = segment.ports
-            data = onnx.lower(
-                module, segment.examples, list(ports.inputs), list(ports.outputs), path
-            )
-            onnx.read_back(path, layers)
-        except TargetError as error:
-            raise TargetError(
-                f"segment '{segment.id}': {error.message}", remedy=error.remedy
-            ) from error
+        layers = onnx.replace(module, self.held)
+        ports = segment.ports
+        data = onnx.lower(module, segment.examples, list(ports.inputs), list(ports.outputs), path)
+        onnx.read_back(path, layers)
         return Lowered(path, tools=self.versions(), parts=(data,))
 
     def load(self, path: Path, ports: Ports) -> Runner:
