@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import tiny
 from handheld.bundle import Bundle
 from handheld.counting import count_decoder, count_unet
-from handheld.errors import CheckpointError, OutputError, UsageError
+from handheld.errors import CheckpointError, OutputError, TargetError, UsageError
 from handheld.text import embed
 from handheld_export import lowering
 from handheld_export.checkpoint import Checkpoint
@@ -221,6 +222,32 @@ def test_keys_depend_on_weights_and_precision(smallest, tmp_path):
         )
     assert len(set(keys)) == 4
     assert keys[0] == keys[-1]
+
+
+def test_what_cannot_be_lowered_is_named_with_its_segment(smallest, tmp_path, monkeypatch):
+    from handheld_export.targets.onnx import ONNX
+
+    checkpoint = Checkpoint(smallest)
+    segment = lowering.lines(checkpoint, (8, 8), 77).cut("unet", ONNX(), "fp32")[1]
+    ports = {f"in.{n}": p for n, p in segment.ports.inputs.items()}
+    save_file(
+        {n: np.zeros(p.shape, np.float32) for n, p in ports.items()},
+        tmp_path / "example.safetensors",
+    )
+
+    def refuse(*_):
+        raise TargetError("layer 'a': no kernel", remedy="another grid")
+
+    monkeypatch.setattr(ONNX, "lower", refuse)
+    monkeypatch.setattr(ONNX, "missing", lambda _: None)
+    task = lowering.Task(
+        str(smallest), (8, 8), 77, "unet", segment.id, "onnx", "fp32", {},
+        str(tmp_path / "example.safetensors"), "key", str(tmp_path), 1,
+    )  # fmt: skip
+    with pytest.raises(TargetError) as e:
+        lowering.lower(task)
+    assert e.value.message == f"segment '{segment.id}': layer 'a': no kernel"
+    assert e.value.remedy == "another grid"
 
 
 # --- disturbed exports, in a process group of their own ----------------------------------
