@@ -30,6 +30,7 @@ INTERNAL_ERROR = 70
 _COMMANDS = {
     "generate": "Draw a picture from a prompt.",
     "compress": "Distil, trim and quantize a checkpoint to a student.",
+    "plan": "Estimate size, memory and time of a model before it is made.",
     "export": "Lower a checkpoint to verified bundles.",
     "verify": "Check the numerics of a bundle's artifacts against torch.",
     "serve-text": "Serve text encoders by the Open Inference Protocol.",

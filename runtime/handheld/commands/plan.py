@@ -1,0 +1,200 @@
+"""The command ``handheld plan``."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from html import escape
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from handheld import models, planning, plans, recipes
+from handheld.commands.output import megabytes, print_json
+from handheld.errors import UsageError
+from handheld.files import write_file
+
+
+def plan(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            help="'sdxl', a model name, or a folder with unet/config.json and vae/config.json."
+        ),
+    ],
+    stack: Annotated[
+        list[str] | None,
+        typer.Option("--stack", "-s", help="stack1, stack2, stack3 or onestep; repeatable."),
+    ] = None,
+    recipe: Annotated[
+        list[Path] | None, typer.Option("--recipe", "-r", help="A TOML recipe; repeatable.")
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option("--target", "-t", help="Repeatable; all planned if not set.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="For layers that a recipe leaves in float.")
+    ] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="Picture as WIDTHxHEIGHT in pixels; repeatable.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="MB (10^6 bytes) of peak memory that must do.")
+    ] = None,
+    rates: Annotated[
+        Path | None, typer.Option(help="Device table in TOML; without it latency is unknown.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Picture of stacked bars, .svg.")
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Estimate size, memory and time of a model before it is made; reads no weights.
+
+    \b
+    handheld plan sdxl --stack stack1 --stack stack2 --size 512x512 --budget 1500
+    handheld plan critter --precision int8 --target litert-cpu --json
+    """  # noqa: D301
+    if budget is not None and not (math.isfinite(budget) and budget > 0):
+        raise UsageError(f"--budget {budget:g} is out of range", remedy="give MB above 0")
+    if output is not None and output.suffix != ".svg":
+        raise UsageError("--output is no .svg", path=output, remedy="name a file that ends in .svg")
+    targets = target or list(planning.PLANNED)
+    if unknown := sorted(set(targets) - set(planning.PLANNED)):
+        raise UsageError(
+            f"target '{unknown[0]}' is not planned",
+            remedy=f"choose from {', '.join(planning.PLANNED)}",
+        )
+    name = checkpoint
+    if os.sep not in checkpoint and checkpoint in models.names():
+        name = str(models.checkpoint(checkpoint))
+    first = planning.architecture(name)
+    table = plans.read_rates(rates) if rates else None
+    rows: list[dict[str, Any]] = []
+    for label, path in _recipes(stack or [], recipe or [], Path(name).name):
+        shape = recipes.shape_after(path, first) if path else first
+        shape = plans.at_precision(shape, precision) if precision else shape
+        for sized in [plans.at_size(shape, *_size(s)) for s in size or []] or [shape]:
+            rows += [
+                {"model": label}
+                | plans.row(sized, t, budget=round(budget * 1e6) if budget else None, rates=table)
+                for t in targets
+            ]
+    report = {
+        "checkpoint": checkpoint,
+        "estimate": True,
+        "budget_bytes": round(budget * 1e6) if budget else None,
+        "device": table.device if table else None,
+        "rows": rows,
+    }
+    if output is not None:
+        write_file(output, picture(rows, budget).encode())
+    if json_output:
+        print_json(json.loads(json.dumps(report)))
+    else:
+        _print(report)
+
+
+def _recipes(stacks: list[str], files: list[Path], family: str) -> list[tuple[str, Path | None]]:
+    found: list[tuple[str, Path | None]] = [(s, recipes.builtin(s, family)) for s in stacks]
+    found += [(f.stem, f) for f in files]
+    return found or [("as it is", None)]
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if match is None:
+        raise UsageError(f"--size '{text}' is no size", remedy="write it as 512x768")
+    return int(match[1]), int(match[2])
+
+
+def _print(report: dict[str, Any]) -> None:
+    table = Table(
+        title=f"{report['checkpoint']}: estimates, MB = 10^6 bytes",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    names = ("model", "size", "target", "params\nM", "GMACs a\npicture", "bits", "U-Net\nMB",
+             "decoder\nMB", "activa-\ntions MB", "peak MB >=\nresident", "peak MB >=\nstreamed",
+             "seconds")  # fmt: skip
+    for i, name in enumerate(names):
+        table.add_column(name, justify="left" if i < 3 else "right", no_wrap=True)
+    for r in report["rows"]:
+        bits, seconds = r["bits_per_weight"], r["seconds"]
+        macs = r["unet_macs"] * r["steps"] + r["decoder_macs"]
+        table.add_row(
+            r["model"],
+            f"{r['width']}x{r['height']}",
+            r["target"],
+            f"{(r['unet_params'] + r['decoder_params']) / 1e6:,.1f}",
+            f"{macs / 1e9:,.0f}",
+            "-" if bits is None else f"{bits:.2f}",
+            megabytes(r["unet_bytes"]),
+            megabytes(r["decoder_bytes"]),
+            megabytes(r["activation_bytes"]),
+            *(_verdict(r, k) for k in ("resident", "stream")),
+            "unknown" if seconds is None else f"{seconds:.2f}",
+        )
+    console = Console()
+    if not console.is_terminal:
+        console.width = 150
+    console.print(table)
+    for note in dict.fromkeys(n for r in report["rows"] for n in r["notes"]):
+        console.print(f"estimate: {note}", highlight=False)
+    console.print(
+        "Peaks are lower bounds, not held against runs at full size: what engines copy and the "
+        "process itself come on top, and a budget is at best not exceeded.",
+        highlight=False,
+    )
+    for source in dict.fromkeys(r["rate_source"] for r in report["rows"] if r["rate_source"]):
+        console.print(f"{report['device']}: {source}", highlight=False, markup=False)
+
+
+def _verdict(row: dict[str, Any], residency: str) -> str:
+    text = megabytes(row["least_peak_bytes"][residency])
+    if row["exceeds"] is None:
+        return text
+    return f"{text} {'too much' if row['exceeds'][residency] else 'may fit'}"
+
+
+_COLOURS = {"unet_bytes": "#4878a8", "decoder_bytes": "#e0a040", "activation_bytes": "#70a870"}
+
+
+def picture(rows: list[dict[str, Any]], budget: float | None) -> str:
+    """Draw resident memory as stacked bars, and the budget in MB as a line, in SVG."""
+    left, width, step = 230, 560, 26
+    largest = max([r["least_peak_bytes"]["resident"] for r in rows] + [(budget or 0) * 1e6])
+    height = step * len(rows) + 50
+    parts = []
+    for i, r in enumerate(rows):
+        y, x = 30 + step * i, float(left)
+        label = f"{r['model']} {r['width']}x{r['height']} {r['target']}"
+        parts.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{escape(label)}</text>')
+        for key, colour in _COLOURS.items():
+            w = width * r[key] / largest
+            title = f"{key.removesuffix('_bytes')}: {megabytes(r[key])} MB"
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y}" width="{w:.1f}" height="18" fill="{colour}">'
+                f"<title>{title}</title></rect>"
+            )
+            x += w
+        total = megabytes(r["least_peak_bytes"]["resident"])
+        parts.append(f'<text x="{x + 6:.1f}" y="{y + 13}">{total} MB</text>')
+    if budget:
+        x = left + width * budget * 1e6 / largest
+        parts.append(
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="22" y2="{height - 16}" stroke="#c03030"/>'
+        )
+    legend = "Resident, at least: U-Net (blue), decoder (yellow), activations (green)"
+    legend += f"; budget {budget:g} MB (red)" if budget else ""
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 110}" height="{height}" '
+        f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'
+        f'<text x="8" y="16">{legend}</text>{"".join(parts)}</svg>\n'
+    )

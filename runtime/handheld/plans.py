@@ -1,0 +1,192 @@
+"""What a model will weigh, compute and occupy, before it exists."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from handheld import counting, planning, precision
+from handheld.bundle import describe_validation
+from handheld.counting import Layer
+from handheld.errors import UsageError
+from handheld.planning import Shape, Stored
+from handheld.program import Model
+
+LITERT_ZERO_POINT_BYTES = 8
+"""Of each quantized channel: LiteRT's files keep an int64 beside every scale."""
+LITERT_LAYER_BYTES = 220
+"""Operators and tensors around one layer; measured on critter's students (150 to 500)."""
+SEGMENT_BYTES = 64 * 10**6
+"""Of one artifact, the size that the exporter aims at."""
+
+
+class Rate(Model):
+    """How fast a device computes.
+
+    Parameters
+    ----------
+    gmacs_per_second : float
+        Sustained on whole models of the target, measured or published.
+    source : str
+        Where the figure is from.
+    """
+
+    gmacs_per_second: float = Field(gt=0)
+    source: str = Field(min_length=1)
+
+
+class Rates(Model):
+    """A device table: a name, and a rate for each target."""
+
+    device: str
+    targets: dict[str, Rate]
+
+
+def read_rates(path: Path) -> Rates:
+    """Read a device table in TOML.
+
+    Raises
+    ------
+    UsageError
+        If there is none, or a field is missing or out of range.
+    """
+    try:
+        return Rates.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as e:
+        message, field = describe_validation(e)
+        raise UsageError(message, path=path, field=field, remedy="correct the table") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        raise UsageError(f"is no readable TOML: {e}", path=path, remedy="correct it") from None
+
+
+def at_size(shape: Shape, width: int, height: int) -> Shape:
+    """Return the shape for another picture size.
+
+    Raises
+    ------
+    UsageError
+        If the decoder cannot draw pictures of this size.
+    """
+    levels = shape.decoder.get("block_out_channels") or shape.decoder["decoder_block_out_channels"]
+    scale = 2 ** (len(levels) - 1)
+    if min(width, height) < scale or width % scale or height % scale:
+        raise UsageError(
+            f"{width}x{height} pixels are no multiple of {scale}", remedy="choose another size"
+        )
+    return replace(shape, latent=(height // scale, width // scale))
+
+
+def at_precision(shape: Shape, name: str) -> Shape:
+    """Return the shape with the grids of a precision, for layers that have none.
+
+    Raises
+    ------
+    UsageError
+        If there is no such precision.
+    """
+    rule = precision.find(name)
+    grids = dict(shape.grids)
+    for layer in shape.layers:
+        if len(layer.shape) < 2 or layer.name in grids:
+            continue
+        choice = rule.choose("unet", layer.name, layer.shape)
+        if choice is not None:
+            grids[layer.name] = Stored(choice.grid, choice.group_size)
+    return replace(shape, grids=grids)
+
+
+def file_bytes(shape: Shape, target: str) -> tuple[int, int]:
+    """Return the bytes of the U-Net's and the decoder's files on a target."""
+    unet, decoder = planning.unet_bytes(shape, target), planning.decoder_bytes(shape, target)
+    if target != "litert-cpu":
+        return unet, decoder
+    coded = [x for x in shape.layers if x.name in shape.grids]
+    decoded = [x for x in shape.decoder_layers if len(x.shape) > 1]
+    return unet + _litert(coded, len(shape.layers)), decoder + _litert(
+        decoded, len(shape.decoder_layers)
+    )
+
+
+def _litert(coded: Sequence[Layer], layers: int) -> int:
+    channels = sum(x.shape[0] for x in coded)
+    return LITERT_ZERO_POINT_BYTES * channels + LITERT_LAYER_BYTES * layers
+
+
+def activation_bytes(shape: Shape) -> int:
+    """Estimate the float32 activations of the hungrier half: U-Net with skips, or decoder.
+
+    Counts the three largest neighbours among the layers' outputs (a layer's input, its output and
+    the residual), and in the U-Net what waits for the way up. Engines' work space is not counted.
+    """
+    skips = sum(x.outputs for x in shape.layers if x.name.startswith("conv_in"))
+    skips += sum(
+        x.outputs
+        for x in shape.layers
+        if x.name.startswith("down_blocks.") and x.name.endswith((".conv2", ".downsamplers.0.conv"))
+    )
+    return 4 * max(skips + _window(shape.layers), _window(shape.decoder_layers))
+
+
+def _window(layers: Sequence[Layer]) -> int:
+    outputs = [x.outputs for x in layers]
+    return max(sum(outputs[i : i + 3]) for i in range(len(outputs)))
+
+
+def row(
+    shape: Shape, target: str, *, budget: int | None = None, rates: Rates | None = None
+) -> dict[str, Any]:
+    """Return what a plan says of one model on one target at one size.
+
+    Parameters
+    ----------
+    budget : int, optional
+        Bytes of peak memory that must do.
+    rates : Rates, optional
+        Without it, or without the target in it, latency is unknown.
+
+    Returns
+    -------
+    dict
+        Bytes, MACs, ``seconds`` (an estimate, or None) and ``exceeds`` by residency (None without
+        a budget). Peaks are lower bounds: engines' own copies and the process come on top, so that
+        a budget can be known to be exceeded and never known to be kept.
+    """
+    unet, decoder = file_bytes(shape, target)
+    activations = activation_bytes(shape)
+    # Streaming holds one artifact while the next is fetched.
+    streamed = min(unet + decoder, 2 * min(SEGMENT_BYTES, max(unet, decoder)))
+    peaks = {"resident": unet + decoder + activations, "stream": streamed + activations}
+    unet_figures = counting.summary(shape.layers)
+    decoder_figures = counting.summary(shape.decoder_layers)
+    macs = unet_figures["macs"] * shape.steps + decoder_figures["macs"]
+    rate = rates.targets.get(target) if rates else None
+    return {
+        "target": target,
+        "width": shape.latent[1] * _scale(shape),
+        "height": shape.latent[0] * _scale(shape),
+        "steps": shape.steps,
+        "unet_params": unet_figures["params"],
+        "decoder_params": decoder_figures["params"],
+        "unet_macs": unet_figures["macs"],
+        "decoder_macs": decoder_figures["macs"],
+        "bits_per_weight": planning.bits_per_weight(shape),
+        "unet_bytes": unet,
+        "decoder_bytes": decoder,
+        "activation_bytes": activations,
+        "least_peak_bytes": peaks,
+        "seconds": macs / (rate.gmacs_per_second * 1e9) if rate else None,
+        "rate_source": rate.source if rate else None,
+        "exceeds": {k: v > budget for k, v in peaks.items()} if budget is not None else None,
+        "notes": list(shape.notes),
+    }
+
+
+def _scale(shape: Shape) -> int:
+    levels = shape.decoder.get("block_out_channels") or shape.decoder["decoder_block_out_channels"]
+    return int(math.pow(2, len(levels) - 1))

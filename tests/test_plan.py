@@ -1,0 +1,92 @@
+"""``handheld plan``: what is known before a model exists."""
+
+from __future__ import annotations
+
+import json
+from xml.etree import ElementTree
+
+import pytest
+
+from handheld import planning, plans, recipes
+from handheld.cli import run
+
+
+def rows(capsys, *words):
+    assert run(["plan", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)["rows"]
+
+
+def test_stacks_sizes_and_targets_side_by_side(capsys, tmp_path):
+    picture = tmp_path / "plan.svg"
+    found = rows(
+        capsys, "sdxl", "-s", "stack1", "-s", "stack2", "--size", "512x512", "--size", "768x512",
+        "--budget", "1500", "-o", str(picture),
+    )  # fmt: skip
+    assert [(r["model"], r["width"], r["height"]) for r in found[::2]] == [
+        ("stack1", 512, 512), ("stack1", 768, 512), ("stack2", 512, 512), ("stack2", 768, 512),
+    ]  # fmt: skip
+    one, two = found[0], found[4]
+    assert two["unet_bytes"] < 0.6 * one["unet_bytes"]
+    assert one["exceeds"] == {"resident": True, "stream": False}
+    assert found[2]["unet_macs"] > 1.4 * one["unet_macs"]
+    assert found[2]["activation_bytes"] == pytest.approx(1.5 * one["activation_bytes"], rel=0.01)
+    assert one["seconds"] is None
+    bars = [e for e in ElementTree.parse(picture).iter() if e.tag.endswith("rect")]
+    assert len(bars) == 1 + 3 * len(found)
+
+
+def test_litert_files_are_as_large_as_measured():
+    # Measured: the bundle of critter's stack 1 for litert-cpu, in 12 files.
+    shape = recipes.shape_after(
+        recipes.builtin("stack1", "critter"), planning.architecture("models/critter")
+    )
+    assert sum(plans.file_bytes(shape, "litert-cpu")) == pytest.approx(17_781_216, rel=0.002)
+
+
+def test_latency_is_macs_over_a_rate_with_a_source(capsys, tmp_path):
+    table = tmp_path / "rates.toml"
+    table.write_text(
+        'device = "desk"\n[targets.litert-cpu]\ngmacs_per_second = 100\nsource = "bench of today"'
+    )
+    fast, slow = rows(
+        capsys, "sdxl", "-s", "stack1", "--rates", str(table),
+        "-t", "litert-cpu", "-t", "executorch-xnnpack",
+    )  # fmt: skip
+    assert fast["seconds"] == pytest.approx((fast["unet_macs"] + fast["decoder_macs"]) / 1e11)
+    assert fast["rate_source"] == "bench of today"
+    assert slow["seconds"] is None
+
+
+def test_precision_fills_what_is_float(capsys):
+    plain, coded = (
+        rows(capsys, "sdxl", "-t", "litert-cpu", *more)[0] for more in ([], ["--precision", "int8"])
+    )
+    assert plain["bits_per_weight"] is None
+    assert 8 < coded["bits_per_weight"] < 8.1
+    assert 3.8 < plain["unet_bytes"] / coded["unet_bytes"] < 4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["sdxl", "--size", "500x512"], "no multiple of 8"),
+        (["sdxl", "--size", "0x512"], "no multiple of 8"),
+        (["sdxl", "--size", "big"], "no size"),
+        (["sdxl", "--budget", "-1"], "out of range"),
+        (["sdxl", "-t", "coreml"], "not planned"),
+        (["sdxl", "-s", "stack9"], "unknown"),
+        (["sdxl", "--precision", "int3"], "unknown"),
+        (["sdxl", "-o", "plan.png"], "no .svg"),
+        (["nowhere"], "no configurations"),
+    ],
+)
+def test_bad_usage(capsys, words, said):
+    assert run(["plan", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_rate_without_a_source_is_refused(capsys, tmp_path):
+    table = tmp_path / "rates.toml"
+    table.write_text('device = "x"\n[targets.onnx]\ngmacs_per_second = 1')
+    assert run(["plan", "sdxl", "--rates", str(table)]) == 2
+    assert "targets.onnx.source" in capsys.readouterr().err
