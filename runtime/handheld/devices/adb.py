@@ -12,13 +12,13 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Final
 
+from handheld.devices import programs
 from handheld.errors import DeviceError
 
 PROGRAM: Final = "HANDHELD_ADB"
@@ -31,7 +31,6 @@ ATTACH_S = 15.0
 SLOWEST_BYTES_PER_S = 250_000
 """A transfer slower than this is taken for a hanging one."""
 LARGEST_PULL_BYTES = 256 * 2**20
-MAX_OUTPUT_BYTES = 16 * 2**20
 _EXIT = "@handheld-exit "
 
 
@@ -50,12 +49,10 @@ def servers() -> list[str | None]:
 def version(path: str) -> str:
     """Return the version of an adb program."""
     try:
-        done = subprocess.run(
-            [path, "version"], capture_output=True, text=True, timeout=CALL_S, check=False
-        )
-    except (OSError, subprocess.SubprocessError):
+        done = programs.call("adb", [path, "version"], CALL_S)
+    except DeviceError:
         return "unknown"
-    found = re.search(r"^Version (\S+)", done.stdout, re.MULTILINE)
+    found = re.search(r"^Version (\S+)", done.out, re.MULTILINE)
     return found[1] if found else "unknown"
 
 
@@ -98,7 +95,7 @@ class Server:
             )
         return [found, *(("-L", self.socket) if self.socket else ()), *arguments]
 
-    def call(self, *arguments: str, timeout_s: float = CALL_S) -> subprocess.CompletedProcess[str]:
+    def call(self, *arguments: str, timeout_s: float = CALL_S) -> programs.Ended:
         """Make a request and return what adb answered, whatever it was.
 
         Raises
@@ -106,33 +103,20 @@ class Server:
         DeviceError
             If adb takes too long or cannot be started.
         """
-        command = self.command(*arguments)
-        try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=timeout_s,
-                check=False,
-                start_new_session=True,
-            )
-        except subprocess.TimeoutExpired:
-            raise DeviceError(
-                f"adb did not answer within {timeout_s:.0f} s",
-                field=self.socket,
-                remedy="check the cable, or restart the server: adb kill-server",
-            ) from None
-        except OSError as error:
-            raise DeviceError(f"cannot be started: {error.strerror}", path=command[0]) from None
-        text = done.stderr.decode(errors="replace")
-        if "doesn't match this client" in text:
+        done = programs.call(
+            "adb",
+            self.command(*arguments),
+            timeout_s,
+            field=self.socket,
+            remedy="check the cable, or restart the server: adb kill-server",
+        )
+        if "doesn't match this client" in done.err:
             raise DeviceError(
                 "another version of adb runs the server, and the two end each other",
                 field=self.socket,
                 remedy=f"use one adb everywhere: set {PROGRAM} to it",
             )
-        output = done.stdout[:MAX_OUTPUT_BYTES].decode(errors="replace")
-        return subprocess.CompletedProcess(command, done.returncode, output, text)
+        return done
 
     def devices(self) -> list[Listed]:
         """Return what the server knows of.
@@ -143,13 +127,13 @@ class Server:
             If there is no server.
         """
         done = self.call("devices", "-l")
-        if done.returncode:
+        if done.code:
             raise DeviceError(
-                f"adb cannot list devices: {_last_line(done.stderr)}",
+                f"adb cannot list devices: {_last_line(done.err)}",
                 field=self.socket,
                 remedy="check that the adb server runs and can be reached",
             )
-        return parse_devices(done.stdout)
+        return parse_devices(done.out)
 
     def connect(self, address: str) -> bool:
         """Attach a phone on the network again; tell whether it is there."""
@@ -201,9 +185,9 @@ class Phone:
         # like a command that ended, so the script itself says the last word.
         text = f'{script}\necho "{_EXIT}$?"'
         done = self.server.call("-s", self.serial, "shell", "-n", text, timeout_s=timeout_s)
-        body, found, code = done.stdout.replace("\r\n", "\n").rpartition(_EXIT)
+        body, found, code = done.out.replace("\r\n", "\n").rpartition(_EXIT)
         if not found or not code.strip().isdigit():
-            raise self.gone(_last_line(done.stderr or done.stdout))
+            raise self.gone(_last_line(done.err or done.out))
         return Output(body, int(code))
 
     def push(self, sources: Sequence[Path], target: str, nbytes: int) -> None:
@@ -231,9 +215,9 @@ class Phone:
     def _transfer(self, verb: str, paths: list[str], nbytes: int) -> None:
         seconds = CALL_S + nbytes / SLOWEST_BYTES_PER_S
         done = self.server.call("-s", self.serial, verb, *paths, timeout_s=seconds)
-        if done.returncode == 0:
+        if done.code == 0:
             return
-        said = f"{done.stdout}\n{done.stderr}"
+        said = f"{done.out}\n{done.err}"
         reason = _last_line("\n".join(x for x in said.splitlines() if "error" in x) or said)
         if "No space left" in said:
             raise DeviceError(

@@ -135,11 +135,12 @@ def _taking(owner: str) -> list[str]:
         '  case "$owner" in',
         f'    "{owner} "*) ;;',
         f'    *" $boot") if [ $age -ge -60 ] && [ $age -lt {int(LOCK_S)} ]; then',
-        '      echo "@held $age"; exit 0; fi;;',
+        "      held=$age; fi;;",
         "  esac",
         "fi",
-        f'echo "{owner} $boot" > {LOCK}/owner || exit 1',
-        f"touch {LOCK}",
+        'if [ -n "$held" ]; then echo "@held $held"; else',
+        f'  echo "{owner} $boot" > {LOCK}/owner && touch {LOCK} || exit 1',
+        "fi",
     ]
 
 

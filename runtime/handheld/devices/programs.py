@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from handheld.errors import DeviceError
 
+MAX_OUTPUT_BYTES = 16 * 2**20
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -18,7 +20,14 @@ class Ended:
     err: str
 
 
-def call(name: str, command: Sequence[str], timeout_s: float) -> Ended:
+def call(
+    name: str,
+    command: Sequence[str],
+    timeout_s: float,
+    *,
+    field: str | None = None,
+    remedy: str = "plug the phone in again",
+) -> Ended:
     """Run a program to its end.
 
     Parameters
@@ -29,6 +38,8 @@ def call(name: str, command: Sequence[str], timeout_s: float) -> Ended:
         The program's path, then its arguments.
     timeout_s : float
         Then it is killed, with whatever it started.
+    field, remedy : str
+        Of the error if it takes too long.
 
     Raises
     ------
@@ -46,9 +57,11 @@ def call(name: str, command: Sequence[str], timeout_s: float) -> Ended:
         )
     except subprocess.TimeoutExpired:
         raise DeviceError(
-            f"{name} did not answer within {timeout_s:.0f} s", remedy="plug the phone in again"
+            f"{name} did not answer within {timeout_s:.0f} s", field=field, remedy=remedy
         ) from None
     except OSError as error:
         raise DeviceError(f"cannot be started: {error.strerror}", path=command[0]) from None
-    return Ended(done.returncode, done.stdout.decode(errors="replace"),
-                 done.stderr.decode(errors="replace"))  # fmt: skip
+    out, err = (
+        data[:MAX_OUTPUT_BYTES].decode(errors="replace") for data in (done.stdout, done.stderr)
+    )
+    return Ended(done.returncode, out, err)
