@@ -56,17 +56,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--tries", type=int, default=5)
-    parser.add_argument("--min-seconds", type=float, default=10.0)
+    parser.add_argument("--seconds", type=float, default=45.0, help="of timed runs a try")
+    parser.add_argument("--loaded-seconds", type=float, default=8.0)
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "repeatability")
     arguments = parser.parse_args()
     bundle, device, stages = Bundle.open(arguments.bundle), HostDevice(), Stages()
     file = arguments.output / "records.jsonl"
-    options = bench.Options(
-        iterations=20, min_seconds=arguments.min_seconds, precision=0.01, max_seconds=60.0,
-        first_ever=False,
-    )  # fmt: skip
 
-    def tries() -> list[dict[str, Any]]:
+    def tries(seconds: float) -> list[dict[str, Any]]:
+        options = bench.Options(iterations=20, min_seconds=seconds, first_ever=False)
         found = []
         for _ in range(arguments.tries):
             record = bench.run(
@@ -77,9 +75,9 @@ def main() -> int:
         return found
 
     with stages(f"{arguments.tries} tries"):
-        idle = tries()
+        idle = tries(arguments.seconds)
     with stages(f"{arguments.tries} tries, all cores busy"), load(os.cpu_count() or 1):
-        loaded = tries()
+        loaded = tries(arguments.loaded_seconds)
     medians = [r["median_ms"] for r in idle]
     apart = max(medians) / min(medians) - 1
     marked = sum(bool(r["noisy"]) for r in loaded)

@@ -37,6 +37,46 @@ def test_kotlin_selects_what_python_selects(tmp_path):
     assert "0 wrong" in done.stdout
 
 
+@pytest.mark.slow
+def test_swift_selects_what_python_selects(tmp_path):
+    if shutil.which("swiftc") is None:
+        pytest.skip("there is no Swift toolchain")
+    module = tmp_path / "CHandheld"
+    module.mkdir()
+    header = ROOT / "android_harness/include/handheld.h"
+    (module / "module.modulemap").write_text(f'module CHandheld {{ header "{header}" export * }}\n')
+    out = tmp_path / "selection"
+    sources = [str(ROOT / "examples/ios" / n) for n in ("Release.swift", "SelectionTest.swift")]
+    # Selection alone is run: what draws is not linked.
+    unlinked = ["-Xlinker", "--unresolved-symbols=ignore-all"]
+    subprocess.run(
+        ["swiftc", "-parse-as-library", *sources, "-I", str(module), *unlinked, "-o", str(out)],
+        check=True,
+        timeout=600,
+    )
+    done = subprocess.run(
+        [str(out), str(ROOT / "tests/golden/selection")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 wrong" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_swift_package_passes_its_tests(tmp_path):
+    if shutil.which("swift") is None:
+        pytest.skip("there is no Swift toolchain")
+    # Its build folder must not lie among the sources.
+    command = ["swift", "test", "--package-path", str(ROOT / "ios_harness"),
+               "--scratch-path", str(tmp_path / "build")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "with 0 failures" in done.stdout + done.stderr
+
+
 def has_org_json(jar):
     import zipfile
 
