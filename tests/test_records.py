@@ -118,7 +118,7 @@ def test_noise_is_what_hides_the_median():
     disturbed = np.where(rng.random(100) < 0.1, 1.6 * steady, steady)
     assert block_uncertainty(list(disturbed)) < 0.025
     assert noise_reasons(list(disturbed), None) == (), "a few slow ones leave the median alone"
-    regimes = steady * np.repeat([1.0, 1.5, 1.0, 1.5, 1.0], 20)
+    regimes = steady * np.repeat([1.0, 1.0, 1.5, 1.0, 1.0], 20)
     assert median_uncertainty(list(regimes)) < block_uncertainty(list(regimes))
     assert "is known to" in noise_reasons(list(regimes), None)[0]
     assert block_uncertainty([1.0] * 19) is None
