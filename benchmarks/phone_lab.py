@@ -329,14 +329,20 @@ def _once(
         "left": phone.left(),
         "running": len(phone.harnesses()),
         "hot_seen": len(hot),
+        "hot": fault is _hot,
     }
 
 
 def _sum_up(tries: list[dict[str, Any]]) -> dict[str, Any]:
     checks = ("bounded", "none_lost", "rerun_ran_only_what_was_missing", "then_complete")
     bad = [
-        t for t in tries if not all(t[c] for c in checks) or t["left"] or t["running"]
-    ]  # fmt: skip
+        t
+        for t in tries
+        if not all(t[c] for c in checks)
+        or t["left"]
+        or t["running"]
+        or (t["hot"] and t["happened"] and not t["hot_seen"])
+    ]
     seconds = [t["seconds"] for t in tries]
     outcomes: Counter[str] = Counter()
     statuses: Counter[str] = Counter()

@@ -22,7 +22,7 @@ from handheld import bench, devices, kit
 from handheld.bench import Options
 from handheld.devices import android, process
 from handheld.devices.android import AndroidDevices
-from handheld.errors import DeviceError, HarnessError
+from handheld.errors import DeviceBusyError, DeviceError, HarnessError
 from handheld.protocol import Hello
 from handheld.thermal_gate import Gate
 from phone import PROFILES
@@ -359,6 +359,12 @@ def test_heat_that_passes_while_a_phone_is_measured_is_seen(
 
 
 @system
+def test_what_ends_a_script_early_is_told(phone, device):
+    told = device.phone.shell("echo before; exit 3; echo after")
+    assert (told.code, told.text.strip()) == (3, "before")
+
+
+@system
 def test_machines_take_turns_on_a_phone(phone, device, sample):
     lock = phone.storage / "handheld" / "lock"
     boot = (phone.system / "boot_id").read_text().strip()
@@ -367,7 +373,10 @@ def test_machines_take_turns_on_a_phone(phone, device, sample):
     with pytest.raises(DeviceError, match="another machine is using this phone"):
         bench.run(sample, device, FAST)
     assert (lock / "owner").is_file(), "its lock stays"
-    for left_over in (f"{android.owner()} {boot}", "another from-before-a-restart", ""):
+    (lock / "owner").write_text("")
+    with pytest.raises(DeviceBusyError):
+        bench.run(sample, device, FAST)
+    for left_over in (f"{android.owner()} {boot}", "another from-before-a-restart"):
         lock.mkdir(exist_ok=True)
         (lock / "owner").write_text(f"{left_over}\n")
         assert bench.run(sample, device, FAST).status == "ok"

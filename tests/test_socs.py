@@ -7,7 +7,8 @@ from handheld import socs
 
 @pytest.mark.parametrize(
     ("soc", "arch"),
-    [("SM8650", 75), ("sm8650-ac", 75), ("SM8750", 79), ("SM 8550", 73), ("Tensor G3", None),
+    [("SM8650", 75), ("sm8650-ac", 75), ("QTI SM8650", 75), ("Qualcomm SM8750-AC", 79),
+     ("SM8750", 79), ("SM 8550", 73), ("Tensor G3", None),
      ("SM86500", None), (None, None)],
 )  # fmt: skip
 def test_architectures(soc, arch):

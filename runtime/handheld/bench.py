@@ -177,6 +177,10 @@ def run(
         _inputs(bundle, size_name, size, options) as given,
         device.prepare(bundle, sending) as place,
     ):
+        if device.kind == "ios":
+            # Only its app, which has run by now, tells what is in the phone.
+            facts = device.facts()
+            _check_engines(bundle, facts)
         heat_start, gate = wait(options.gate, device.heat, waiting=waiting)
         attempt = _Attempt(bundle, device, place, options, size_name, given, progress)
         started = datetime.now(UTC)
@@ -541,7 +545,7 @@ class _Attempt:
 
 
 class _Watch:
-    """Looks at a device's heat while it is measured: at once, again and again, and at the end.
+    """Looks at a device's heat while it is measured, again and again, and at the end.
 
     Parameters
     ----------
@@ -564,18 +568,18 @@ class _Watch:
             self._thread.start()
 
     def _look_on(self) -> None:
-        while not self._stopped.wait(self._look()):
-            pass
+        # Not at once, which would disturb the start that is being measured.
+        while not self._stopped.wait(self._interval_s):
+            self._look()
         self._look()
 
-    def _look(self) -> float | None:
+    def _look(self) -> None:
         # A device that went away is noticed by who runs on it.
         with contextlib.suppress(DeviceError):
             heat = self._device.glance()
             seconds = time.monotonic() - self._began
             if heat is not None:
                 self._samples.append(HeatSample(t_s=round(seconds, 3), heat=heat))
-        return self._interval_s
 
     def stop(self) -> None:
         """Look once more, and stop."""

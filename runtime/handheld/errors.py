@@ -118,6 +118,10 @@ class DeviceError(HandheldError):
     code = "device"
 
 
+class DeviceBusyError(DeviceError):
+    """Somebody else is using a device."""
+
+
 class TextServerError(HandheldError):
     """A text server cannot be reached in time, refuses, or answers wrongly."""
 

@@ -18,7 +18,7 @@ from handheld import bench, devices, records
 from handheld.bundle import Bundle, describe_validation
 from handheld.devices import adb
 from handheld.devices.base import Device
-from handheld.errors import DeviceError, HandheldError, UsageError
+from handheld.errors import DeviceBusyError, DeviceError, HandheldError, UsageError
 from handheld.files import describe_os_error
 from handheld.program import Model
 from handheld.protocol import Event, Iteration, Residency
@@ -76,6 +76,8 @@ class Matrix(Model):
     """How often a run is tried whose device went away."""
     return_s: Annotated[float, Field(ge=0)] = 120.0
     """How long a device that went away is waited for."""
+    busy_s: Annotated[float, Field(ge=0)] = 3600.0
+    """How long a device is waited for that somebody else uses."""
     options: OptionsTable = OptionsTable()
     gate: GateTable = GateTable()
 
@@ -245,7 +247,10 @@ class Fleet:
             kept.append(record)
 
         error: HandheldError | None = None
-        for attempt in range(1, self.matrix.attempts + 1):
+        attempt = 0
+        busy_until = time.monotonic() + self.matrix.busy_s
+        while attempt < self.matrix.attempts:
+            attempt += 1
             if attempt > 1 and not self._back(device):
                 break
             before = len(kept)
@@ -263,6 +268,12 @@ class Fleet:
             except KeyboardInterrupt:
                 last = kept[-1] if len(kept) > before else None
                 return Result(device.id, cell.name, "interrupted", last)
+            except DeviceBusyError as e:
+                error = e
+                if time.monotonic() >= busy_until or self._stop.wait(POLL_S):
+                    break
+                attempt -= 1
+                continue
             except HandheldError as e:
                 error = e
                 self._say(device.id, f"{cell.name}: {e}")

@@ -13,10 +13,15 @@ _ONE_ARCHITECTURE: Final = re.compile(r"libQnnHtpV(\d+)(?:Skel|Stub|CalculatorSt
 def is_soc(have: str, wanted: str) -> bool:
     """Tell whether a phone's SoC is the one that artifacts were compiled for.
 
-    Case and spaces do not count, and a bin such as ``SM8650-AC`` is an ``SM8650``.
+    Case and spaces do not count, nor does a maker in front (``QTI SM8650``), and a bin such as
+    ``SM8650-AC`` is an ``SM8650``.
     """
-    ours, theirs = ("".join(name.upper().split()) for name in (have, wanted))
-    return ours == theirs or ours.startswith(f"{theirs}-")
+    theirs = "".join(wanted.upper().split())
+    words = have.upper().split()
+    for ours in ("".join(words), "".join(words[1:])):
+        if ours == theirs or ours.startswith(f"{theirs}-"):
+            return True
+    return False
 
 
 def hexagon(soc: str | None) -> int | None:

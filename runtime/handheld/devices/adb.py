@@ -183,7 +183,8 @@ class Phone:
         """
         # Phones without shell_v2 tell no exit code, and a broken connection must not look
         # like a command that ended, so the script itself says the last word.
-        text = f'{script}\necho "{_EXIT}$?"'
+        # Parentheses keep an `exit` in it from taking that away.
+        text = f'(\n{script}\n)\necho "{_EXIT}$?"'
         done = self.server.call("-s", self.serial, "shell", "-n", text, timeout_s=timeout_s)
         body, found, code = done.out.replace("\r\n", "\n").rpartition(_EXIT)
         if not found or not code.strip().isdigit():

@@ -15,6 +15,7 @@ import json
 import platform
 import re
 import tempfile
+import threading
 import uuid
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from handheld.devices import adb, process
 from handheld.devices.adb import Phone, Server, quote, script
 from handheld.devices.base import Device, Devices, Obstacle, Place, Received, Sending
 from handheld.devices.host import machine_id
-from handheld.errors import DeviceError, HandheldError, HarnessError
+from handheld.errors import DeviceBusyError, DeviceError, HandheldError, HarnessError
 from handheld.files import cache_root, output_errors, sha256_file
 from handheld.kit import Kit
 from handheld.native import NativeError
@@ -115,8 +116,18 @@ _SWEEP: Final = script(
 
 
 def owner() -> str:
-    """Return what this machine is called on a phone; copies of one image differ by their names."""
-    return hashlib.sha256(f"{machine_id()} {platform.node()}".encode()).hexdigest()[:16]
+    """Return what this machine is called on a phone.
+
+    Copies of one image differ by their names, users of one machine by their cache, in which lies
+    the lock that keeps their own processes apart.
+    """
+    text = f"{machine_id()} {platform.node()} {cache_root()}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _if_mine(owner: str, command: str) -> str:
+    """Return a line that does something while the phone is this machine's."""
+    return f'case "$(cat {LOCK}/owner 2>/dev/null)" in "{owner} "*) {command};; esac'
 
 
 def _taking(owner: str) -> list[str]:
@@ -124,7 +135,7 @@ def _taking(owner: str) -> list[str]:
 
     A lock of the same machine is left over: its own lock keeps its processes apart. One that
     nobody has touched for a while, or that comes from before a restart or from the future,
-    is of a machine that went away.
+    is of a machine that went away. One without a name is being made by another, if it is new.
     """
     return [
         f"mkdir -p {ROOT}",
@@ -136,11 +147,17 @@ def _taking(owner: str) -> list[str]:
         f'    "{owner} "*) ;;',
         f'    *" $boot") if [ $age -ge -60 ] && [ $age -lt {int(LOCK_S)} ]; then',
         "      held=$age; fi;;",
+        '    "") if [ $age -ge -60 ] && [ $age -lt 60 ]; then held=$age; fi;;',
         "  esac",
+        "  taken=yes",
         "fi",
-        'if [ -n "$held" ]; then echo "@held $held"; else',
+        'if [ -z "$held" ]; then',
         f'  echo "{owner} $boot" > {LOCK}/owner && touch {LOCK} || exit 1',
+        # Two that found the same old lock both got here.
+        f'  if [ -n "$taken" ]; then sleep 1; {_if_mine(owner, "taken=")}; fi',
+        '  if [ -n "$taken" ]; then held=0; fi',
         "fi",
+        'if [ -n "$held" ]; then echo "@held $held"; fi',
     ]
 
 
@@ -236,9 +253,17 @@ class AndroidDevice(Device):
         """Return thermal state, battery and load now."""
         return parse_heat(self._ask(_HEAT))
 
+    def _keep(self, stopped: threading.Event) -> None:
+        """Say again and again that this machine is using the phone."""
+        line = _if_mine(owner(), f"touch {LOCK}")
+        while not stopped.wait(LOCK_S / 10):
+            with contextlib.suppress(DeviceError):
+                self.phone.shell(line)
+
     def glance(self) -> Heat | None:
-        """Return the thermal state, and say that the phone is still in use."""
-        return parse_heat(self._ask(f"[ -d {LOCK} ] && touch {LOCK}; {_HEAT}"))
+        """Return the thermal state alone: the load would be that of the run itself."""
+        told = self.phone.shell("echo @thermal; dumpsys thermalservice 2>/dev/null; true").text
+        return parse_heat(told)
 
     def kit(self) -> Kit:
         """Return the harness for this phone.
@@ -288,13 +313,19 @@ class AndroidDevice(Device):
                 self.phone, bundle, self._kit(properties), soc(properties), sending
             )
             place.take()
+            stopped = threading.Event()
+            keeper = threading.Thread(target=self._keep, args=(stopped,), daemon=True)
+            keeper.start()
             try:
                 place.send()
                 yield place
             finally:
-                with contextlib.suppress(DeviceError):
-                    place.sweep()
-                    self.phone.shell(f"rm -rf {LOCK}")
+                stopped.set()
+                keeper.join()
+                mine = owner()
+                for command in (_SWEEP, f"rm -rf {LOCK}"):
+                    with contextlib.suppress(DeviceError):
+                        self.phone.shell(_if_mine(mine, f"\n{command}\n"), timeout_s=60)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -307,7 +338,7 @@ class AndroidDevice(Device):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise DeviceError(
+                raise DeviceBusyError(
                     "another handheld is using this phone",
                     field=self.serial,
                     remedy="wait for it to end",
@@ -355,7 +386,7 @@ class AndroidPlace(Place):
         """
         told = self._must(script(_taking(owner())), "cannot be taken")
         if found := re.search(r"@held (-?\d+)", told):
-            raise DeviceError(
+            raise DeviceBusyError(
                 f"another machine is using this phone, and did {found[1]} s ago",
                 field=self._phone.serial,
                 remedy=f"wait for it to end; after {LOCK_S / 60:.0f} minutes of silence the phone "
@@ -574,10 +605,6 @@ class AndroidPlace(Place):
 
     def _cache(self, cache: str) -> str:
         return f"{WEIGHTS}/{hashlib.sha256(cache.encode()).hexdigest()[:32]}"
-
-    def sweep(self) -> None:
-        """End harnesses that still run and remove everything but the cache."""
-        self._phone.shell(_SWEEP, timeout_s=60)
 
     def _must(self, text: str, what: str, timeout_s: float = adb.CALL_S) -> str:
         done = self._phone.shell(text, timeout_s)

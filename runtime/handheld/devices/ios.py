@@ -283,7 +283,7 @@ class IosPlace(Place):
                 self._copy_to(folder / file, f"incoming/{file}")
             pid = self._launch("--job", self._run)
             ended = False
-            self.running = True
+            self.running, self.thermal = True, None
             try:
                 for event in self._events(folder / "events.jsonl", pid, timeout_s):
                     received = event.event

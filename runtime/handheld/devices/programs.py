@@ -37,7 +37,7 @@ def call(
     command : sequence of str
         The program's path, then its arguments.
     timeout_s : float
-        Then it is killed, with whatever it started.
+        Then it is killed. What it started goes on, as adb's server must.
     field, remedy : str
         Of the error if it takes too long.
 
