@@ -192,7 +192,7 @@ class IosPlace(Place):
     def __init__(self, phone: Iphone, bundle: Bundle) -> None:
         self._phone = phone
         self._bundle = bundle
-        self._run = f"runs/{uuid.uuid4().hex}"
+        self._run = ""
         self.report = Report()
         self.running = False
         self.thermal: int | None = None
@@ -271,6 +271,8 @@ class IosPlace(Place):
 
         The times of arrival are those of the app's own clock: copying takes a while.
         """
+        # A folder of its own: until the app has started, the last run's events are still there.
+        self._run = f"runs/{uuid.uuid4().hex}"
         remote = self._translate(job)
         with tempfile.TemporaryDirectory(prefix="handheld-") as name:
             folder = Path(name)
