@@ -8,8 +8,13 @@ import signal
 
 import pytest
 
+from handheld.files import cache_root
+
 # Phones that are plugged in are none of the tests' business; those that want one bring it.
 os.environ["HANDHELD_ADB"] = os.environ["HANDHELD_XCRUN"] = "/none"
+
+# Tests have caches of their own; QNN's libraries are found where they were laid out.
+os.environ.setdefault("HANDHELD_QNN", str(cache_root() / "qnn"))
 
 # A shell starts background jobs deaf to Ctrl-C, and tests and what they start are to hear it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -21,8 +21,9 @@ from handheld.records import read
 HANDHELD = [sys.executable, "-m", "handheld"]
 COMMANDS = [
     "generate", "export", "verify", "bench", "devices", "bundle show", "harness build", "doctor",
-    "schema", "report", "compare", "release build", "release verify", "release select",
-    "release pack", "release publish", "release update", "release confirm", "release revert",
+    "qnn install", "schema", "report", "compare", "release build", "release verify",
+    "release select", "release pack", "release publish", "release update", "release confirm",
+    "release revert",
 ]  # fmt: skip
 
 

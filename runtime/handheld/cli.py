@@ -41,6 +41,7 @@ _COMMANDS = {
     "compare": "Compare run records, with a gate.",
     "bundle": "Look into bundles.",
     "harness": "Make the native program that runs bundles.",
+    "qnn": "Lay out Qualcomm's QNN libraries.",
     "doctor": "Say what is missing here and how to get it.",
     "schema": "Print the JSON Schemas of manifests, jobs, events, records and releases.",
 }
