@@ -25,10 +25,19 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(checkpoint: Path, *, grpc: bool = False, level: str = "error", **options):
+def running(
+    checkpoint: Path,
+    *,
+    grpc: bool = False,
+    level: str = "error",
+    send_buffer: int | None = None,
+    **options,
+):
     """Serve in a thread until the block ends, then drain."""
     with contextlib.ExitStack() as held:
         sock = held.enter_context(socket.socket())
+        if send_buffer is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
         options.setdefault("threads", 1)

@@ -63,7 +63,7 @@ def test_long_answers_arrive_whole(tmp_path):
 
 def test_a_client_that_does_not_read_is_dropped_and_holds_others_up_no_longer(tmp_path):
     async def scenario():
-        kept = guard(answering(b"x" * 2**20), tmp_path, send_timeout=0.5, max_unread=2**19)
+        kept = guard(answering(b"x" * 2**20), tmp_path, send_timeout=0.5, max_unread=2**20 + 9)
         arrived = asyncio.Event()
 
         async def stuck(message):
@@ -80,6 +80,47 @@ def test_a_client_that_does_not_read_is_dropped_and_holds_others_up_no_longer(tm
         assert (await first)[2], "the connection is dropped"
         assert time.monotonic() - began < 5
         assert (await asked(kept))[0] == 200
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("kind", ["http.response.start", "http.response.body"])
+@pytest.mark.parametrize("path", [PATH, "/nothing"])
+def test_short_answers_and_refusals_have_a_time_too(tmp_path, kind, path):
+    async def stuck(message):
+        if message["type"] == kind:
+            await asyncio.Event().wait()
+
+    async def scenario():
+        kept = guard(answering(b"{}"), tmp_path, send_timeout=0.2, max_connections=1)
+        assert (await asked(kept, path, send=stuck))[2], "the connection is dropped"
+        assert (await asked(kept))[0] == 200, "and its place is free"
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_that_would_be_too_much_to_wait_for_is_refused_before_it_begins(tmp_path):
+    kept = guard(answering(b"x" * 2**20), tmp_path, max_unread=2**19)
+    status, body, _ = asyncio.run(asked(kept))
+    assert status == 503 and "read" in json.loads(body)["error"]
+
+
+def test_those_that_are_not_let_in_take_no_place(tmp_path):
+    tokens = tmp_path / "tokens"
+    tokens.write_text("")
+
+    async def scenario():
+        waits = asyncio.Event()
+
+        async def stuck(message):
+            await waits.wait()
+
+        kept = guard(answering(b"{}"), tmp_path, max_connections=1, tokens=tokens)
+        tasks = [asyncio.create_task(asked(kept, send=stuck)) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        assert (await asked(kept))[0] == 401, "and not 503"
+        waits.set()
+        await asyncio.gather(*tasks)
 
     asyncio.run(scenario())
 

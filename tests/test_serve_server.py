@@ -214,6 +214,7 @@ def test_get_can_be_cached(http):
         (json.dumps(body(name="other")), 400),
         (json.dumps({"inputs": body()["inputs"] * 2}), 400),
         (json.dumps(body() | {"outputs": [{"name": "nothing"}]}), 400),
+        (json.dumps(body() | {"outputs": [{"name": "tokens"}] * 2}), 400),
         (json.dumps(body() | {"parameters": {"datatype": "FP16"}}), 400),
         (json.dumps(body() | {"parameters": {"datatype": ["FP16"]}}), 400),
         (json.dumps(body() | {"parameters": {"clip_skip": True}}), 400),
@@ -444,6 +445,83 @@ def test_answers_too_long_for_json_are_asked_for_in_binary(http, monkeypatch):
     assert http.post(INFER, json=body()).status_code == 200
     binary = {"parameters": {"binary_data_output": True}}
     assert http.post(INFER, json=two | binary).status_code == 200
+    assert http.post(INFER, json=two | {"outputs": [{"name": "tokens"}]}).status_code == 200
+    long = {"name": "prompt_embeds", "parameters": {"binary_data": False}}
+    assert http.post(INFER, json=two | binary | {"outputs": [long]}).status_code == 400
+
+
+def test_clients_that_do_not_read_are_dropped(sdxl, capfd):
+    with (
+        serving.running(sdxl, send_timeout=0.5, send_buffer=4096) as found,
+        socket.socket() as sock,
+    ):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", found.port))
+        ask = json.dumps(body()).encode()
+        head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(ask)}\r\n\r\n"
+        sock.sendall((head.encode() + ask) * 16)
+        connections = found.server.server_state.connections
+        give_up = time.monotonic() + 60
+        while not connections:
+            assert time.monotonic() < give_up
+        while connections:
+            assert time.monotonic() < give_up, "the connection is kept"
+            time.sleep(0.05)
+        answer = httpx.post(f"{found.url}{INFER}", json=body())
+        assert 16 * len(answer.content) > 2**16, "the buffers hold less than the answers"
+    assert "without completing" not in capfd.readouterr().err
+
+
+def test_requests_sent_far_ahead_are_not_kept(sdxl):
+    with (
+        serving.running(sdxl) as found,
+        socket.create_connection(("127.0.0.1", found.port), timeout=60) as sock,
+    ):
+        request = b"GET /v2/models HTTP/1.1\r\nHost: x\r\n\r\n"
+        sock.sendall(request * 9)
+        answers = b""
+        while answers.count(b"HTTP/1.1 200") < 9:
+            answers += sock.recv(9999)
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            for _ in range(10**4):
+                sock.sendall(request * 100)
+        assert httpx.get(f"{found.url}/v2/health/ready").status_code == 200
+
+
+def test_probes_are_answered_when_all_connections_are_taken(sdxl):
+    with serving.running(sdxl, max_connections=3, header_timeout=60) as found:
+        silent = [socket.create_connection(("127.0.0.1", found.port)) for _ in range(9)]
+        try:
+            assert httpx.get(f"{found.url}/v2/health/ready").status_code == 200
+        finally:
+            for sock in silent:
+                sock.close()
+
+
+def test_answers_by_grpc_that_wait_to_be_read_are_bounded(sdxl):
+    def ask(stub):
+        tensor = pb.ModelInferRequest.InferInputTensor(name="prompt", datatype="BYTES", shape=[1])
+        tensor.contents.bytes_contents.append(b"a robot")
+        request = pb.ModelInferRequest(model_name="text", inputs=[tensor])
+        return stub.ModelInfer(request, timeout=60)
+
+    with serving.running(sdxl, grpc=True) as found, grpc.insecure_channel(found.grpc) as channel:
+        size = ask(pb_grpc.GRPCInferenceServiceStub(channel)).ByteSize()
+    with (
+        serving.running(sdxl, grpc=True, max_unread=size + 99) as found,
+        grpc.insecure_channel(found.grpc) as channel,
+    ):
+        for _ in range(9):
+            assert ask(pb_grpc.GRPCInferenceServiceStub(channel)).outputs
+    with (
+        serving.running(sdxl, grpc=True, max_unread=size - 99) as found,
+        grpc.insecure_channel(found.grpc) as channel,
+    ):
+        stub = pb_grpc.GRPCInferenceServiceStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            ask(stub)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert stub.ServerReady(pb.ServerReadyRequest(), timeout=30).ready
 
 
 def test_resting_connections_make_room(sdxl):

@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -46,6 +47,7 @@ _MODEL = re.compile(
 _PUBLIC = {"live", "ready", "metrics", "metadata"}
 _DISCARD_BYTES, _DISCARD_SECONDS = 16 * 2**20, 2.0
 _PIECE = 2**17
+UNREAD = "too many answers wait to be read"
 ABORT = "handheld.abort"
 """Key of an ASGI scope: a function that drops the connection with what it has not sent."""
 _log = logging.getLogger("handheld.serve")
@@ -68,7 +70,7 @@ class Guard:
         self._settings = settings
         self._access = access
         self._version = version
-        self._load = _Load()
+        self._load = Load()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Handle one connection's scope."""
@@ -84,36 +86,33 @@ class Guard:
         reply = _Reply(send, self._load, self._settings.send_timeout)
         gone, receive = receive, _once(receive)
         route, client = "unknown", "-"
-        self._load.requests += 1
+        admitted = False
         try:
-            route = self._route(scope)
-            if route not in _PUBLIC:
-                self._admit()
-            client = self._client(scope, route)
-            body = await self._body(scope, receive)
-            await self._app(scope, _replay(body, gone), reply)
+            try:
+                route = self._route(scope)
+                client = self._client(scope, route)
+                if route not in _PUBLIC:
+                    self._admit()
+                    admitted = True
+                    reply.most = self._settings.max_unread
+                body = await self._body(scope, receive)
+                await self._app(scope, _replay(body, gone), reply)
+            except _UnreadError:
+                raise
+            except Refusal as refusal:
+                if not reply.started:
+                    if refusal.http_status != 408:
+                        await _discard(receive)
+                    await reply.refuse(refusal)
+            except Exception as error:
+                _log_failure(error)
+                if not reply.started:
+                    await reply.refuse(Refusal(500, "internal error"))
         except _UnreadError:
             # Closing would wait until the client reads the rest.
             scope.get(ABORT, lambda: None)()
-        except Refusal as refusal:
-            if not reply.started:
-                if refusal.http_status != 408:
-                    await _discard(receive)
-                await reply.refuse(refusal)
-        except Exception as error:
-            # A traceback's last line may quote a prompt; its kind and place do not.
-            where = error.__traceback__
-            while where is not None and where.tb_next is not None:
-                where = where.tb_next
-            place = where.tb_frame.f_code.co_qualname if where is not None else None
-            _log.error(
-                "failed",
-                extra={"event": "error", "error": type(error).__name__, "where": place},
-            )
-            if not reply.started:
-                await reply.refuse(Refusal(500, "internal error"))
         finally:
-            self._load.requests -= 1
+            self._load.requests -= admitted
             seconds = time.perf_counter() - started
             metrics.REQUESTS.labels(route, str(reply.status)).inc()
             metrics.SECONDS.labels(route).observe(seconds)
@@ -130,10 +129,11 @@ class Guard:
                 )
 
     def _admit(self) -> None:
-        if self._load.requests > self._settings.max_connections:
+        if self._load.requests >= self._settings.max_connections:
             raise Refusal(503, "too many requests at once", 1.0)
         if self._load.unread > self._settings.max_unread:
-            raise Refusal(503, "too many answers wait to be read", 1.0)
+            raise Refusal(503, UNREAD, 1.0)
+        self._load.requests += 1
 
     def _route(self, scope: Message) -> str:
         """Return what a path is called in metrics; strip its version."""
@@ -251,9 +251,18 @@ class _UnreadError(Exception):
     """A client did not read its answer in time."""
 
 
+def _log_failure(error: Exception) -> None:
+    """Log an error's kind and place; its message may quote a prompt."""
+    where = error.__traceback__
+    while where is not None and where.tb_next is not None:
+        where = where.tb_next
+    place = where.tb_frame.f_code.co_qualname if where is not None else None
+    _log.error("failed", extra={"event": "error", "error": type(error).__name__, "where": place})
+
+
 @dataclass
-class _Load:
-    """What a worker has at hand."""
+class Load:
+    """What a worker has at hand, by one protocol."""
 
     requests: int = 0
     unread: int = 0
@@ -263,47 +272,65 @@ class _Load:
 class _Reply:
     """Sends an answer with its length and type, as fast as it is read and within a time.
 
-    The transport keeps whatever it is given, so it is given no more than it can soon send.
+    The transport keeps whatever it is given, so it is given no more than it can soon send, and
+    the answer ends when the transport has sent it all.
+
+    Attributes
+    ----------
+    most : int or None
+        Bytes of answers that may be being sent at once; an answer that goes over is refused.
     """
 
-    def __init__(self, send: Send, load: _Load, seconds: float) -> None:
+    def __init__(self, send: Send, load: Load, seconds: float) -> None:
         self._send = send
         self._load = load
         self._seconds = seconds
         self._start: Message | None = None
+        self._refused = False
+        self.most: int | None = None
         self.started = False
         self.status = 0
 
     async def __call__(self, message: Message) -> None:
+        if self._refused:
+            return
         if message["type"] == "http.response.start":
             self._start = message
             self.status = message["status"]
             return
+        body = message.get("body", b"")
         if self._start is not None:
+            if self.most is not None and self._load.unread + len(body) > self.most:
+                self._refused = True
+                await self.refuse(Refusal(503, UNREAD, 1.0))
+                return
             start, self._start = self._start, None
             names = {k.lower() for k, _ in start["headers"]}
             whole = not message.get("more_body", False)
             headers = list(start["headers"])
             if whole and b"content-length" not in names and start["status"] not in (204, 304):
-                headers.append((b"content-length", str(len(message.get("body", b""))).encode()))
+                headers.append((b"content-length", str(len(body)).encode()))
             if b"content-type" not in names and start["status"] not in (204, 304):
                 binary = JSON_LENGTH in names
                 kind = b"application/octet-stream" if binary else b"application/json"
                 headers.append((b"content-type", kind))
-            self.started = True
-            await self._send({**start, "headers": headers})
-        body = message.get("body", b"")
-        if len(body) <= _PIECE:
-            await self._send(message)
-            return
+            await self._whole({**start, "headers": headers}, body, message.get("more_body", False))
+        else:
+            await self._whole(None, body, message.get("more_body", False))
+
+    async def _whole(self, start: Message | None, body: bytes, more: bool) -> None:
+        """Send an answer, or a part of one; return when the transport has no more of it."""
+        self.started = True
         self._load.unread += len(body)
+        part = {"type": "http.response.body", "more_body": True}
         try:
             async with asyncio.timeout(self._seconds):
+                if start is not None:
+                    await self._send(start)
                 for at in range(0, len(body), _PIECE):
-                    last = at + _PIECE >= len(body)
-                    more = message.get("more_body", False) or not last
-                    piece = body[at : at + _PIECE]
-                    await self._send({**message, "body": piece, "more_body": more})
+                    await self._send({**part, "body": body[at : at + _PIECE]})
+                # Sending nothing waits until the transport has sent what it was given.
+                await self._send({**part, "body": b"", "more_body": more})
         except TimeoutError:
             raise _UnreadError from None
         finally:
@@ -317,47 +344,63 @@ class _Reply:
             headers["connection"] = "close"
         body = json.dumps({"error": refusal.reason}).encode()
         headers["content-length"] = str(len(body))
-        self.started = True
-        await self._send(
-            {
-                "type": "http.response.start",
-                "status": refusal.http_status,
-                "headers": [(k.encode(), v.encode()) for k, v in headers.items()],
-            }
-        )
-        await self._send({"type": "http.response.body", "body": body})
+        start = {
+            "type": "http.response.start",
+            "status": refusal.http_status,
+            "headers": [(k.encode(), v.encode()) for k, v in headers.items()],
+        }
+        await self._whole(start, body, False)
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP, with a limit on the time and size of a request's headers.
+    """uvicorn's HTTP, with limits on headers, on requests sent ahead, and on unread bytes.
 
-    Without one, connections that send a byte now and then are kept for ever.
+    Without them, connections that send a byte now and then, or read none, are kept for ever, and
+    requests sent ahead fill the memory.
     """
 
     max_header_bytes = 2**16
+    max_ahead = 16
+    """Requests that may be sent before the one in hand is answered."""
     _timer: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
     _header_bytes = 0
+    _dropped = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first request; make room if there are too many connections."""
         super().connection_made(transport)
+        # Writing is paused while anything is unsent, also on a connection that is being closed.
+        transport.set_write_buffer_limits(high=1)
         application: Any = self.config.app
         if len(self.connections) > application.settings.max_connections:
             self._make_room(2 * application.settings.max_connections)
         self._expect()
 
     def _make_room(self, most: int) -> None:
-        """Close a connection that nothing happens on, or else this one if there are `most`."""
-        for other in self.connections:
-            if other is not self and isinstance(other, Protocol) and other.is_resting():
-                other.transport.close()
+        """Drop a connection that rests or, at `most`, the one that has longest sent no request."""
+        others = [c for c in self.connections if c is not self and isinstance(c, Protocol)]
+        for other in others:
+            if other.is_resting():
+                other._drop()
                 return
         if len(self.connections) > most:
-            self.transport.abort()
+            waiting = {c: c._timer.when() for c in others if c._timer is not None}
+            min(waiting, key=lambda c: waiting[c], default=self)._drop()
+
+    def _abandon(self, cycle: Any) -> None:
+        self._drop()
+        # uvicorn knows only the last request's, and would miss the end of this one's answer.
+        cycle.disconnected = True
+
+    def _drop(self) -> None:
+        self._dropped = True
+        self._forget()
+        self.transport.abort()
 
     def is_resting(self) -> bool:
         """Tell whether the last request was answered and the next has not begun."""
-        return self._timer is None and self.pipeline_idle() and not self.transport.is_closing()
+        return self._timer is None and self.pipeline_idle() and not self._dropped
 
     def data_received(self, data: bytes) -> None:
         """Read what came, and begin to wait if a request has begun."""
@@ -374,16 +417,35 @@ class Protocol(HttpToolsProtocol):
         return self.cycle is None or self.cycle.response_complete
 
     def on_headers_complete(self) -> None:
-        """Stop waiting."""
+        """Stop waiting; take the request, unless too many were sent ahead."""
+        if self._dropped or len(self.pipeline) >= self.max_ahead:
+            self._drop()
+            return
         self._forget()
-        scope: Any = self.scope
-        scope[ABORT] = self.transport.abort
         super().on_headers_complete()
+        scope: Any = self.scope
+        scope[ABORT] = partial(self._abandon, self.cycle)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""
         self._forget()
+        self.resume_writing()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Begin to wait for the client to read."""
+        super().pause_writing()
+        if self._unread is None:
+            application: Any = self.config.app
+            seconds = application.settings.send_timeout
+            self._unread = self.loop.call_later(seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Stop waiting for the client to read."""
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _expect(self) -> None:
         self._header_bytes = 0

@@ -147,7 +147,7 @@ class TextModel(Model):  # type: ignore[misc]
         else:
             client = known.get(CLIENT, "")
         ask = self.read(payload)
-        if not payload.from_grpc and not _all_binary(payload):
+        if not payload.from_grpc and _as_json(payload, "prompt_embeds"):
             values = len(ask.prompts) * self.encoder.length * self.encoder.width
             if values > _JSON_VALUES and len(ask.prompts) > 1:
                 raise Refusal(400, "ask for so many prompts with the parameter binary_data_output")
@@ -169,6 +169,9 @@ class TextModel(Model):  # type: ignore[misc]
         known = [i["name"] for i in self.get_input_types()]
         if len(inputs) != len(payload.inputs) or not set(inputs) <= set(known):
             raise Refusal(400, f"the inputs are {' and '.join(known)}, each once")
+        outputs = [o.name for o in payload.request_outputs or ()]
+        if len(set(outputs)) != len(outputs):
+            raise Refusal(400, "outputs: a name is there twice")
         if "prompt" not in inputs:
             raise Refusal(400, "the input 'prompt' is missing")
         prompts = self._strings(inputs["prompt"])
@@ -353,10 +356,11 @@ def _travelling(row: PromptEmbedding, datatype: Datatype) -> Row:
     return {n: t if t.base is None else t.copy() for n, t in wire.items()}
 
 
-def _all_binary(payload: InferRequest) -> bool:
+def _as_json(payload: InferRequest, output: str) -> bool:
+    """Tell whether an answer holds an output as JSON."""
     if payload.request_outputs:
-        return all(o.binary_data for o in payload.request_outputs)
-    return bool(payload.use_binary_outputs)
+        return any(o.name == output and not o.binary_data for o in payload.request_outputs)
+    return not payload.use_binary_outputs
 
 
 def response(

@@ -40,7 +40,7 @@ from handheld.errors import HandheldError
 from handheld_export.serve import metrics
 from handheld_export.serve.access import Access
 from handheld_export.serve.errors import Refusal
-from handheld_export.serve.guard import VERSION, Guard
+from handheld_export.serve.guard import UNREAD, VERSION, Guard, Load
 from handheld_export.serve.model import CLIENT, TextModel
 from handheld_export.serve.settings import Settings
 
@@ -194,8 +194,10 @@ class _Authenticate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     _PUBLIC = ("ServerLive", "ServerReady", "ServerMetadata")
     _CLOSED = ("RepositoryModelLoad", "RepositoryModelUnload")
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Access, most: int) -> None:
         self._access = access
+        self._most = most
+        self._load = Load()
 
     async def intercept_service(self, continuation: Callable[..., Any], details: Any) -> Any:
         """Let a call through, or not."""
@@ -211,21 +213,32 @@ class _Authenticate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 self._access.client(dict(details.invocation_metadata or ()), "grpc")
             except Refusal as refusal:
                 handler = _refusing(refusal.status_code, refusal.reason)
-        return _counted(handler, f"grpc-{name}")
+        return _counted(handler, f"grpc-{name}", self._load, self._most)
 
 
-def _counted(handler: Any, route: str) -> Any:
-    """Let metrics see a gRPC call as they see a request by HTTP."""
+def _counted(handler: Any, route: str, load: Load, most: int) -> Any:
+    """Let metrics see a gRPC call as they see a request by HTTP; bound what waits to be read."""
 
     async def call(request: Any, context: Any) -> Any:
         started = time.perf_counter()
         status = "OK"
         try:
-            return await handler.unary_unary(request, context)
+            answer = await handler.unary_unary(request, context)
+            size = answer.ByteSize()
+            if load.unread + size > most:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, UNREAD)
+            load.unread += size
+
+            def sent(_: Any) -> None:
+                load.unread -= size
+
+            context.add_done_callback(sent)
         except BaseException:
             code = context.code()
             status = code.name if isinstance(code, grpc.StatusCode) else "UNKNOWN"
             raise
+        else:
+            return answer
         finally:
             seconds = time.perf_counter() - started
             metrics.REQUESTS.labels(route, status).inc()
@@ -248,12 +261,15 @@ def _refusing(code: grpc.StatusCode, reason: str) -> grpc.RpcMethodHandler:
 async def _start_grpc(settings: Settings, plane: TextDataPlane, access: Access) -> Any:
     most = settings.max_body
     server = grpc.aio.server(
-        interceptors=(_Authenticate(access), ExceptionToStatusInterceptor()),
+        interceptors=(_Authenticate(access, settings.max_unread), ExceptionToStatusInterceptor()),
         options=[
             ("grpc.max_receive_message_length", most),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 1),
             ("grpc.max_connection_idle_ms", 65_000),
+            # What a client does not read is given up with its connection.
+            ("grpc.max_connection_age_ms", 600_000),
+            ("grpc.max_connection_age_grace_ms", int(settings.send_timeout * 1e3)),
         ],
         maximum_concurrent_rpcs=settings.max_connections,
     )

@@ -45,9 +45,10 @@ class Settings:
     max_connections: int = 1024
     """Requests at once, probes aside, and connections that may rest open, per worker."""
     send_timeout: float = 30.0
-    """For a client to read its answer."""
+    """For a client to read its answer; by gRPC, after a connection's ten minutes."""
     max_unread: int = 256 * 2**20
-    """Bytes of answers that clients have not read, per worker, before more are refused."""
+    """Bytes of answers that clients have not read, per worker and protocol, before more are
+    refused."""
     long_prompts: Literal["truncate", "refuse"] = "truncate"
     """What happens to prompts of more tokens than the encoders read."""
     # Who may ask, and how much.
