@@ -248,13 +248,21 @@ def pymobiledevice3(folder: Path, state: dict[str, Any], arguments: list[str]) -
         print(state["garbage"])
         return
     words = list(arguments)
-    if words == ["usbmux", "list"]:
+    if words[:2] == ["usbmux", "list"]:
         if "fails" in state:
             fails(state["fails"])
+        if words[2:] == ["--simple"]:
+            print(json.dumps([UDID, UDID], indent=4))
+            return
+        if "recovery" in state:
+            fails("Incorrect mode returned. Got: {'Type': 'com.apple.mobile.restored'}")
+        if "gone" in state:
+            print("[]")
+            return
         known = {
             "BuildVersion": "22B83", "ConnectionType": "USB", "DeviceClass": "iPhone",
             "DeviceName": "Test iPhone", "Identifier": UDID, "ProductType": "iPhone16,1",
-            "ProductVersion": "18.1", "UniqueDeviceID": UDID,
+            "ProductVersion": state.get("ios", "18.1"), "UniqueDeviceID": UDID,
         }  # fmt: skip
         network = {**known, "ConnectionType": "Network"}
         print(json.dumps([known, network, {**known, "DeviceClass": "Watch"}, {"odd": 1}], indent=4))
@@ -262,10 +270,23 @@ def pymobiledevice3(folder: Path, state: dict[str, Any], arguments: list[str]) -
     at = words.index("--udid")
     assert words[at + 1] == UDID
     del words[at : at + 2]
-    if "fails" in state:
-        fails(state["fails"])
+    for key in ("fails", "recovery", "phone_fails"):
+        if key in state:
+            fails(state[key])
+    if "unpaired" in state:
+        # All of these pair first, and wait for the user for ever.
+        print("2026-01-01 12:00:00 host pymobiledevice3.lockdown[1] INFO waiting user pairing "
+              "dialog...", file=sys.stderr, flush=True)  # fmt: skip
+        time.sleep(600)
     container = folder / "container"
     match words:
+        case ["amfi", "developer-mode-status"]:
+            print(json.dumps(state.get("developer_mode", True)))
+        case ["lockdown", "get", "", "PasswordProtected"]:
+            print(json.dumps("locked" in state))
+        case ["mounter", "list"]:
+            image = {"DiskImageType": "Personalized", "ImageSignature": "00ff"}
+            print(json.dumps([] if "unmounted" in state else [image], indent=4))
         case ["developer", "dvt", "launch", "--userspace", text]:
             try:
                 found = launch(folder, state, shlex.split(text))
@@ -296,7 +317,9 @@ def pymobiledevice3(folder: Path, state: dict[str, Any], arguments: list[str]) -
 
 
 def fails(text: str) -> NoReturn:
-    print(f"2026-01-01 12:00:00 host pymobiledevice3[1] ERROR {text}", file=sys.stderr)
+    head = "2026-01-01 12:00:00 host pymobiledevice3.__main__[1]"
+    print(f"{head} ERROR {text}", file=sys.stderr)
+    print(f"{head} INFO Run again with -v for the full traceback", file=sys.stderr)
     sys.exit(1)
 
 
@@ -310,8 +333,9 @@ def app(folder: Path, state: dict[str, Any], arguments: list[str]) -> None:
         if len(path.name) == 64:
             good = hashlib.sha256(path.read_bytes()).hexdigest() == path.name
             path.replace(Path("objects") / path.name) if good else path.unlink()
-    if arguments[0] == "--forget":
-        shutil.rmtree(arguments[1], ignore_errors=True)
+    time.sleep(state.get("launch_s", 0))
+    if "--forget" in arguments:
+        shutil.rmtree(option(arguments, "--forget"), ignore_errors=True)
     shutil.rmtree("runs")
     for path in Path().glob("report-*"):
         path.unlink()

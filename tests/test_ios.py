@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -10,12 +12,12 @@ from hypothesis import strategies as st
 
 import samples
 from fake_xcrun import CORE, UDID, IPhone
-from handheld import bench, devices
+from handheld import bench, devices, fleet
 from handheld.bench import Options
 from handheld.devices import devicectl, ios, process
 from handheld.devices.devicectl import DevicectlError
 from handheld.devices.ios import IosDevices
-from handheld.errors import DeviceError, HandheldError
+from handheld.errors import DeviceBusyError, DeviceError, HandheldError
 from handheld.thermal_gate import Gate
 
 FAST = Options(iterations=3, timeout_s=60, first_ever=False, gate=Gate(patience_s=0))
@@ -62,6 +64,7 @@ def test_devices_of_every_version(iphone, version):
              "properties": {"ddiServicesAvailable": False}},
             "developer services", "Xcode",
         ),
+        ({"properties": {"osVersionNumber": "16.7.2"}}, "needs 17", "another phone"),
         ({"timeout": True}, "took too long", "Xcode that is older"),
         ({"garbage": "{"}, "is not understood", "update handheld"),
         ({"silent": True}, "answered nothing", "xcode-select"),
@@ -101,9 +104,22 @@ def test_a_phone_on_linux(linux):
         ({"fails": "Device is not paired"}, "not paired", "tap Trust"),
         ({"fails": "Developer Mode is disabled."}, "disabled", "Settings"),
         ({"fails": ""}, "failed", "unlock"),
+        ({"developer_mode": False}, "Developer Mode is off", "Settings"),
+        ({"locked": True}, "is locked", "keep it unlocked"),
+        ({"unmounted": True}, "developer services", "mounter auto-mount"),
+        ({"unpaired": True}, "does not trust", "tap Trust"),
+        ({"ios": "16.7.2"}, "needs 17", "another phone"),
+        ({"phone_fails": "The user refused to trust this computer."}, "refused", "tap Trust"),
+        ({"phone_fails": "The device no longer accepts this computer's pairing record. Pair it "
+          "again."}, "no longer accepts", "lockdown pair"),
+        ({"phone_fails": "Device is password protected. Please unlock and retry."},
+         "password protected", "unlock"),
+        ({"recovery": "Incorrect mode returned."}, "Incorrect mode", "unlock"),
+        ({"developer_mode": "so?"}, "is not understood", "update"),
     ],
-)
-def test_what_stops_a_phone_on_linux(linux, state, what, remedy):
+)  # fmt: skip
+def test_what_stops_a_phone_on_linux(linux, monkeypatch, state, what, remedy):
+    monkeypatch.setattr("handheld.devices.pymobiledevice3.ASK_S", 1.0)
     linux.set(**state)
     (obstacle,) = IosDevices().obstacles()
     assert what in obstacle.what
@@ -111,11 +127,76 @@ def test_what_stops_a_phone_on_linux(linux, state, what, remedy):
     assert IosDevices().attached() == []
 
 
+def test_a_phone_that_stops_is_told_by_its_serial(linux):
+    linux.set(locked=True)
+    with pytest.raises(DeviceError, match="is locked"):
+        devices.find(UDID)
+
+
+@pytest.mark.parametrize("on", ["mac", "linux"])
+def test_a_phone_that_is_back(iphone, monkeypatch, on):
+    if on == "linux":
+        monkeypatch.setenv("HANDHELD_XCRUN", "there-is-no-xcrun")
+        monkeypatch.setenv("HANDHELD_PYMOBILEDEVICE3", str(iphone.pmd))
+    found = device()
+    found.contact()
+    for state, message in (
+        ({"connection": {"transportType": None}, "gone": True}, "not connected"),
+        ({"properties": {"developerModeStatus": "disabled"}, "developer_mode": False}, "is off"),
+        ({"fails": "Failed to connect to usbmuxd socket.", "silent": True}, "xcode-select|usbmuxd"),
+    ):
+        iphone.set(**state)
+        with pytest.raises(DeviceError, match=message):
+            found.contact()
+
+
+def test_a_fleet_waits_for_a_phone_to_be_back(linux, monkeypatch, tmp_path, sample):
+    monkeypatch.setattr(fleet, "POLL_S", 0.05)
+    table = fleet.Matrix(devices=("ios",), bundles=({"path": str(sample.path)},), return_s=30)
+    runner = fleet.Fleet(table, tmp_path, tmp_path / "records.jsonl")
+    phone = device()
+    linux.set(gone=True)
+    timer = threading.Timer(1.0, linux.set)
+    timer.start()
+    began = time.monotonic()
+    assert runner._back(phone)
+    assert time.monotonic() - began > 0.9
+    linux.set(gone=True)
+    runner.matrix = table.model_copy(update={"return_s": 0.0})
+    assert not runner._back(phone)
+
+
+def test_one_handheld_at_a_time(iphone, sample):
+    one, other = device(), device()
+    with (
+        one.prepare(sample),
+        pytest.raises(DeviceBusyError, match="another handheld"),
+        other.prepare(sample),
+    ):
+        pass
+    with other.prepare(sample):
+        pass
+
+
+def test_packed_weights_are_gone_when_that_is_said(iphone, sample):
+    """Whatever the app takes to start: the next start would end it."""
+    iphone.set(launch_s=0.6)
+    with device().prepare(sample) as place:
+        kept = iphone.files / ios._weights("a")
+        other = iphone.files / ios._weights("b")
+        for folder in (kept, other):
+            folder.mkdir(parents=True)
+            (folder / "packed").touch()
+        place.forget_cache("a")
+        assert (kept.exists(), other.exists()) == (False, True)
+
+
 def test_a_program_that_hangs_is_ended(linux, monkeypatch):
     monkeypatch.setattr("handheld.devices.pymobiledevice3.CALL_S", 0.3)
     linux.set(hang=True)
     (obstacle,) = IosDevices().obstacles()
     assert "did not answer" in obstacle.what
+    assert obstacle.remedy
 
 
 @pytest.mark.slow
@@ -298,7 +379,7 @@ def read_all(data):
     except HandheldError:
         return
     for item in devicectl.parse_devices(found):
-        ios.obstacle(item)
+        devicectl.obstacle(item)
     devicectl.parse_processes(found)
     try:
         devicectl.parse_process(found)

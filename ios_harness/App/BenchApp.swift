@@ -23,7 +23,8 @@ struct BenchApp: App {
     }
 }
 
-/// What the app does for its arguments: `--report FILE`, `--job RUN` or `--forget WEIGHTS`.
+/// What the app does for its arguments: `--job RUN`, or `--report FILE`, before which
+/// `--forget WEIGHTS` removes a folder.
 struct Bench {
     var arguments: [String]
     let files = FileManager.default
@@ -34,14 +35,16 @@ struct Bench {
 
     @MainActor
     func run() async -> String {
-        guard arguments.count == 3 else { return "started without a job" }
+        guard arguments.count >= 3 else { return "started without a job" }
         do {
             try takeIn(keepJob: arguments[1] == "--job")
             switch arguments[1] {
             case "--report":
+                if arguments.count == 5, arguments[3] == "--forget" {
+                    let weights = home.appendingPathComponent(arguments[4])
+                    if files.fileExists(atPath: weights.path) { try files.removeItem(at: weights) }
+                }
                 try report().write(to: home.appendingPathComponent(arguments[2]), options: .atomic)
-            case "--forget":
-                try? files.removeItem(at: home.appendingPathComponent(arguments[2]))
             case "--job":
                 let (home, run) = (self.home, arguments[2])
                 try await Task.detached { try Self.job(home: home, run: run) }.value

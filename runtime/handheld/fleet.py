@@ -295,7 +295,7 @@ class Fleet:
         deadline = time.monotonic() + self.matrix.return_s
         while not self._stop.is_set():
             try:
-                device.heat()
+                device.contact()
             except DeviceError:
                 if time.monotonic() >= deadline:
                     return False

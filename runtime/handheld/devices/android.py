@@ -9,7 +9,6 @@ phone went away in between, when it is next prepared.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import platform
@@ -25,12 +24,12 @@ from typing import Final
 
 from handheld import kit, socs
 from handheld.bundle import MANIFEST, Bundle, references
-from handheld.devices import adb, process
+from handheld.devices import adb, lock, process
 from handheld.devices.adb import Phone, Server, quote, script
 from handheld.devices.base import Device, Devices, Obstacle, Place, Received, Sending
 from handheld.devices.host import machine_id
 from handheld.errors import DeviceBusyError, DeviceError, HandheldError, HarnessError
-from handheld.files import cache_root, output_errors, sha256_file
+from handheld.files import cache_root, sha256_file
 from handheld.kit import Kit
 from handheld.native import NativeError
 from handheld.protocol import Done, Job, Output, TensorFile
@@ -305,7 +304,7 @@ class AndroidDevice(Device):
         self, bundle: Bundle, sending: Sending = lambda name, done, total: None
     ) -> Iterator[Place]:
         """Send what the phone lacks, and clean up afterwards."""
-        with self._locked():
+        with lock.held(self.id, self.serial):
             if not self.phone.attach():
                 raise self.phone.gone()
             properties = parse_getprop(self._ask("getprop"))
@@ -326,24 +325,6 @@ class AndroidDevice(Device):
                 for command in (_SWEEP, f"rm -rf {LOCK}"):
                     with contextlib.suppress(DeviceError):
                         self.phone.shell(_if_mine(mine, f"\n{command}\n"), timeout_s=60)
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Keep other processes of this machine from cleaning up what is in use."""
-        path = cache_root() / "devices" / f"{self.id}.lock"
-        with output_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = path.open("a")
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DeviceBusyError(
-                    "another handheld is using this phone",
-                    field=self.serial,
-                    remedy="wait for it to end",
-                ) from None
-            yield
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,16 @@ class Device(ABC):
     def heat(self) -> Heat:
         """Return the thermal state now."""
 
+    def contact(self) -> None:
+        """Find out whether the device is there and can be used.
+
+        Raises
+        ------
+        DeviceError
+            If it is not, or cannot.
+        """
+        self.heat()
+
     def glance(self) -> Heat | None:
         """Return the thermal state while a job runs, or None if to look would disturb it."""
         return self.heat()

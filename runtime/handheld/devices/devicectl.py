@@ -17,6 +17,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from handheld.devices import programs
+from handheld.devices.base import Obstacle
 from handheld.devices.iphone import (
     CALL_S,
     INSTALL_S,
@@ -24,6 +25,8 @@ from handheld.devices.iphone import (
     Iphone,
     NotInstalledError,
     copy_seconds,
+    developer_mode_is_off,
+    is_too_old,
 )
 from handheld.errors import DeviceError
 
@@ -296,6 +299,42 @@ def parse_processes(found: dict[str, Any]) -> set[int]:
     return {pid for pid in listed if isinstance(pid, int)}
 
 
+def _is_phone(item: Listed) -> bool:
+    physical = item.hardware.reality in (None, "physical")
+    return physical and item.hardware.platform in (None, "iOS", "iPadOS")
+
+
+def obstacle(item: Listed) -> Obstacle | None:
+    """Return what keeps a listed device from being used."""
+    serial = item.hardware.udid or item.identifier
+    if item.connection.pairing_state not in (None, "paired"):
+        return Obstacle("is not paired", "unlock it, plug it in and tap Trust", serial)
+    if item.connection.transport_type is None:
+        return Obstacle("is not connected", "plug it in, or bring it to the same network", serial)
+    if old := is_too_old(item.properties.os_version, serial):
+        return old
+    if item.properties.developer_mode not in (None, "enabled"):
+        return developer_mode_is_off(serial)
+    if item.properties.ddi_services is False and item.connection.tunnel_state != "connected":
+        return Obstacle(
+            "its developer services are not available",
+            "unlock it and open Xcode's Devices window once",
+            serial,
+        )
+    return None
+
+
+def phones() -> list[Devicectl]:
+    """Return the iPhones and iPads that this Mac knows.
+
+    Raises
+    ------
+    DeviceError
+        If devicectl fails.
+    """
+    return [Devicectl(item) for item in devices() if _is_phone(item)]
+
+
 class Devicectl(Iphone):
     """An iPhone, by devicectl."""
 
@@ -303,6 +342,7 @@ class Devicectl(Iphone):
 
     def __init__(self, item: Listed) -> None:
         hardware, properties = item.hardware, item.properties
+        self._item = item
         self._device = item.identifier
         self.serial = hardware.udid or item.identifier
         self.facts = Facts(
@@ -312,6 +352,10 @@ class Devicectl(Iphone):
             os=f"{hardware.platform or 'iOS'} {properties.os_version or '?'}",
             os_build=properties.os_build,
         )
+
+    def obstacle(self) -> Obstacle | None:
+        """Return what keeps the phone from being used, as it was listed."""
+        return obstacle(self._item)
 
     def launch(self, app: str, arguments: list[str]) -> int:
         """Start an app anew and return its process id."""

@@ -16,7 +16,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Final
@@ -24,10 +24,9 @@ from typing import Annotated, Final
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from handheld.bundle import MANIFEST, Bundle, references
-from handheld.devices import devicectl, process, pymobiledevice3
+from handheld.devices import devicectl, lock, process, pymobiledevice3
 from handheld.devices.android import flattened
 from handheld.devices.base import Device, Devices, Obstacle, Place, Received, Sending
-from handheld.devices.devicectl import Listed
 from handheld.devices.iphone import Iphone, NotInstalledError
 from handheld.errors import DeviceError, HarnessError
 from handheld.files import sha256_file
@@ -68,54 +67,25 @@ class IosDevices(Devices):
 
     def attached(self) -> list[Device]:
         """Return the devices that can be used."""
-        with contextlib.suppress(DeviceError):
-            if devicectl.program() is not None:
-                listed = devicectl.devices()
-                good = [item for item in listed if _is_phone(item) and not obstacle(item)]
-                return [IosDevice(devicectl.Devicectl(item)) for item in good]
-            if pymobiledevice3.program() is not None:
-                found = pymobiledevice3.devices()
-                return [IosDevice(pymobiledevice3.Pymobiledevice3(item)) for item in found]
-        return []
+        try:
+            return [IosDevice(phone) for phone in _phones() if phone.obstacle() is None]
+        except DeviceError:
+            return []
 
     def obstacles(self) -> list[Obstacle]:
         """Return why devices cannot be used."""
         try:
-            if devicectl.program() is not None:
-                listed = devicectl.devices()
-                return [o for item in listed if _is_phone(item) and (o := obstacle(item))]
-            if pymobiledevice3.program() is not None:
-                pymobiledevice3.devices()
+            return [found for phone in _phones() if (found := phone.obstacle())]
         except DeviceError as error:
             return [Obstacle(error.message, error.remedy or "see what the program itself says")]
-        return []  # iPhones are of no concern on a machine without a program that reaches them
 
 
-def _is_phone(item: Listed) -> bool:
-    physical = item.hardware.reality in (None, "physical")
-    return physical and item.hardware.platform in (None, "iOS", "iPadOS")
-
-
-def obstacle(item: Listed) -> Obstacle | None:
-    """Return what keeps a listed device from being used."""
-    serial = item.hardware.udid or item.identifier
-    if item.connection.pairing_state not in (None, "paired"):
-        return Obstacle("is not paired", "unlock it, plug it in and tap Trust", serial)
-    if item.connection.transport_type is None:
-        return Obstacle("is not connected", "plug it in, or bring it to the same network", serial)
-    if item.properties.developer_mode not in (None, "enabled"):
-        return Obstacle(
-            "Developer Mode is off",
-            "turn it on: Settings, Privacy & Security, Developer Mode",
-            serial,
-        )
-    if item.properties.ddi_services is False and item.connection.tunnel_state != "connected":
-        return Obstacle(
-            "its developer services are not available",
-            "unlock it and open Xcode's Devices window once",
-            serial,
-        )
-    return None
+def _phones() -> Sequence[Iphone]:
+    if devicectl.program() is not None:
+        return devicectl.phones()
+    if pymobiledevice3.program() is not None:
+        return pymobiledevice3.phones()
+    return []  # iPhones are of no concern on a machine without a program that reaches them
 
 
 class IosDevice(Device):
@@ -164,6 +134,16 @@ class IosDevice(Device):
             charging=report.charging,
         )
 
+    def contact(self) -> None:
+        """Ask the program that reaches the phone; its heat would not tell between runs."""
+        phone = next((p for p in _phones() if p.serial == self.serial), None)
+        if phone is None:
+            raise DeviceError(
+                "the phone is not connected", field=self.serial, remedy="plug it in again"
+            )
+        if found := phone.obstacle():
+            raise DeviceError(found.what, field=self.serial, remedy=found.remedy)
+
     def glance(self) -> Heat | None:
         """Return what the app's last event said; to ask, it would have to be started anew."""
         if self._place is None or not self._place.running:
@@ -175,15 +155,16 @@ class IosDevice(Device):
         self, bundle: Bundle, sending: Sending = lambda name, done, total: None
     ) -> Iterator[Place]:
         """Install the app if need be, send what is missing, and clean up afterwards."""
-        place = IosPlace(self._phone, bundle)
-        self._place = place
-        try:
-            place.send(sending)
-            yield place
-        finally:
-            self._place = None
-            with contextlib.suppress(DeviceError):
-                place.ask()
+        with lock.held(self.id, self.serial):
+            place = IosPlace(self._phone, bundle)
+            self._place = place
+            try:
+                place.send(sending)
+                yield place
+            finally:
+                self._place = None
+                with contextlib.suppress(DeviceError):
+                    place.ask()
 
 
 class IosPlace(Place):
@@ -199,8 +180,10 @@ class IosPlace(Place):
         """What the last event of the run said."""
         self.transfer = Transfer()
 
-    def ask(self) -> Report:
+    def ask(self, *orders: str) -> Report:
         """Start the app so that it clears up, takes in what was sent, and reports.
+
+        What ``orders`` say is done once it has reported: to start the app again would end it.
 
         Raises
         ------
@@ -208,7 +191,7 @@ class IosPlace(Place):
             If it cannot be started or says nothing.
         """
         name = f"report-{uuid.uuid4().hex}.json"
-        self._launch("--report", name)
+        self._launch("--report", name, *orders)
         deadline = time.monotonic() + REPORT_S
         with tempfile.TemporaryDirectory(prefix="handheld-") as folder:
             path = Path(folder) / name
@@ -368,8 +351,7 @@ class IosPlace(Place):
 
     def forget_cache(self, cache: str) -> None:
         """Have the app remove packed weights."""
-        self._launch("--forget", _weights(cache))
-        self.ask()
+        self.ask("--forget", _weights(cache))
 
     def _install(self) -> None:
         app = os.environ.get(APP)

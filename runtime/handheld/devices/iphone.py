@@ -6,11 +6,14 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
+from handheld.devices.base import Obstacle
 from handheld.errors import DeviceError
 
 CALL_S = 60.0
 INSTALL_S = 600.0
 SLOWEST_BYTES_PER_S = 250_000
+OLDEST_IOS = 17
+"""What the benchmark app asks for, see ios_harness/Package.swift."""
 
 
 class NotInstalledError(DeviceError):
@@ -38,6 +41,10 @@ class Iphone(ABC):
     transport: str
     """The program, for the record."""
     facts: Facts
+
+    @abstractmethod
+    def obstacle(self) -> Obstacle | None:
+        """Return what keeps the phone from being used."""
 
     @abstractmethod
     def launch(self, app: str, arguments: list[str]) -> int:
@@ -68,6 +75,24 @@ class Iphone(ABC):
     @abstractmethod
     def copy_from(self, app: str, source: str, target: Path) -> bool:
         """Fetch a file from an app's container; tell whether it was there."""
+
+
+def developer_mode_is_off(serial: str) -> Obstacle:
+    """Return the obstacle."""
+    where = "Settings, Privacy & Security, Developer Mode"
+    return Obstacle("Developer Mode is off", f"turn it on: {where}", serial)
+
+
+def is_too_old(version: str | None, serial: str) -> Obstacle | None:
+    """Return an obstacle if the benchmark app does not run on an iOS, as far as it is known."""
+    major = (version or "").partition(".")[0]
+    if not major.isdecimal() or int(major) >= OLDEST_IOS:
+        return None
+    return Obstacle(
+        f"has iOS {version}, the benchmark app needs {OLDEST_IOS}",
+        "update it, or use another phone",
+        serial,
+    )
 
 
 def copy_seconds(path: Path) -> float:

@@ -11,6 +11,13 @@ from handheld.errors import DeviceError
 MAX_OUTPUT_BYTES = 16 * 2**20
 
 
+class TooLongError(DeviceError):
+    """A program did not end in time."""
+
+    said = ""
+    """What it had printed to standard error by then."""
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a program ended, and what it said."""
@@ -44,7 +51,7 @@ def call(
     Raises
     ------
     DeviceError
-        If it cannot be started or takes too long.
+        If it cannot be started; a :class:`TooLongError` if it takes too long.
     """
     try:
         done = subprocess.run(
@@ -55,10 +62,12 @@ def call(
             check=False,
             start_new_session=True,
         )
-    except subprocess.TimeoutExpired:
-        raise DeviceError(
+    except subprocess.TimeoutExpired as expired:
+        error = TooLongError(
             f"{name} did not answer within {timeout_s:.0f} s", field=field, remedy=remedy
-        ) from None
+        )
+        error.said = (expired.stderr or b"")[:MAX_OUTPUT_BYTES].decode(errors="replace")
+        raise error from None
     except OSError as error:
         raise DeviceError(f"cannot be started: {error.strerror}", path=command[0]) from None
     out, err = (

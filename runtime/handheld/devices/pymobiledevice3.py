@@ -20,6 +20,7 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from handheld.devices import programs
+from handheld.devices.base import Obstacle
 from handheld.devices.iphone import (
     CALL_S,
     INSTALL_S,
@@ -27,19 +28,26 @@ from handheld.devices.iphone import (
     Iphone,
     NotInstalledError,
     copy_seconds,
+    developer_mode_is_off,
+    is_too_old,
 )
 from handheld.errors import DeviceError
 
 PROGRAM: Final = "HANDHELD_PYMOBILEDEVICE3"
 """Environment variable: the program to use instead of the one on PATH."""
 NAME: Final = "pymobiledevice3"
+ASK_S = 20.0
+"""How long a phone may take to say how it is; one that is not paired waits for its user."""
+_ERROR: Final = re.compile(r"\bERROR\b\s*(.+)")
 _MISSING: Final = re.compile(r"No such file on the device|OBJECT_NOT_FOUND")
 _PID: Final = re.compile(r"Process launched with pid (\d+)")
+_MOUNT: Final = f"run  {NAME} mounter auto-mount"
 _REMEDIES: Final = (
-    (r"not trust|not paired|Trust dialog", "unlock the phone, plug it in and tap Trust"),
-    (r"password protected|was not, or could not be, unlocked", "unlock the phone"),
+    (r"not trust|to trust|not paired|Trust dialog", "unlock the phone, plug it in and tap Trust"),
+    (r"Pair it again", f"unlock the phone and run  {NAME} lockdown pair"),
+    (r"password protected|passcode|was not, or could not be, unlocked", "unlock the phone"),
     (r"Developer Mode", "turn Developer Mode on: Settings, Privacy & Security, Developer Mode"),
-    (r"DeveloperDiskImage|InvalidService", "run  pymobiledevice3 mounter auto-mount"),
+    (r"DeveloperDiskImage|InvalidService", _MOUNT),
     (r"usbmuxd", "install and start usbmuxd"),
     (r"not connected|No device|Device not found|terminated", "plug the phone in again"),
 )
@@ -69,13 +77,19 @@ def devices() -> list[Listed]:
     DeviceError
         If the program fails or says something else.
     """
-    tree = _json(_call(["usbmux", "list"], CALL_S).out)
+    try:
+        tree = _json(_call(["usbmux", "list"], CALL_S).out)
+    except DeviceError:
+        # One phone that does not answer, in recovery say, keeps it from telling of any.
+        tree = _json(_call(["usbmux", "list", "--simple"], CALL_S).out)
     if not isinstance(tree, list):
         raise _not_understood()
     found: dict[str, Listed] = {}
     for item in tree:
         try:
-            listed = Listed.model_validate(item)
+            listed = Listed.model_validate(
+                {"UniqueDeviceID": item} if isinstance(item, str) else item
+            )
         except ValidationError:
             continue
         if listed.kind in (None, "iPhone", "iPad"):
@@ -84,12 +98,56 @@ def devices() -> list[Listed]:
     return list(found.values())
 
 
+def phones() -> list[Pymobiledevice3]:
+    """Return the iPhones and iPads at hand.
+
+    Raises
+    ------
+    DeviceError
+        If the program fails or says something else.
+    """
+    return [Pymobiledevice3(listed) for listed in devices()]
+
+
+def obstacle(listed: Listed) -> Obstacle | None:
+    """Ask a phone what keeps it from being used.
+
+    One that does not trust this machine then asks its user whether it should.
+    """
+    serial = listed.udid
+    if old := is_too_old(listed.os_version, serial):
+        return old
+    try:
+        if not _yes(["amfi", "developer-mode-status", "--udid", serial]):
+            return developer_mode_is_off(serial)
+        # True only as long as it is locked. The empty word is the domain that has no name.
+        if _yes(["lockdown", "get", "--udid", serial, "", "PasswordProtected"]):
+            return Obstacle("is locked", "unlock it and keep it unlocked", serial)
+        if not _json(_call(["mounter", "list", "--udid", serial], ASK_S).out):
+            return Obstacle("its developer services are not available", _MOUNT, serial)
+    except programs.TooLongError as error:
+        if re.search("pairing dialog", error.said):
+            return Obstacle("does not trust this machine yet", "unlock it and tap Trust", serial)
+        return Obstacle(error.message, error.remedy or "", serial)
+    except DeviceError as error:
+        return Obstacle(error.message, error.remedy or "", serial)
+    return None
+
+
+def _yes(arguments: list[str]) -> bool:
+    answer = _json(_call(arguments, ASK_S).out)
+    if not isinstance(answer, bool):
+        raise _not_understood()
+    return answer
+
+
 class Pymobiledevice3(Iphone):
     """An iPhone, by this program."""
 
     transport = NAME
 
     def __init__(self, listed: Listed) -> None:
+        self._listed = listed
         self.serial = listed.udid
         system = "iPadOS" if listed.kind == "iPad" else "iOS"
         self.facts = Facts(
@@ -97,6 +155,10 @@ class Pymobiledevice3(Iphone):
             os=f"{system} {listed.os_version or '?'}",
             os_build=listed.os_build,
         )
+
+    def obstacle(self) -> Obstacle | None:
+        """Ask the phone what keeps it from being used."""
+        return obstacle(self._listed)
 
     def launch(self, app: str, arguments: list[str]) -> int:
         """Start an app anew and return its process id."""
@@ -173,7 +235,9 @@ def _call(arguments: list[str], timeout_s: float) -> programs.Ended:
     if ended.code == 0:
         return ended
     text = ended.err.strip() or ended.out.strip()
-    last = " ".join(text.splitlines()[-1].split())[:300] if text else "it says nothing"
+    # Its last line is advice; lines of its log that are no errors come before and after.
+    errors = _ERROR.findall(text) or text.splitlines() or ["it says nothing"]
+    last = " ".join(errors[-1].split())[:300]
     if _MISSING.search(text):
         raise _MissingError(last)
     remedy = next((r for pattern, r in _REMEDIES if re.search(pattern, text, re.I)), None)
