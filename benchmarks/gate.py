@@ -67,11 +67,12 @@ def trials(
     return rows
 
 
-def rounds(file: Path) -> list[list[RunRecord]]:
-    """Return the runs of every whole round in a file."""
+def rounds(file: Path, bundle: Bundle) -> list[list[RunRecord]]:
+    """Return a bundle's runs of every whole round in a file."""
     found: dict[records.Round, list[RunRecord]] = {}
     for record in records.read(file):
-        if record.status == "ok" and record.round is not None:
+        ours = record.bundle.sha256 == bundle.sha256
+        if ours and record.status == "ok" and record.round is not None:
             found.setdefault(record.round, []).append(record)
     return [pair for pair in found.values() if len(pair) == 2]
 
@@ -90,9 +91,10 @@ def main() -> int:
 
     file = arguments.records or arguments.output / "records.jsonl"
     stages = Stages()
+    bundle = Bundle.open(arguments.bundle)
     if arguments.records is None:
-        bundle, device = Bundle.open(arguments.bundle), HostDevice()
-        have = len(rounds(file)) if file.exists() else 0
+        device = HostDevice()
+        have = len(rounds(file, bundle)) if file.exists() else 0
         series = records.new_id()
         with stages(f"running {bundle.path.name} twice in each of {arguments.rounds} rounds"):
             for index in range(2 * (arguments.rounds - have)):
@@ -104,7 +106,7 @@ def main() -> int:
                     turn=records.Round(series=series, index=index // 2),
                     keep=lambda r: records.append(file, r),
                 )
-    pairs = rounds(file)
+    pairs = rounds(file, bundle)
     if len(pairs) < arguments.set:
         raise UsageError(f"holds {len(pairs)} rounds of two runs", path=file, remedy="run more")
     found = [r for pair in pairs for r in pair]

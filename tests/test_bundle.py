@@ -435,6 +435,17 @@ def test_zip_that_escapes(tmp_path, name):
     assert not (tmp_path / "cache/handheld/unpacked").exists()
 
 
+@pytest.mark.parametrize("name", ["a/" * 40 + "b", "a\x1b[2Jb", "a\nb"])
+def test_zip_with_paths_that_are_none_of_files(tmp_path, name):
+    path = zipped(tmp_path, [*bundle_entries(), (name, b"x")])
+    assert "not one of files" in str(error_of(path))
+
+
+def test_zip_with_a_list_that_fills_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(archive, "_MAX_READ", 100)
+    assert "list of entries" in str(error_of(zipped(tmp_path, bundle_entries())))
+
+
 def test_zip_with_a_link(tmp_path):
     info = zipfile.ZipInfo("artifacts/link")
     info.external_attr = (stat.S_IFLNK | 0o777) << 16

@@ -122,6 +122,12 @@ def test_bundle_show(capsys, sample):
     assert facts["prompts"] == [samples.PROMPT]
 
 
+def test_names_cannot_command_a_terminal(capsys):
+    code, _, err = outcome(capsys, "bundle", "show", "x\x1b]0;mine\x07\u202e")
+    assert code == 2
+    assert r"x\x1b]0;mine\x07\u202e" in err and "\x1b" not in err and "\x07" not in err
+
+
 def test_broken_bundle(capsys, sample):
     (sample.path / "artifacts/unet.0.tflite").write_bytes(b"x")
     code, _, err = outcome(capsys, "bundle", "show", "sample")

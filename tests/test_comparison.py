@@ -97,6 +97,21 @@ def turns(rng, count, factor, *, series="a"):
     return base, new
 
 
+def test_rounds_too_few_for_an_interval_of_their_own_are_compared_with_all():
+    times = [10.0, 10.1, 9.9, 10.05, 9.95]
+
+    def side(factor, first):
+        return [
+            releases.record(
+                number=first + i, times=(t * factor,) * 7, round=Round(series="a", index=i)
+            )
+            for i, t in enumerate(times)
+        ]
+
+    (found, _) = compare(side(1.0, 0), side(1.2, 10), GATES).rows
+    assert (found.verdict, found.rounds) == ("fail", 0)
+
+
 def test_rounds_see_through_a_machine_that_changes_its_speed():
     rng = np.random.default_rng(3)
     for _ in range(20):
@@ -235,14 +250,13 @@ def test_the_packages_gates():
 
 def test_command(tmp_path, capsys, monkeypatch):
     rng = np.random.default_rng(0)
-    base, slow = tmp_path / "base.jsonl", tmp_path / "slow.jsonl"
-    for r in runs(rng, 8):
-        records.append(base, r)
-    for r in runs(rng, 8, time=46.0):
-        records.append(slow, r)
+    base, same, slow = (tmp_path / f"{name}.jsonl" for name in ("base", "same", "slow"))
+    for i, (file, ms) in enumerate(((base, 40.0), (same, 40.0), (slow, 46.0))):
+        for r in runs(rng, 8, time=ms, start=100 * i):
+            records.append(file, r)
     summary = tmp_path / "summary.md"
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
-    assert cli.run(["compare", str(base), str(base)]) == 0
+    assert cli.run(["compare", str(base), str(same)]) == 0
     assert "passed" in capsys.readouterr().out
     assert cli.run(["compare", str(base), str(slow)]) == 1
     shown = capsys.readouterr()
@@ -266,7 +280,14 @@ def test_command_with_two_bundles_in_one_file(tmp_path, capsys):
     one = ["compare", str(file), str(file), "--base-bundle", "0000", "--new-bundle"]
     assert cli.run([*one, "0101"]) == 1
     assert "12 rounds" in capsys.readouterr().out
-    assert cli.run([*one, "00"]) == 0
+    assert cli.run([*one, "00"]) == 2
+    assert "--new-bundle" in capsys.readouterr().err
+    assert cli.run(["compare", str(file), str(file)]) == 2
+    other = tmp_path / "other.jsonl"
+    for r in turns(np.random.default_rng(1), 12, 1.0)[0]:
+        facts = r.bundle.model_copy(update={"sha256": "00" * 32})
+        records.append(other, r.model_copy(update={"id": records.new_id(), "bundle": facts}))
+    assert cli.run(["compare", str(file), str(other), "--base-bundle", "0000"]) == 0
     assert cli.run([*one, "2"]) == 2
     assert "holds no run records of '2'" in capsys.readouterr().err
     assert cli.run([*one, "0"]) == 2
@@ -278,10 +299,11 @@ def test_command_with_two_bundles_in_one_file(tmp_path, capsys):
 
 
 def test_command_with_too_little(tmp_path, capsys):
-    one, empty = tmp_path / "one.jsonl", tmp_path / "empty.jsonl"
+    one, two, empty = (tmp_path / f"{name}.jsonl" for name in ("one", "two", "empty"))
     records.append(one, releases.record())
+    records.append(two, releases.record(number=1))
     empty.write_text("")
-    assert cli.run(["compare", str(one), str(one)]) == 0
+    assert cli.run(["compare", str(one), str(two)]) == 0
     assert "undecided" in capsys.readouterr().out
-    assert cli.run(["compare", str(one), str(one), "--strict"]) == 1
+    assert cli.run(["compare", str(one), str(two), "--strict"]) == 1
     assert cli.run(["compare", str(one), str(empty)]) == 2

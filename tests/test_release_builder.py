@@ -172,11 +172,22 @@ def test_names_that_no_release_has_are_refused(tmp_path):
 
 def test_only_a_zipped_release_is_replaced(tmp_path):
     made, target = releases.bundle(tmp_path / "b"), tmp_path / "r.zip"
-    with zipfile.ZipFile(target, "w") as archive:
-        archive.writestr("thesis.txt", "mine")
-    with pytest.raises(OutputError, match="not a release"):
-        build([made], [releases.record(made)], target, OPTIONS, zipped=True)
+    for name, content in (
+        ("thesis.txt", "mine"),
+        ("release.json", '{"version": "1.2.0"}'),
+        ("release.json", "not JSON"),
+        ("a/b/release.json", '{"version": 1, "variants": []}'),
+    ):
+        with zipfile.ZipFile(target, "w") as archive:
+            archive.writestr(name, content)
+        with pytest.raises(OutputError, match="not a release"):
+            build([made], [releases.record(made)], target, OPTIONS, zipped=True)
     target.unlink()
+    folder = tmp_path / "web"
+    folder.mkdir()
+    (folder / "release.json").write_text('{"branches": ["main"]}')
+    with pytest.raises(OutputError, match="not a release"):
+        build([made], [releases.record(made)], folder, OPTIONS)
     for _ in range(2):
         build([made], [releases.record(made)], target, OPTIONS, zipped=True)
 

@@ -92,6 +92,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
         self.left = None
+        self.length = None
         self.sent = 0
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -108,6 +109,11 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
+
+    def send_header(self, keyword, value):
+        if keyword == "Content-Length" and self.server.length is not None:
+            value = self.server.length
+        super().send_header(keyword, value)
 
     def copyfile(self, source, outputfile):
         data = source.read()
@@ -227,6 +233,59 @@ def test_a_damaged_version_is_repaired_and_holds_up_no_update(tmp_path, made, of
         assert check(device) == version
         updates.confirm(device)
         damage()
+
+
+@pytest.mark.parametrize("name", ["release.json", "model.sig", "chunks.json"])
+def test_repair_sees_to_what_the_version_was_installed_with(tmp_path, made, name):
+    device, site = tmp_path / "device", site_of(tmp_path, made, 1)
+    go(tmp_path, made, site)
+    updates.confirm(device)
+    path = updates.bundle_path(device, updates.state(device).current).parent / name
+    before = path.read_bytes()
+    path.write_bytes(before.replace(b"1", b"2", 1))
+    assert go(tmp_path, made, site, repair=True).changed
+    assert path.read_bytes() == before and updates.state(device).confirmed
+    assert not go(tmp_path, made, site, repair=True).changed
+
+
+def test_repair_after_going_back_says_what_it_takes(tmp_path, made):
+    device, site = tmp_path / "device", site_of(tmp_path, made, 1)
+    go(tmp_path, made, site)
+    updates.confirm(device)
+    publish(made[0][2], site)
+    go(tmp_path, made, site)
+    updates.revert(device)
+    assert not go(tmp_path, made, site, repair=True).changed, "it is whole"
+    path = updates.bundle_path(device, updates.state(device).current) / "artifacts/unet.0.tflite"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ReleaseError, match=r"is damaged.*--retry"):
+        go(tmp_path, made, site, repair=True)
+    assert go(tmp_path, made, site, repair=True, retry=True).changed and check(device) == 2
+
+
+@pytest.mark.parametrize("seen", ['{"version": 1}', None])
+def test_the_name_is_known_without_the_file_of_what_was_seen(tmp_path, made, seen):
+    go(tmp_path, made, site_of(tmp_path, made, 1))
+    path = tmp_path / "device" / "seen.json"
+    path.unlink()
+    if seen is not None:
+        path.write_text(seen)
+    bundle = releases.bundle(tmp_path / "b", data=b"other")
+    options = Options("other", 7)
+    build([bundle], [releases.record(bundle)], tmp_path / "r", options, Identity(key=made[2]))
+    publish(tmp_path / "r", tmp_path / "elsewhere")
+    with pytest.raises(TrustError, match="this folder holds 'sample'"):
+        go(tmp_path, made, tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("length", ["9" * 5000, "abc", "-1", "٣".encode().decode("latin-1")])
+def test_lengths_that_are_none(tmp_path, made, length, fast):
+    site = site_of(tmp_path, made, 1)
+    server = Server(site)
+    server.length = length
+    with pytest.raises(ReleaseError, match=r"no sensible length|cannot be fetched"):
+        go(tmp_path, made, server.url)
+    server.shutdown()
 
 
 def test_another_products_release_is_not_taken(tmp_path, made):

@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from handheld import bundle, noise
+from handheld.archive import check_replaceable
 from handheld.counting import count_decoder, count_unet
 from handheld.errors import CheckpointError, OutputError, TargetError, UsageError
 from handheld.execute import execute
@@ -161,7 +162,7 @@ def export(
     CheckpointError, TargetError, UsageError, OutputError
     """
     progress = progress or Progress()
-    bundle.check_replaceable(output)
+    check_replaceable(output, bundle.KIND)
     if options.target not in targets.names():
         targets.find(options.target)
     find_precision(options.precision)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import shutil
 import stat
 import zipfile
@@ -17,6 +20,10 @@ MAX_ZIP_ENTRIES = 100_000
 MAX_ZIP_RATIO = 100
 MAX_ZIP_FREE_BYTES = 256 * 2**20
 """An archive may always unpack to this much, however well it is compressed."""
+MAX_ZIP_DEPTH = 32
+_MAX_READ = 32 * 2**20
+"""More than the list of the most entries takes, and than is read of an entry at once."""
+_MAX_MANIFEST = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,9 @@ class Kind:
     name : str
         As in "is not a bundle".
     manifest : str
-        The file that must be at its root.
+        The file that must be at its root, JSON.
+    keys : frozenset of str
+        Of the manifest; they tell it from other files of its name.
     error : type
         What is raised.
     remedy : str
@@ -36,6 +45,7 @@ class Kind:
 
     name: str
     manifest: str
+    keys: frozenset[str]
     error: type[HandheldError]
     remedy: str
 
@@ -80,7 +90,7 @@ def unpack(path: Path, folder: Path, kind: Kind) -> None:
     if not zipfile.is_zipfile(path):
         raise fail("is neither a folder nor a zip file")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _opened(path) as archive:
             entries = [e for e in archive.infolist() if not e.is_dir()]
             if len(entries) > MAX_ZIP_ENTRIES:
                 raise fail(f"{len(entries)} entries are over the limit")
@@ -116,6 +126,70 @@ def unpack(path: Path, folder: Path, kind: Kind) -> None:
         raise fail(f"broken zip file: {describe_os_error(error)[0]}") from None
 
 
+class _Bounded(io.BufferedReader):
+    """A file whose list of entries is not read if it is too long."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _MAX_READ:
+            raise zipfile.BadZipFile("its list of entries is over the limit")
+        return super().read(size)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    with _Bounded(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
+        yield archive
+
+
+def check_replaceable(path: Path, kind: Kind, zipped: bool = False) -> None:
+    """Check that nothing but an older one of its kind would be overwritten.
+
+    Raises
+    ------
+    OutputError
+        If something else is at ``path``.
+    """
+    if not path.exists() and not path.is_symlink():
+        return
+    if zipped:
+        replaceable = path.is_file() and _is(kind, _zipped_manifest(path, kind))
+    elif path.is_dir() and not path.is_symlink():
+        manifest = path / kind.manifest
+        held = manifest.read_bytes() if manifest.is_file() else None
+        replaceable = _is(kind, held) or not any(path.iterdir())
+    else:
+        replaceable = False
+    if not replaceable:
+        raise OutputError(
+            f"something that is not a {kind.name} is there already",
+            path=path,
+            remedy="remove it or choose another place",
+        )
+
+
+def _zipped_manifest(path: Path, kind: Kind) -> bytes | None:
+    """Return the manifest at an archive's root, or in the one folder that it holds."""
+    broken = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError)
+    with contextlib.suppress(*broken), _opened(path) as archive:
+        names = archive.namelist()
+        roots = {n.split("/")[0] for n in names}
+        for name in (kind.manifest, *(f"{r}/{kind.manifest}" for r in roots if len(roots) == 1)):
+            if name in names:
+                with archive.open(name) as f:
+                    return f.read(_MAX_MANIFEST)
+    return None
+
+
+def _is(kind: Kind, manifest: bytes | None) -> bool:
+    if manifest is None:
+        return False
+    try:
+        tree = json.loads(manifest)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(tree, dict) and kind.keys <= tree.keys()
+
+
 def _prefix(entries: list[zipfile.ZipInfo], kind: Kind, fail: Callable[..., HandheldError]) -> str:
     """Check the entries' names; return the folder in which all of them lie, if any."""
     seen: set[str] = set()
@@ -124,6 +198,8 @@ def _prefix(entries: list[zipfile.ZipInfo], kind: Kind, fail: Callable[..., Hand
         parts = name.split("/")
         if "\\" in name or ":" in name or any(p in ("", ".", "..") for p in parts):
             raise fail("an entry's path leaves the archive", name)
+        if not name.isprintable() or len(parts) > MAX_ZIP_DEPTH:
+            raise fail("an entry's path is not one of files", name[:200])
         mode = stat.S_IFMT(entry.external_attr >> 16)
         if mode not in (0, stat.S_IFREG):
             raise fail("an entry is neither a file nor a folder", name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,9 +16,9 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from handheld.archive import Kind, pack, unpack, walk
+from handheld.archive import Kind, check_replaceable, pack, unpack, walk
 from handheld.documents import json_bytes, parse_object
-from handheld.errors import BundleError, OutputError, UsageError
+from handheld.errors import BundleError, UsageError
 from handheld.files import (
     cache_root,
     describe_os_error,
@@ -36,7 +35,7 @@ MAX_MANIFEST_BYTES = 64 * 2**20
 MAX_TENSOR_BYTES = 4 * 2**30
 
 _AGAIN = "fetch or export the bundle again"
-_KIND = Kind("bundle", MANIFEST, BundleError, _AGAIN)
+KIND = Kind("bundle", MANIFEST, frozenset({"model", "artifacts"}), BundleError, _AGAIN)
 _DTYPES = {"F32": "float32", "F16": "float16", "U8": "uint8", "I8": "int8", "I32": "int32"}
 Array = NDArray[Any]
 
@@ -88,7 +87,7 @@ class Bundle:
             except BundleError:
                 # Somebody touched the cache; the archive is what counts.
                 shutil.rmtree(folder, ignore_errors=True)
-        unpack(path, folder, _KIND)
+        unpack(path, folder, KIND)
         return cls.open(folder, verify_hashes)
 
     @property
@@ -454,7 +453,7 @@ def write(
         If manifest and files do not fit together.
     """
     target = Path(path)
-    check_replaceable(target, zipped)
+    check_replaceable(target, KIND, zipped)
     if not zipped:
         with replaced_folder(target) as temporary:
             _fill(temporary, manifest, files, target)
@@ -579,21 +578,3 @@ def _say(spec: TensorSpec) -> str:
 
 def _list(names: Iterable[str]) -> str:
     return ", ".join(f"'{n}'" for n in names)
-
-
-def check_replaceable(path: Path, zipped: bool = False) -> None:
-    """Raise OutputError if something that is not a bundle is at ``path``."""
-    if not path.exists() and not path.is_symlink():
-        return
-    if zipped and path.is_file() and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if MANIFEST in archive.namelist():
-                return
-    is_folder = not zipped and path.is_dir() and not path.is_symlink()
-    if is_folder and ((path / MANIFEST).is_file() or not any(path.iterdir())):
-        return
-    raise OutputError(
-        "something that is not a bundle is there already",
-        path=path,
-        remedy="remove it or choose another place",
-    )

@@ -196,7 +196,9 @@ def _report(error: Exception, as_json: bool) -> int:
         sys.stdout.write(json.dumps({"error": found.as_dict()}) + "\n")
         sys.stdout.flush()
     else:
-        sys.stderr.write(f"{usage}error: {found}\n")
+        # Names of files may hold what a terminal would obey.
+        text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(found))
+        sys.stderr.write(f"{usage}error: {text}\n")
     return found.exit_code
 
 

@@ -134,8 +134,8 @@ class Comparison:
 
     rows: tuple[Row, ...]
     broken: tuple[str, ...]
-    """New runs that failed, were cut short, or drew a wrong picture: they fail whatever the gates
-    say."""
+    """New runs that failed, were cut short other than by hand, or drew a wrong picture: they fail
+    whatever the gates say."""
     missing: tuple[str, ...]
     """Groups and figures of the base that the new records lack."""
     notes: tuple[str, ...]
@@ -266,9 +266,12 @@ def _row(key: Key, gate: Gate, base: list[RunRecord], new: list[RunRecord]) -> R
     if min(len(old), len(ours)) < gate.min_runs:
         reason = f"needs {gate.min_runs} runs on each side"
     else:
+        interval = None
         if pairs:
             ratio, interval = paired_shift(pairs, gate.confidence)
-        else:
+        if interval is None:
+            # Pairs are fewer than the values that all of both sides make.
+            pairs = []
             ratio, interval = shift(old, ours, gate.confidence)
         if interval is None:
             reason = f"too few runs for {gate.confidence:.0%}"

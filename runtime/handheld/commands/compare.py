@@ -54,6 +54,12 @@ def compare(
     """  # noqa: D301
     gates = comparison.read_gates(gate)
     sets = [_records(base, base_bundle), _records(new, new_bundle)]
+    if {r.id for r in sets[0]} & {r.id for r in sets[1]}:
+        raise UsageError(
+            f"holds runs that {base} holds too",
+            path=new,
+            remedy="name what each side is with --base-bundle and --new-bundle",
+        )
     result = comparison.compare(sets[0], sets[1], gates)
     text = result.markdown()
     target = summary or (Path(name) if (name := os.environ.get("GITHUB_STEP_SUMMARY")) else None)

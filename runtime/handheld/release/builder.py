@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import tempfile
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,10 +19,10 @@ from typing import get_args
 from pydantic import ValidationError
 
 from handheld import numerics_gates
-from handheld.archive import pack
+from handheld.archive import check_replaceable, pack
 from handheld.bundle import MANIFEST as BUNDLE_MANIFEST
 from handheld.bundle import Bundle, describe_validation, references
-from handheld.errors import BundleError, GateError, OutputError, UsageError
+from handheld.errors import BundleError, GateError, UsageError
 from handheld.estimates import peak_bytes
 from handheld.files import fsync_folder, output_errors, replaced_folder
 from handheld.manifest import FileRef, Manifest
@@ -31,7 +30,7 @@ from handheld.protocol import Residency
 from handheld.records import RunRecord
 from handheld.release import sbom, signing
 from handheld.release.chunks import ChunkList, chunked
-from handheld.release.folder import Release, digest_file, digest_tree
+from handheld.release.folder import KIND, Release, digest_file, digest_tree
 from handheld.release.manifest import (
     MANIFEST,
     Gate,
@@ -244,7 +243,7 @@ def build(
     UsageError, OutputError, BundleError
     """
     target = Path(path)
-    check_replaceable(target, zipped)
+    check_replaceable(target, KIND, zipped)
     chosen = examine(bundles, records, options)
     refused = [c for c in chosen if c.faults and c.id not in options.force]
     if refused:
@@ -464,28 +463,3 @@ def _write(folder: Path, name: str, data: bytes) -> FileRef:
     target.write_bytes(data)
     sha256, size = digest_file(target)
     return FileRef(path=name, sha256=sha256, bytes=size)
-
-
-def _is_zipped_release(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return False
-    return any(name.rpartition("/")[2] == MANIFEST for name in names)
-
-
-def check_replaceable(path: Path, zipped: bool = False) -> None:
-    """Raise OutputError if something that is not a release is at ``path``."""
-    if not path.exists() and not path.is_symlink():
-        return
-    if zipped and path.is_file() and _is_zipped_release(path):
-        return
-    is_folder = not zipped and path.is_dir() and not path.is_symlink()
-    if is_folder and ((path / MANIFEST).is_file() or not any(path.iterdir())):
-        return
-    raise OutputError(
-        "something that is not a release is there already",
-        path=path,
-        remedy="remove it or choose another place",
-    )

@@ -40,7 +40,7 @@ from handheld.release.manifest import (
 
 MAX_FILES = 20_000
 MAX_DEPTH = 32
-KIND = Kind("release", MANIFEST, ReleaseError, AGAIN)
+KIND = Kind("release", MANIFEST, frozenset({"version", "variants"}), ReleaseError, AGAIN)
 _BLOCK = 1 << 20
 _WORKERS = 2
 

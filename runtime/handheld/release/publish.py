@@ -221,18 +221,33 @@ class _Writer:
                     raise ReleaseError("is not what its list of pieces says", path=path)
                 self.object(sha256, data)
 
+    def packed(self, data: bytes) -> bytes:
+        """Return data as an object holds it."""
+        return bytes(self._compress(data))
+
     def object(self, sha256: str, data: bytes) -> int:
         """Write an object; return its size on the site."""
+        return self._object(sha256, lambda: self.packed(data))
+
+    def packed_object(self, sha256: str, packed: bytes) -> int:
+        """Write an object that is packed already; return its size on the site."""
+        return self._object(sha256, lambda: packed)
+
+    def _object(self, sha256: str, packing: Callable[[], bytes]) -> int:
         if sha256 in self._sizes:
             return self._sizes[sha256]
         target = self.root / object_path(sha256)
         if not target.is_file():
-            packed = self._compress(data)
+            packed = packing()
             write_file(target, packed)
             self.objects += 1
             self.new_bytes += len(packed)
             self.progress(sha256, len(packed))
         self._sizes[sha256] = target.stat().st_size
+        return self._sizes[sha256]
+
+    def size(self, sha256: str) -> int:
+        """Return the size on the site of an object that was written."""
         return self._sizes[sha256]
 
     def small(self, name: str, source: Path | bytes) -> None:
@@ -261,7 +276,7 @@ def _patches(release: Release, old: Release, writer: _Writer, home: str) -> None
             was = had.get(file.path)
             if was is None or was.bytes != file.bytes or was.sha256 == file.sha256:
                 continue
-            missing = sum(n for sha256, n in dict(file.pieces).items() if sha256 not in known)
+            missing = sum(writer.size(s) for s in dict(file.pieces) if s not in known)
             blocks = _differences(
                 old.path / folder_of(theirs) / file.path,
                 release.path / folder_of(variant) / file.path,
@@ -286,15 +301,14 @@ def _differences(
     old: Path, new: Path, writer: _Writer, limit: int
 ) -> tuple[tuple[str, int], ...] | None:
     """Write the differences between two files, or return None if pieces would be cheaper."""
-    compress = zstd().ZstdCompressor(level=_LEVEL).compress
-    found: list[bytes] = []
+    found: list[tuple[str, bytes]] = []
     total = 0
     with old.open("rb") as a, new.open("rb") as b:
         while block := b.read(BLOCK_BYTES):
             was = np.frombuffer(a.read(len(block)), np.uint8)
-            found.append((np.frombuffer(block, np.uint8) - was).tobytes())
-            total += len(compress(found[-1]))
+            data = (np.frombuffer(block, np.uint8) - was).tobytes()
+            found.append((hashlib.sha256(data).hexdigest(), writer.packed(data)))
+            total += len(found[-1][1])
             if total >= limit:
                 return None
-    named = [(hashlib.sha256(data).hexdigest(), data) for data in found]
-    return tuple((sha256, writer.object(sha256, data)) for sha256, data in named)
+    return tuple((sha256, writer.packed_object(sha256, packed)) for sha256, packed in found)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -205,7 +206,7 @@ def update(
     phone : Phone
         What the device is; decides the variant.
     repair : bool
-        If the version in use is the newest, hash its files and replace those that are damaged.
+        Hash the files of the version in use, and replace those that are damaged.
     retry : bool
         Install the newest version again though :func:`revert` went back from it.
 
@@ -214,7 +215,8 @@ def update(
     TrustError
         If the signature does not hold, or the release is too old.
     ReleaseError
-        If nothing fits the device, the site is not complete, or it cannot be reached.
+        If nothing fits the device, the site is not complete, it cannot be reached, or it has only
+        a version that was gone back from to repair the one in use with.
     OutputError
         If the space does not suffice.
     """
@@ -230,20 +232,28 @@ def update(
                 remedy="it was set back, or somebody replays an old release",
             )  # fmt: skip
         is_current = found is not None and version == found.current.version
-        is_damaged = found is not None and is_current and repair and not _is_whole(home, found)
+        is_damaged = found is not None and repair and not _is_whole(home, found, identity)
         is_reverted = found is not None and version == found.reverted and not retry
+        if is_damaged and is_reverted:
+            raise ReleaseError(
+                f"version {found.current.version if found else 0} is damaged, and the site has "
+                f"only {version}, which was gone back from",
+                path=home,
+                remedy="install that again with --retry",
+            )
         if found and ((is_current and not is_damaged) or is_reverted):
             # A run that was killed right after the switch has left what it fetched.
             _clean(home, found)
             return Result(found, False, site.fetched, 0)
-        manifest = _trusted(home, site, version, identity, least, seen.name if seen else None)
+        name = seen.name if seen and seen.name else _installed_name(home, found)
+        manifest = _trusted(home, site, version, identity, least, name)
         answer = select(manifest, phone)
         if answer.variant is None or answer.residency is None:
             raise ReleaseError(answer.reason, path=url)
         variant = manifest.variant(answer.variant)
         new = Installed(version=version, variant=variant.id, residency=answer.residency)
         reused = _install(home, site, manifest, variant, new, found, progress)
-        if found and is_damaged and new.folder == found.current.folder:
+        if found and is_current and new.folder == found.current.folder:
             _clean(home, found)
             return Result(found, True, site.fetched, reused)
         previous = None
@@ -327,7 +337,7 @@ class _Site:
                 finally:
                     response.release_conn()
                 wanted = response.headers.get("Content-Length")
-                if wanted is not None and not (wanted.isascii() and wanted.isdigit()):
+                if wanted is not None and not re.fullmatch(r"[0-9]{1,18}", wanted):
                     raise ReleaseError("the server gives no sensible length", path=where)
                 if wanted is None or len(data) >= min(int(wanted), limit + 1):
                     return data
@@ -599,10 +609,32 @@ def _parts(
             yield (was + block).tobytes()
 
 
-def _is_whole(home: Path, found: State) -> bool:
-    """Tell whether every file of the version in use is what it was when it was installed."""
+def _is_whole(home: Path, found: State, identity: signing.Identity) -> bool:
+    """Tell whether every file of the version in use is what was signed."""
+    folder = home / "versions" / found.current.folder
+    try:
+        signed = signing.signed_digests(folder / SIGNATURE, identity)
+        data = (folder / MANIFEST).read_bytes()
+        if signed.get(MANIFEST) != hashlib.sha256(data).hexdigest():
+            return False
+        listed = parse(data, folder / MANIFEST).variant(found.current.variant).chunks
+    except (OSError, HandheldError):
+        return False
     old = _Old(home, found)
-    return bool(old.files) and all(old.is_intact(path) for path in old.files)
+    if old.chunks_bytes is None or hashlib.sha256(old.chunks_bytes).hexdigest() != listed.sha256:
+        return False
+    return all(old.is_intact(path) for path in old.files)
+
+
+def _installed_name(home: Path, found: State | None) -> str | None:
+    """Return the name of the release in use, for want of one in ``seen.json``."""
+    if found is None:
+        return None
+    path = home / "versions" / found.current.folder / MANIFEST
+    try:
+        return parse(path.read_bytes(), path).name
+    except (OSError, HandheldError):
+        return None
 
 
 def _sha256(path: Path) -> str:
