@@ -78,7 +78,10 @@ def main() -> None:
          cache="hit" if hit else "built" if kept else "none")  # fmt: skip
     emit("memory", phase="loaded", rss=50_000_000, peak_rss=60_000_000, anon=1, file=2, swap=0)
     kinds = ["first"] + ["warmup"] * job["warmup"] + ["timed"] * job["iterations"]
+    timed = time.monotonic()
     for index, kind in enumerate(kinds):
+        if kind != "timed":
+            timed = time.monotonic()
         begin = time.monotonic()
         if "hang" in FAULTS and index == 1:
             signal.signal(signal.SIGTERM, signal.SIG_IGN if "deaf" in FAULTS else signal.SIG_DFL)
@@ -88,11 +91,17 @@ def main() -> None:
         if "die" in FAULTS and index == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.4 if "slow" in FAULTS else 0.002)
+        while "busy" in FAULTS and time.process_time() < 0.2 * (1 + index):
+            pass
+        if "warms" in FAULTS:
+            time.sleep(0.02 * (time.monotonic() - timed))
         took = (time.monotonic() - begin) * 1000
         if "noisy" in FAULTS:
             took *= 1 + index
         emit("iteration", index=index, kind=kind, total_ms=took, engine_ms=took / 2,
              calls_ms=[took / 2])  # fmt: skip
+        if kind == "timed" and index == len(kinds) - 1:
+            kinds += ["timed"] * (time.monotonic() - timed < job["min_seconds"])
     picture = bytearray(Path(__file__).with_name("picture.raw").read_bytes())
     if job["seed"] != 5:
         picture.reverse()

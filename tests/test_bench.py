@@ -20,11 +20,12 @@ from handheld.bench import Options
 from handheld.bundle import Bundle
 from handheld.devices import process
 from handheld.errors import BundleError, DeviceError, HarnessError, UsageError
-from handheld.protocol import Load
-from handheld.records import Pass, read
+from handheld.protocol import Iteration, Job, Load
+from handheld.records import Heat, HeatSample, Pass, read, sustained_curve
 
 FAST = Options(iterations=3, timeout_s=60, first_ever=False)
 FULL = Options(iterations=3, timeout_s=60)
+BURN = "import time as t\nwhile t.process_time() < 0.5: pass"
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +228,83 @@ def test_compare():
     assert black.snr_db == -999.0
     with pytest.raises(BundleError):
         bench.compare(a, a[:1])
+
+
+def test_a_sustained_pass_with_its_curve(sample, host, monkeypatch):
+    monkeypatch.setattr(bench, "SAMPLE_S", 0.4)
+    monkeypatch.setenv("HANDHELD_FAKE", "warms")
+    record = bench.run(sample, host, Options(first_ever=False, timeout_s=60, sustained_s=2.0))
+    assert (record.status, record.settings.sustained_s) == ("ok", 2.0)
+    assert [p.purpose for p in record.passes] == ["latency", "memory", "sustained"]
+    sustained = record.passes[-1]
+    timed = [i for i in sustained.iterations if i.kind == "timed"]
+    assert timed[-1].t_ms - timed[0].t_ms > 1900
+    curve = sustained_curve(sustained, bin_s=0.5)
+    assert [t for t, _ in curve][:4] == [0.0, 0.5, 1.0, 1.5]
+    # A phone that gets hot gets slower: here by as much again every tenth of a second.
+    middle = [ms for _, ms in curve][:4]
+    assert middle == sorted(middle)
+    assert middle[-1] > 3 * middle[0]
+    assert record.summary()["sustained_start_ms"] is not None
+    assert 3 <= len(sustained.heat) <= 7
+    assert [s.t_s for s in sustained.heat] == sorted(s.t_s for s in sustained.heat)
+    assert all(not p.heat for p in record.passes[:-1])
+    # The curve is another figure than the latency, and no part of it.
+    assert len(record.latency().milliseconds("timed")) == 5
+    assert record.energy_j_per_picture is None
+
+
+def test_a_sustained_pass_that_is_cut_off_keeps_what_it_saw(sample, host, monkeypatch):
+    def seen(purpose, event):
+        if purpose == "sustained" and isinstance(event, Iteration) and event.index == 10:
+            raise KeyboardInterrupt
+
+    kept = []
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(sample, host, Options(first_ever=False, sustained_s=60),
+                  progress=seen, keep=kept.append)  # fmt: skip
+    (record,) = kept
+    assert record.status == "partial"
+    assert len(record.passes[-1].iterations) == 11
+    assert record.passes[-1].error == "interrupted"
+
+
+def test_what_else_this_process_does_is_load(host, sample, monkeypatch):
+    """A fleet that drives phones disturbs the host that it measures meanwhile."""
+    monkeypatch.setenv("HANDHELD_FAKE", "busy")
+    before, clock = host.others_s(), time.process_time()
+    with host.prepare(sample) as place, bench._inputs(
+        sample, "16x8", sample.size()[1], FAST
+    ) as given:  # fmt: skip
+        job = Job(bundle=str(sample.path), size="16x8", seed=5, inputs=given.inputs, iterations=3)
+        assert list(place.run(job, 60))
+    # First, warm-up and three timed runs burn 0.2 s each.
+    assert 0.95 < host._used_s < 2.5
+    subprocess.run([sys.executable, "-S", "-c", BURN], check=True)
+    counted = host.others_s() - before
+    assert counted > 0.45 + time.process_time() - clock - 0.1
+
+
+def test_a_harness_that_is_ended_is_counted(tmp_path):
+    script = tmp_path / "burn.py"
+    hello = '{"event": "done", "t_ms": 1, "iterations": 1}'
+    script.write_text(f"{BURN}\nprint('{hello}', flush=True)\nt.sleep(60)")
+    told = []
+    events = process.run([sys.executable, "-S", str(script)], used=told.append)
+    next(events)
+    assert told == []
+    events.close()
+    (seconds,) = told
+    assert 0.5 <= seconds < 1.5
+
+
+@pytest.mark.parametrize("status", [None, 0, 3])
+def test_heat_seen_by_looks_alone_is_known(status):
+    now = datetime.now(UTC)
+    sample = HeatSample(t_s=2.0, heat=Heat(status=status))
+    item = Pass(purpose="latency", started=now, finished=now, heat=(sample,))
+    wanted = None if status is None else status >= 2
+    assert bench._throttled([item], Heat(), Heat()) is wanted
 
 
 def test_devices(host):

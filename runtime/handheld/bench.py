@@ -19,10 +19,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 from safetensors.numpy import save_file
 
 from handheld import __version__, diagnose
@@ -38,7 +39,7 @@ from handheld.errors import (
 )
 from handheld.files import output_errors, weights_cache
 from handheld.manifest import Size
-from handheld.program import Call
+from handheld.program import Call, Model
 from handheld.protocol import (
     Done,
     Event,
@@ -84,54 +85,57 @@ SAMPLE_S = 30.0
 Purpose = Literal["first-ever", "latency", "memory", "sustained", "diagnosis"]
 
 
-@dataclass(frozen=True)
-class Options:
-    """How to run a bundle.
+class Timing(Model):
+    """How often and how long a bundle is run; what a fleet's matrix may say, too."""
 
-    Parameters
-    ----------
-    size : str or None
-        Key of the manifest's sizes; None takes the reference's.
-    residency : Residency
-    threads, warmup, iterations : int
-    min_seconds : float
-        Timed iterations go on until this has passed as well.
-    precision : float or None
-        And until half the width of the median's 95 % confidence interval is at most this part
-        of it, or ``max_seconds`` have passed.
-    max_seconds : float
-    sustained_s : float
-        Length of a sustained pass in seconds; 0 makes none.
-    gate : Gate
-        What the device must be like before it is measured.
-    seed : int or None
-        None takes the reference's, whose picture is then compared.
-    cache : bool
-        Keep packed weights in files.
-    first_ever : bool
-        Also measure a start without packed weights.
-    timeout_s : float or None
-        Of each process.
-    min_psnr_db : float or None
-        A picture further than this from the reference is wrong; None takes
-        :func:`expected_psnr`.
-    """
+    threads: Annotated[int, Field(ge=1, le=256)] = 2
+    warmup: Annotated[int, Field(ge=0)] = 1
+    iterations: Annotated[int, Field(ge=1)] = 5
+    min_seconds: Annotated[float, Field(ge=0)] = 0.0
+    """Timed iterations go on until this has passed as well."""
+    precision: Annotated[float, Field(gt=0, le=1)] | None = None
+    """And until half the width of the median's 95 % confidence interval is at most this part of
+    it, or ``max_seconds`` have passed."""
+    max_seconds: Annotated[float, Field(gt=0)] = 120.0
+    cache: bool = True
+    """Keep packed weights in files."""
+    first_ever: bool = True
+    """Also measure a start without packed weights."""
+    timeout_s: Annotated[float, Field(gt=0)] | None = 3600.0
+    """Of each process."""
+    min_psnr_db: float | None = None
+    """A picture further than this from the reference is wrong; None takes
+    :func:`expected_psnr`."""
+
+
+class Options(Timing):
+    """How to run a bundle."""
 
     size: str | None = None
+    """Key of the manifest's sizes; None takes the reference's."""
     residency: Residency = "resident"
-    threads: int = 2
-    warmup: int = 1
-    iterations: int = 5
-    min_seconds: float = 0.0
-    precision: float | None = None
-    max_seconds: float = 120.0
-    sustained_s: float = 0.0
-    gate: Gate = field(default_factory=Gate)
+    sustained_s: Annotated[float, Field(ge=0)] = 0.0
+    """Length of a sustained pass in seconds; 0 makes none."""
+    gate: Gate = Gate()
+    """What the device must be like before it is measured."""
     seed: int | None = None
-    cache: bool = True
-    first_ever: bool = True
-    timeout_s: float | None = 3600.0
-    min_psnr_db: float | None = None
+    """None takes the reference's, whose picture is then compared."""
+
+    def settings(self, seed: int, inputs: Literal["reference", "prefetched"]) -> Settings:
+        """Return what a record says of them."""
+        return Settings(
+            residency=self.residency,
+            threads=self.threads,
+            seed=seed,
+            warmup=self.warmup,
+            iterations=self.iterations,
+            min_seconds=self.min_seconds,
+            precision=self.precision,
+            max_seconds=None if self.precision is None else self.max_seconds,
+            sustained_s=self.sustained_s or None,
+            inputs=inputs,
+            cache=self.cache,
+        )
 
 
 Progress = Callable[[Purpose, Event | None], None]
@@ -225,19 +229,7 @@ def run(
                 steps=bundle.manifest.model.steps,
                 bytes=bundle.nbytes,
             ),
-            settings=Settings(
-                residency=options.residency,
-                threads=options.threads,
-                seed=given.seed,
-                warmup=options.warmup,
-                iterations=options.iterations,
-                min_seconds=options.min_seconds,
-                precision=options.precision,
-                max_seconds=None if options.precision is None else options.max_seconds,
-                sustained_s=options.sustained_s or None,
-                inputs=given.source,
-                cache=options.cache,
-            ),
+            settings=options.settings(given.seed, given.source),
             round=turn,
             transfer=place.transfer,
             passes=tuple(attempt.passes),
@@ -671,8 +663,8 @@ def energy_j(before: Heat, after: Heat, pictures: int) -> float | None:
 def _throttled(passes: list[Pass], start: Heat, end: Heat) -> bool | None:
     statuses = [t.status for p in passes for t in p.thermal if t.status is not None]
     statuses += [h.status for h in (start, end) if h.status is not None]
-    known = bool(statuses)
     statuses += [h.heat.status for p in passes for h in p.heat if h.heat.status is not None]
+    known = bool(statuses)
     hot = any(s >= 2 for s in statuses)
     if start.throttle_events is not None and end.throttle_events is not None:
         known = True

@@ -22,36 +22,25 @@ from handheld.errors import DeviceBusyError, DeviceError, HandheldError, UsageEr
 from handheld.files import describe_os_error
 from handheld.program import Model
 from handheld.protocol import Event, Iteration, Residency
-from handheld.records import RunRecord, Settings
+from handheld.records import RunRecord
 from handheld.thermal_gate import Gate
 
 POLL_S = 2.0
 
 
-class GateTable(Model):
-    """``[gate]``: see :class:`handheld.thermal_gate.Gate`."""
+class GateTable(Gate):
+    """``[gate]``."""
 
-    max_status: Annotated[int, Field(ge=0, le=6)] = 0
-    max_battery_celsius: float = 37.0
-    min_battery_percent: Annotated[float, Field(ge=0, le=100)] = 20.0
-    patience_s: Annotated[float, Field(ge=0)] = 600.0
     cooldown_s: Annotated[float, Field(ge=0)] = 30.0
+    """Pause before every run of a device but the first."""
 
 
-class OptionsTable(Model):
-    """``[options]``: see :class:`handheld.bench.Options`."""
+class OptionsTable(bench.Timing):
+    """``[options]``."""
 
-    threads: Annotated[int, Field(ge=1, le=256)] = 2
-    warmup: Annotated[int, Field(ge=0)] = 1
     iterations: Annotated[int, Field(ge=1)] = 10
-    min_seconds: Annotated[float, Field(ge=0)] = 0.0
     precision: Annotated[float, Field(gt=0, le=1)] | None = 0.02
-    max_seconds: Annotated[float, Field(gt=0)] = 120.0
     sustained_minutes: Annotated[float, Field(ge=0)] = 0.0
-    cache: bool = True
-    first_ever: bool = True
-    timeout_s: Annotated[float, Field(gt=0)] = 3600.0
-    min_psnr_db: float | None = None
 
 
 class BundleTable(Model):
@@ -188,7 +177,7 @@ class Fleet:
 
     def finished(self, device: str, cell: Cell) -> RunRecord | None:
         """Return the record of a cell that need not be run again."""
-        wanted = self._settings(cell)
+        wanted = self._options(cell).settings(0, "reference")
         for record in reversed(self._past):
             ours = record.settings.model_copy(update={"seed": 0, "inputs": "reference"})
             same = (
@@ -321,37 +310,13 @@ class Fleet:
             raise KeyboardInterrupt
 
     def _options(self, cell: Cell) -> bench.Options:
-        table, gate = self.matrix.options, self.matrix.gate
+        table = self.matrix.options
         return bench.Options(
+            **table.model_dump(exclude={"sustained_minutes"}),
+            sustained_s=60 * table.sustained_minutes,
             size=cell.size,
             residency=cell.residency,
-            threads=table.threads,
-            warmup=table.warmup,
-            iterations=table.iterations,
-            min_seconds=table.min_seconds,
-            precision=table.precision,
-            max_seconds=table.max_seconds,
-            sustained_s=60 * table.sustained_minutes,
-            cache=table.cache,
-            first_ever=table.first_ever,
-            timeout_s=table.timeout_s,
-            min_psnr_db=table.min_psnr_db,
-            gate=Gate(**gate.model_dump()),
-        )
-
-    def _settings(self, cell: Cell) -> Settings:
-        options = self._options(cell)
-        return Settings(
-            residency=options.residency,
-            threads=options.threads,
-            seed=0,
-            warmup=options.warmup,
-            iterations=options.iterations,
-            min_seconds=options.min_seconds,
-            precision=options.precision,
-            max_seconds=None if options.precision is None else options.max_seconds,
-            sustained_s=options.sustained_s or None,
-            cache=options.cache,
+            gate=self.matrix.gate,
         )
 
 

@@ -4,39 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
+from typing import Annotated
 
+from pydantic import Field
+
+from handheld.program import Model
 from handheld.records import GateFigures, Heat
 
 POLL_S = 5.0
 
 
-@dataclass(frozen=True)
-class Gate:
+class Gate(Model):
     """What a device must be like before it is measured.
 
     A device that does not tell something is not judged by it.
-
-    Parameters
-    ----------
-    max_status : int
-        Thermal status on Android's scale, 0 none to 6 shutdown.
-    max_battery_celsius : float
-        Heat of the battery; it follows the processor's by minutes.
-    min_battery_percent : float
-        Below it phones slow themselves down.
-    patience_s : float
-        How long to wait; then the run goes on and its record says so.
-    cooldown_s : float
-        Pause before every run but the first.
     """
 
-    max_status: int = 0
+    max_status: Annotated[int, Field(ge=0, le=6)] = 0
+    """Thermal status on Android's scale, 0 none to 6 shutdown."""
     max_battery_celsius: float = 37.0
-    min_battery_percent: float = 20.0
-    patience_s: float = 600.0
-    cooldown_s: float = 0.0
+    """Heat of the battery; it follows the processor's by minutes."""
+    min_battery_percent: Annotated[float, Field(ge=0, le=100)] = 20.0
+    """Below it phones slow themselves down."""
+    patience_s: Annotated[float, Field(ge=0)] = 600.0
+    """How long to wait; then the run goes on and its record says so."""
 
     def too_hot(self, heat: Heat) -> list[str]:
         """Return what is too hot."""

@@ -156,7 +156,6 @@ def bench(
                 gate=Gate(
                     max_battery_celsius=max_battery_celsius,
                     patience_s=patience,
-                    cooldown_s=cooldown,
                 ),
                 seed=seed,
                 cache=cache,

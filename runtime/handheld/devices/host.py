@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,9 +26,10 @@ from handheld.records import DeviceFacts, Heat
 class HostPlace(Place):
     """A bundle on this machine."""
 
-    def __init__(self, binary: Path, work: Path) -> None:
+    def __init__(self, binary: Path, work: Path, used: Callable[[float], None]) -> None:
         self._binary = binary
         self._work = work
+        self._used = used
 
     def run(self, job: Job, timeout_s: float | None = None) -> Generator[Received, None, None]:
         """Run the harness with a job file in a temporary folder."""
@@ -37,7 +38,8 @@ class HostPlace(Place):
             path.write_text(job.model_dump_json())
             if job.cache:
                 Path(job.cache).mkdir(parents=True, exist_ok=True)
-        yield from process.run([str(self._binary), str(path)], timeout_s=timeout_s)
+        command = [str(self._binary), str(path)]
+        yield from process.run(command, timeout_s=timeout_s, used=self._used)
 
     def forget_cache(self, cache: str) -> None:
         """Remove a folder of packed weights."""
@@ -51,6 +53,7 @@ class HostDevice(Device):
 
     def __init__(self) -> None:
         self.id = f"host-{machine_id()[:8]}"
+        self._used_s = 0.0
 
     def facts(self) -> DeviceFacts:
         """Return what this machine is."""
@@ -73,7 +76,10 @@ class HostDevice(Device):
         return Heat(celsius=_hottest(), throttle_events=_throttled(), busy=_busy())
 
     def others_s(self) -> float | None:
-        """Return the processor seconds of all but this process and the children it had."""
+        """Return the processor seconds of all but this device's harnesses that have ended.
+
+        What this process does besides is counted: it may be driving phones at the same time.
+        """
         try:
             user, nice, system, _, _, irq, softirq, steal = (
                 int(n) for n in Path("/proc/stat").read_text().split()[1:9]
@@ -81,7 +87,10 @@ class HostDevice(Device):
         except (OSError, ValueError):
             return None
         everybody = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-        return everybody - sum(os.times()[:4])
+        return everybody - self._used_s
+
+    def _count(self, seconds: float) -> None:
+        self._used_s += seconds
 
     @contextmanager
     def prepare(
@@ -90,7 +99,7 @@ class HostDevice(Device):
         """Find or build the harness and make a folder for its files."""
         binary = harness.binary()
         with tempfile.TemporaryDirectory(prefix="handheld-") as work:
-            yield HostPlace(binary, Path(work))
+            yield HostPlace(binary, Path(work), self._count)
 
 
 class HostDevices(Devices):

@@ -23,6 +23,7 @@ from handheld.protocol import PROTOCOL_VERSION, AnyEvent, Done, Failure, Hello
 PROBE_S = 20.0
 """After so long without a word, a remote harness's device is asked whether it is there."""
 MAX_LINE_BYTES = 4 * 2**20
+WAIT_S = 0.005
 GRACE_S = 5.0
 """How long a harness may take to end after SIGTERM before it is killed."""
 
@@ -45,12 +46,13 @@ def run(
     environment: Mapping[str, str] | None = None,
     timeout_s: float | None = None,
     probe: Callable[[], None] | None = None,
+    used: Callable[[float], None] = lambda seconds: None,
 ) -> Generator[Received, None, None]:
     """Run a harness and yield its events.
 
     Lines that are no events (engines print to standard output, too) are passed over.
     ``probe`` is called after each :data:`PROBE_S` of silence, and raises if the harness's
-    device is gone.
+    device is gone. ``used`` is told, once it has ended, its processor seconds.
 
     Raises
     ------
@@ -76,9 +78,9 @@ def run(
                 remedy="run `handheld harness build`",
             ) from None
         try:
-            yield from _events(process, start, timeout_s, errors, probe)
+            yield from _events(process, start, timeout_s, errors, probe, used)
         finally:
-            _end(process)
+            _end(process, used)
 
 
 def _events(
@@ -87,6 +89,7 @@ def _events(
     timeout_s: float | None,
     errors: IO[bytes],
     probe: Callable[[], None] | None,
+    used: Callable[[float], None],
 ) -> Generator[Received, None, None]:
     assert process.stdout is not None
     lines: queue.SimpleQueue[tuple[bytes, float] | None] = queue.SimpleQueue()
@@ -120,7 +123,7 @@ def _events(
         done = done or isinstance(event, Done)
         yield Received(event, item[1])
     try:
-        code = process.wait(GRACE_S)
+        code = _wait(process, GRACE_S, used)
     except subprocess.TimeoutExpired:
         raise HarnessError("the harness closed its output and did not end") from None
     if failure:
@@ -169,11 +172,26 @@ def _describe_end(code: int, errors: IO[bytes]) -> str:
     return "\n".join([text, *(f"  {line}" for line in tail)])
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
+def _end(process: subprocess.Popen[bytes], used: Callable[[float], None]) -> None:
+    if process.returncode is None:
         process.terminate()
         try:
-            process.wait(GRACE_S)
+            _wait(process, GRACE_S, used)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+            _wait(process, math.inf, used)
+
+
+def _wait(process: subprocess.Popen[bytes], timeout_s: float, used: Callable[[float], None]) -> int:
+    """Wait for a process of which nobody else waits, and tell its processor seconds."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        # What Popen.wait does, but for the usage, which it throws away.
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if pid:
+            process.returncode = os.waitstatus_to_exitcode(status)
+            used(usage.ru_utime + usage.ru_stime)
+            return process.returncode
+        if time.monotonic() >= deadline:
+            raise subprocess.TimeoutExpired(process.args, timeout_s)
+        time.sleep(WAIT_S)
