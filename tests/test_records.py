@@ -112,6 +112,58 @@ def test_noise():
     assert noise_reasons([10.0], calm, calm, 0.02) == ()
 
 
+def regimes(rng, n, dwell, levels, p=None):
+    """Times of a machine that is slow or fast for a while."""
+    out = []
+    while len(out) < n:
+        out += [rng.choice(levels, p=p)] * max(1, int(rng.exponential(dwell)))
+    return 100 * np.asarray(out[:n]) * np.exp(rng.normal(0, 0.02, n))
+
+
+IDLE = {
+    "even": lambda rng, n: 100 * np.exp(rng.normal(0, 0.05, n)),
+    "spikes": lambda rng, n: (
+        100 * np.exp(rng.normal(0, 0.02, n)) * np.where(rng.random(n) < 0.08, 1.6, 1)
+    ),
+    "small regimes": lambda rng, n: regimes(rng, n, 20, [1, 1.03]),
+    "slow now and then": lambda rng, n: regimes(rng, n, 20, [1, 1.06], [0.8, 0.2]),
+}
+
+
+@pytest.mark.parametrize("kind", IDLE)
+def test_long_runs_of_an_idle_machine_are_not_noisy(kind):
+    """Five tries of a minute or so, four times; their medians lie within 5 % of each other."""
+    for series in range(4):
+        tries = [IDLE[kind](np.random.default_rng(10 * series + i), 450) for i in range(5)]
+        medians = [np.median(t) for t in tries]
+        assert max(medians) / min(medians) < 1.05
+        assert [noise_reasons(list(t), None) for t in tries] == [()] * 5
+
+
+@pytest.mark.parametrize("dwell", [5, 20])
+@pytest.mark.parametrize("n", [100, 450])
+def test_long_runs_of_a_loaded_machine_are_noisy(dwell, n):
+    """By their times alone, as a phone's are judged: now alone, now with half of the cores."""
+    marked = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        times = list(regimes(rng, n, dwell, np.linspace(1, 2, 11)))
+        marked += bool(noise_reasons(times, None))
+    assert marked >= 38
+    # Told by other processes' time, as a computer's are, none is missed.
+    assert noise_reasons([100.0] * n, None, None, 0.5)
+
+
+def test_an_interval_holds_what_it_says():
+    """Of even noise, whose median is 100, at least as often as it claims."""
+    for n, claimed in ((20, 0.95), (60, 0.95), (200, 0.92)):
+        inside = 0
+        for seed in range(300):
+            values = IDLE["even"](np.random.default_rng(seed), n)
+            inside += abs(np.median(values) - 100) <= block_uncertainty(list(values)) * 100
+        assert inside >= claimed * 300
+
+
 def test_noise_is_what_hides_the_median():
     rng = np.random.default_rng(0)
     steady = 10 * np.exp(rng.normal(0, 0.01, 100))
