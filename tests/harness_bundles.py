@@ -352,6 +352,7 @@ def write(
                 engine_version="1.5.1",
                 file=_ref(f"artifacts/{name}.pte", data),
                 ports=ports,
+                workspace=1 << 20,
                 units=(name,),
                 component="decoder" if name.startswith("decoder") else "unet",
             )

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -20,8 +21,10 @@ from pydantic import TypeAdapter
 from safetensors.numpy import load_file, save, save_file
 
 from handheld import harness, noise
+from handheld.bundle import Bundle
 from handheld.errors import HarnessError, MissingDependencyError
 from handheld.execute import execute
+from handheld.memory_plan import plan_bundle
 from handheld.protocol import AnyEvent, Job
 from samples import ref
 
@@ -274,6 +277,37 @@ def test_streaming_changes_nothing_but_time(built, bundle, inputs, tmp_path):
         hashes.add(picture(events))
         assert len([e for e in events if e.event == "load"]) == 3
     assert len(hashes) == 1
+
+
+def test_memory_budget(built, bundle, inputs, tmp_path):
+    manifest = Bundle.open(bundle).manifest
+    cache = {"cache": str(tmp_path / "cache")}
+    code, message = refused(built, tmp_path, job(bundle, inputs, memory_budget=10**6, **cache))
+    assert code == "job"
+    least = int(re.search(r"would do is (\d+) MB", message)[1]) * 10**6
+    modes, hashes = set(), set()
+    for budget in (least, least + 10**6, least + 10**7):
+        expected = plan_bundle(manifest, SIZE, budget)
+        wanted = job(bundle, inputs, iterations=2, memory_budget=budget, **cache)
+        status, events = run(built, tmp_path, wanted)
+        assert status == 0
+        planned = next(e for e in events if e.event == "plan").model_dump()
+        assert {k: planned[k] for k in expected.to_json()} == {
+            **expected.to_json(), "resident": expected.resident, "streamed": expected.streamed
+        }  # fmt: skip
+        assert max(e.peak_rss for e in events if e.event == "memory") <= budget
+        modes.add((len(expected.resident), expected.prefetch))
+        hashes.add(picture(events))
+    assert len(modes) >= 2
+    assert len(hashes) == 1
+
+
+def test_memory_budget_wants_workspaces(built, copy, inputs, tmp_path):
+    folder, edit = copy
+    edit(lambda m: m["artifacts"][1].pop("workspace"))
+    code, message = refused(built, tmp_path, job(folder, inputs, memory_budget=10**9))
+    assert code == "bundle"
+    assert "artifacts[1].workspace" in message
 
 
 def test_cache_is_built_once_and_again_if_damaged(built, bundle, inputs, tmp_path):

@@ -70,6 +70,23 @@ def test_jobs(built, case):
     assert (code != "job") == case["valid"], message
 
 
+def test_memory_plans(built):
+    for case in json.loads((GOLDEN / "memory_plans.json").read_text()):
+        result = subprocess.run(
+            [built.program, "--plan-memory"],
+            input=json.dumps(case),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        if "plan" in case:
+            assert json.loads(result.stdout) == case["plan"]
+        else:
+            assert result.returncode == 2
+            assert case["error"] in json.loads(result.stderr)["message"]
+
+
 @pytest.mark.parametrize("case", INDEX["programs"], ids=lambda c: Path(c["file"]).stem)
 def test_programs(built, case, tmp_path):
     from handheld.native import Session

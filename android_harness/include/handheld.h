@@ -41,6 +41,12 @@ HH_API const char* hh_last_error(void);
 HH_API hh_status hh_check_release(const char* release_json, const char* variant,
                                   const char* bundle);
 
+/* Decide what stays in memory within a budget: a JSON object {"budget", "activations", "packed",
+ * "artifacts": [{"id", "bytes", "workspace"}], "calls": [index, ...]} in, {"resident", "streamed",
+ * "prefetch", "peak_bytes"} out, which is good until the next call in this thread; NULL if the
+ * budget is too small. hh_open does the same for a job with a memory_budget. */
+HH_API const char* hh_plan_memory(const char* json);
+
 /* Open the bundle of a job (the JSON text of protocol.Job), plan residency, make resident
  * artifacts ready. Events may be NULL. */
 HH_API hh_status hh_open(const char* job_json, hh_event_fn events, void* user, hh_session** out);

@@ -7,6 +7,7 @@
 
 #include "engines.hpp"
 #include "json.hpp"
+#include "memory_plan.hpp"
 #include "noise.hpp"
 #include "release.hpp"
 #include "session.hpp"
@@ -76,6 +77,15 @@ hh_status hh_check_release(const char* release_json, const char* variant, const 
     if (!release_json || !variant || !bundle) throw hh::Error("job", "a name is missing");
     hh::check_release(release_json, variant, bundle);
   });
+}
+
+const char* hh_plan_memory(const char* json) {
+  static thread_local std::string answer;
+  hh_status status = guarded({}, [&] {
+    if (!json) throw hh::Error("job", "there is no case to plan");
+    answer = hh::answer_plan_case(json);
+  });
+  return status == HH_OK ? answer.c_str() : nullptr;
 }
 
 hh_status hh_open(const char* job_json, hh_event_fn events, void* user, hh_session** out) {

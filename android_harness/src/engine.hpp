@@ -60,6 +60,8 @@ class Engine {
   virtual ~Engine() = default;
   // May be called from a prefetch thread while another model runs. Throws Error.
   virtual std::unique_ptr<Model> load(const ArtifactInfo&) = 0;
+  // Whether loading it now would pack its weights into a file first.
+  virtual bool must_pack(const ArtifactInfo&) { return false; }
 };
 
 // Each engine file defines one of these. The CMake options HANDHELD_LITERT, HANDHELD_EXECUTORCH

@@ -427,6 +427,12 @@ class LiteRtEngine final : public Engine {
     if (environment_) api().LiteRtDestroyEnvironment(environment_);
   }
 
+  bool must_pack(const ArtifactInfo& info) override {
+    if (options_.cache_dir.empty()) return false;
+    const std::string prefix = info.sha256.substr(0, 40) + "." + hex(identity()) + ".";
+    return !find_cache(options_.cache_dir, prefix);
+  }
+
   std::unique_ptr<hh::Model> load(const ArtifactInfo& info) override {
     Environment environment = this->environment();
     const std::string threads = "num_threads = " + std::to_string(options_.threads) + "\n";

@@ -39,7 +39,7 @@ Job read_job(std::string_view text) {
   if (auto protocol = root.find("protocol"))
     if (int64_t version = protocol->integer(INT64_MIN, INT64_MAX); version != 1)
       protocol->fail("unknown version " + std::to_string(version) + ", this harness speaks 1");
-  root.only({"protocol", "bundle", "size", "seed", "inputs", "residency", "residency_by_artifact",
+  root.only({"protocol", "bundle", "size", "seed", "inputs", "residency", "residency_by_artifact", "memory_budget",
              "prefetch", "threads", "cache", "warmup", "iterations", "min_seconds", "precision",
              "max_seconds", "verify_hashes", "reset_peak", "output", "expect", "dump_calls"});
   Job job;
@@ -54,6 +54,11 @@ Job read_job(std::string_view text) {
   if (auto n = root.find("residency")) job.stream = read_residency(*n);
   if (auto n = root.find("residency_by_artifact"))
     for (const auto& [id, value] : n->members()) job.stream_by_artifact[id] = read_residency(value);
+  if (auto n = root.find("memory_budget")) {
+    job.memory_budget = static_cast<uint64_t>(n->integer(1, INT64_MAX));
+    if (!job.stream_by_artifact.empty())
+      n->fail("and 'residency_by_artifact' exclude each other: the budget decides what stays");
+  }
   if (auto n = root.find("prefetch")) job.prefetch = n->boolean();
   if (auto n = root.find("threads")) job.threads = static_cast<int>(n->integer(1, 256));
   if (auto n = root.find("cache")) job.cache = read_path(*n);

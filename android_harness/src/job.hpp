@@ -20,6 +20,7 @@ struct Job {
   std::map<std::string, TensorFile> inputs;
   bool stream = false;
   std::map<std::string, bool> stream_by_artifact;
+  uint64_t memory_budget = 0;  // bytes; 0: none, residency is as said
   bool prefetch = true;
   int threads = 2;
   std::string cache;  // empty: pack in memory

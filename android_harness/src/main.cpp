@@ -61,6 +61,13 @@ bool read_job(const char* path, std::string& text) {
 int main(int argc, char** argv) {
   if (argc == 2 && std::strcmp(argv[1], "--version") == 0) return std::puts(hh_version()) < 0;
   if (argc == 2 && std::strcmp(argv[1], "--engines") == 0) return std::puts(hh_engines()) < 0;
+  if (argc == 2 && std::strcmp(argv[1], "--plan-memory") == 0) {
+    std::string text;
+    if (!read_job("-", text)) return HH_BAD_INPUT;
+    const char* plan = hh_plan_memory(text.c_str());
+    std::fprintf(plan ? stdout : stderr, "%s\n", plan ? plan : hh_last_error());
+    return plan ? HH_OK : HH_BAD_INPUT;
+  }
   if (argc == 5 && std::strcmp(argv[1], "--check-release") == 0) {
     hh_status status = hh_check_release(argv[2], argv[3], argv[4]);
     if (status != HH_OK) std::fprintf(stderr, "%s\n", hh_last_error());
@@ -68,7 +75,7 @@ int main(int argc, char** argv) {
   }
   if (argc != 2 || (argv[1][0] == '-' && argv[1][1] != '\0')) {
     std::fputs(
-        "usage: handheld-harness JOB.json | - | --version | --engines |\n"
+        "usage: handheld-harness JOB.json | - | --version | --engines | --plan-memory |\n"
         "       --check-release RELEASE.json VARIANT BUNDLE\n",
         stderr);
     return HH_BAD_INPUT;

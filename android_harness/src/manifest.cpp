@@ -44,7 +44,7 @@ std::vector<std::pair<std::string, TensorSpec>> read_port_list(const json::Node&
 
 Artifact read_artifact(const json::Node& node) {
   node.only({"id", "target", "engine", "engine_version", "file", "parts", "ports", "units",
-             "component", "weights", "held", "macs", "partitions", "tools", "verification"});
+             "component", "weights", "held", "macs", "partitions", "workspace", "tools", "verification"});
   Artifact artifact;
   artifact.field = node.path();
   artifact.id = read_name(node.at("id"));
@@ -61,6 +61,8 @@ Artifact read_artifact(const json::Node& node) {
   artifact.file = read_ref(node.at("file"));
   if (auto parts = node.find("parts"))
     for (const json::Node& part : parts->items()) artifact.parts.push_back(read_ref(part));
+  if (auto workspace = node.find("workspace"))
+    artifact.workspace = static_cast<uint64_t>(workspace->integer(0, INT64_MAX));
   json::Node ports = node.at("ports");
   ports.only({"inputs", "outputs"});
   artifact.ports.inputs = read_port_list(ports.at("inputs"));

@@ -22,6 +22,7 @@ struct Artifact {
   FileRef file;
   std::vector<FileRef> parts;  // which the engine finds from `file`
   Ports ports;
+  std::optional<uint64_t> workspace;  // that the engine wants while it runs
   std::string field;  // "artifacts[3]"
 };
 

@@ -47,6 +47,13 @@ void Residency::report(size_t slot, const Ready& ready) {
 
 void Residency::load_residents(const std::function<void()>& go_on) {
   for (size_t i = 0; i < slots_.size(); ++i) {
+    if (!slots_[i].engine->must_pack(slots_[i].info)) continue;
+    go_on();
+    Ready ready = load(i);
+    if (ready.error) std::rethrow_exception(ready.error);
+    report(i, ready);
+  }
+  for (size_t i = 0; i < slots_.size(); ++i) {
     if (slots_[i].stream) continue;
     go_on();
     Ready ready = load(i);

@@ -28,7 +28,8 @@ class Residency {
   Residency(std::vector<Slot> slots, std::vector<size_t> calls, bool prefetch, Loaded loaded);
   ~Residency();
 
-  // Loads what stays. `go_on` is asked between artifacts and throws to stop.
+  // Packs what is not packed yet, one after the other, so that packing never adds to what is
+  // held. Then loads what stays. `go_on` is asked between artifacts and throws to stop.
   void load_residents(const std::function<void()>& go_on);
 
   // The model of a call; the next streamed one starts loading on the helper's thread.

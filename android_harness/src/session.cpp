@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "memory.hpp"
+#include "memory_plan.hpp"
 #include "noise.hpp"
 #include "sha256.hpp"
 #include "thermal.hpp"
@@ -129,6 +130,34 @@ std::unique_ptr<SafeTensors> Session::open_constants() const {
   return file;
 }
 
+// Decides by the job's budget, if it has one, what is streamed. Returns whether to prefetch.
+bool Session::plan_memory(std::vector<Slot>& slots, const std::vector<size_t>& calls) const {
+  if (!job_.memory_budget) return job_.prefetch;
+  std::vector<Weights> weights;
+  for (const Slot& slot : slots) {
+    const Artifact& artifact = *manifest_.artifact(slot.info.id);
+    if (!artifact.workspace)
+      throw Error("bundle", manifest_.folder + "/manifest.json: " + artifact.field +
+                                ".workspace: is missing, so memory cannot be planned (export the "
+                                "bundle again)");
+    uint64_t bytes = artifact.file.bytes;
+    for (const FileRef& part : artifact.parts) bytes += part.bytes;
+    weights.push_back({slot.info.id, bytes, *artifact.workspace});
+  }
+  uint64_t activations = activation_bytes(program());
+  for (const auto& [name, spec] : manifest_.constant_specs) activations += spec.bytes();
+  const MemoryPlan plan =
+      hh::plan_memory(job_.memory_budget, activations, !job_.cache.empty(), weights, calls);
+  for (size_t i = 0; i < slots.size(); ++i) slots[i].stream = !plan.resident[i];
+  emit(std::move(Event("plan")
+                     .raw("resident", artifact_list(weights, plan.resident, true))
+                     .raw("streamed", artifact_list(weights, plan.resident, false))
+                     .raw("prefetch", plan.prefetch ? "true" : "false")
+                     .add("peak_bytes", plan.peak_bytes)
+                     .add("budget_bytes", job_.memory_budget)));
+  return plan.prefetch && job_.prefetch;
+}
+
 void Session::open_artifacts(const std::function<void()>& go_on) {
   EngineOptions options;
   options.threads = job_.threads;
@@ -160,9 +189,10 @@ void Session::open_artifacts(const std::function<void()>& go_on) {
   // Only after all files were checked, so that a broken bundle never reaches an engine.
   for (size_t i = 0; i < slot_of.size(); ++i)
     if (slot_of[i] != kUnused) slots[slot_of[i]].engine = &engines_->get(manifest_.artifacts[i].engine);
+  const bool prefetch = plan_memory(slots, calls);
   timing_.calls.resize(calls.size());
   residency_ = std::make_unique<Residency>(
-      std::move(slots), std::move(calls), job_.prefetch,
+      std::move(slots), std::move(calls), prefetch,
       [this](const ArtifactInfo& info, double ms, CacheState cache) {
         emit(std::move(Event("load")
                            .add("artifact", info.id)

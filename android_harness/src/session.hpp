@@ -46,6 +46,7 @@ class Session {
   };
 
   const Program& program() const { return size_->program; }
+  bool plan_memory(std::vector<Slot>& slots, const std::vector<size_t>& calls) const;
   void open_artifacts(const std::function<void()>& go_on);
   std::unique_ptr<SafeTensors> open_constants() const;
   void read_job_inputs();

@@ -739,6 +739,7 @@ def _manifest(
                 held=meta["held"],
                 macs=macs.get(segment.id),
                 partitions=meta["partitions"],
+                workspace=meta["workspace"],
                 tools=meta["tools"],
                 verification=Verification(**meta["verification"]),
             )

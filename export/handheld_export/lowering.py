@@ -15,6 +15,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -29,7 +30,7 @@ import handheld
 from handheld.errors import TargetError
 from handheld.files import sha256_file
 from handheld.precision import find as find_precision
-from handheld_export import measure, targets
+from handheld_export import measure, targets, workspace
 from handheld_export.checkpoint import Checkpoint, Component
 from handheld_export.quantization import ActivationRange, QuantizedWeight
 from handheld_export.segments import (
@@ -246,11 +247,12 @@ def lower(task: Task) -> dict[str, Any]:
                 message = f"segment '{segment.id}': {e.message}"
                 raise TargetError(message, remedy=e.remedy) from e
             runner = target.load(lowered.path, segment.ports)
-            outputs = runner(*(x.numpy() for x in inputs))
+            outputs, wanted = workspace.measure(lambda: runner(*(x.numpy() for x in inputs)))
             reference = [example[f"out.{n}"] for n in segment.outputs]
             meta = {
                 "files": [_file(p, work) for p in (lowered.path, *lowered.parts)],
                 "partitions": lowered.partitions,
+                "workspace": wanted,
                 "notes": list(lowered.notes),
                 "weights": storage,
                 "held": _held(target, quantized),
@@ -320,7 +322,7 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _worst(reference: list[Any], outputs: tuple[Any, ...] | list[Any]) -> float:
+def _worst(reference: Sequence[Any], outputs: Sequence[Any]) -> float:
     if len(reference) != len(outputs):
         raise TargetError(f"the artifact gives {len(outputs)} results, not {len(reference)}")
     return min(measure.snr_db(a, b) for a, b in zip(reference, outputs, strict=True))

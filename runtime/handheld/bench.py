@@ -39,6 +39,7 @@ from handheld.errors import (
 )
 from handheld.files import output_errors, weights_cache
 from handheld.manifest import Size
+from handheld.memory_plan import plan_bundle
 from handheld.program import Call, Model
 from handheld.protocol import (
     Done,
@@ -49,6 +50,7 @@ from handheld.protocol import (
     Load,
     Memory,
     Output,
+    Plan,
     Residency,
     TensorFile,
     Thermal,
@@ -114,6 +116,8 @@ class Options(Timing):
     size: str | None = None
     """Key of the manifest's sizes; None takes the reference's."""
     residency: Residency = "resident"
+    memory_budget: Annotated[int, Field(ge=1)] | None = None
+    """Bytes; decides what stays and what is streamed, instead of ``residency``."""
     sustained_s: Annotated[float, Field(ge=0)] = 0.0
     """Length of a sustained pass in seconds; 0 makes none."""
     gate: Gate = Gate()
@@ -125,6 +129,7 @@ class Options(Timing):
         """Return what a record says of them."""
         return Settings(
             residency=self.residency,
+            memory_budget=self.memory_budget,
             threads=self.threads,
             seed=seed,
             warmup=self.warmup,
@@ -170,6 +175,15 @@ def run(
     size_name, size = bundle.size(options.size)
     facts = device.facts()
     _check_engines(bundle, facts)
+    if options.memory_budget is not None:
+        if device.kind == "ios":
+            raise UsageError(
+                "is for harnesses that keep packed weights in files, which those of iPhones do not",
+                field="--memory-budget",
+                remedy="choose --residency",
+            )
+        # Refused here rather than by the device.
+        plan_bundle(bundle.manifest, size_name, options.memory_budget, packed=options.cache)
 
     def sending(name: str, done: int, total: int) -> None:
         notice(f"sending {done / 1e6:.0f} of {total / 1e6:.0f} MB: {name}")
@@ -435,6 +449,7 @@ class _Attempt:
             seed=self.given.seed,
             inputs=self.given.inputs,
             residency=self.options.residency,
+            memory_budget=self.options.memory_budget,
             threads=self.options.threads,
             cache=cache,
             warmup=0,
@@ -487,6 +502,8 @@ class _Attempt:
                     seen[name].append(event)
                 if isinstance(event, Hello):
                     values.update(hello=event, spawn_to_hello_ms=received.since_spawn_ms)
+                if isinstance(event, Plan):
+                    values["plan"] = event
                 if isinstance(event, Iteration):
                     values.setdefault("spawn_to_first_ms", received.since_spawn_ms)
                 if isinstance(event, Done):

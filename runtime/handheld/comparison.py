@@ -97,9 +97,7 @@ class Key:
     def of(cls, record: RunRecord) -> Key:
         """Return the key of a record."""
         b, s, d = record.bundle, record.settings, record.device
-        return cls(
-            b.model, b.target, b.precision, b.size, b.steps, s.residency, s.threads, d.id, d.kind
-        )
+        return cls(b.model, b.target, b.precision, b.size, b.steps, s.mode, s.threads, d.id, d.kind)
 
     def __str__(self) -> str:
         return (

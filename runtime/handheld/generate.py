@@ -20,6 +20,7 @@ from handheld.bundle import Bundle
 from handheld.devices.base import Device, Sending
 from handheld.errors import HarnessError, UsageError
 from handheld.files import output_errors, weights_cache, write_file
+from handheld.memory_plan import plan_bundle
 from handheld.program import Program
 from handheld.protocol import AnyEvent, Job, Residency, TensorFile
 from handheld.text import PromptEmbedding
@@ -51,6 +52,7 @@ def draw(
     seed: int = 0,
     size: str | None = None,
     residency: Residency = "resident",
+    memory_budget: int | None = None,
     threads: int = 2,
     cache: bool = True,
     on_event: Callable[[AnyEvent], None] | None = None,
@@ -67,6 +69,8 @@ def draw(
         0 <= seed < 2**64.
     size : str, optional
     residency : Residency
+    memory_budget : int, optional
+        Bytes; decides what stays and what is streamed, instead of ``residency``.
     threads : int
     cache : bool
         Keep packed weights in files, so that the next picture starts faster.
@@ -75,12 +79,16 @@ def draw(
 
     Raises
     ------
+    UsageError
+        If the budget is too small.
     HarnessError
         If the library is not built or the run fails.
     """
     from handheld.native import Session
 
     name, chosen = bundle.size(size)
+    if memory_budget is not None:
+        plan_bundle(bundle.manifest, name, memory_budget, packed=cache)
     inputs = program_inputs(chosen.program, embedding, negative_embedding)
     folder = weights_cache(bundle.sha256, threads)
     if cache:
@@ -91,6 +99,7 @@ def draw(
         size=name,
         seed=seed,
         residency=residency,
+        memory_budget=memory_budget,
         threads=threads,
         cache=str(folder) if cache else None,
         verify_hashes=False,
@@ -124,6 +133,7 @@ def draw_on(
     seed: int = 0,
     size: str | None = None,
     residency: Residency = "resident",
+    memory_budget: int | None = None,
     threads: int = 2,
     cache: bool = True,
     on_event: Callable[[AnyEvent], None] | None = None,
@@ -139,6 +149,8 @@ def draw_on(
         If its harness is not built or the run fails.
     """
     name, chosen = bundle.size(size)
+    if memory_budget is not None:
+        plan_bundle(bundle.manifest, name, memory_budget, packed=cache)
     inputs = program_inputs(chosen.program, embedding, negative_embedding)
     total = 0.0
     with tempfile.TemporaryDirectory(prefix="handheld-") as folder:
@@ -151,6 +163,7 @@ def draw_on(
             seed=seed,
             inputs={key: TensorFile(path=str(file), tensor=key) for key in inputs},
             residency=residency,
+            memory_budget=memory_budget,
             threads=threads,
             cache=str(weights_cache(bundle.sha256, threads)) if cache else None,
             warmup=0,

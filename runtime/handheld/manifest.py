@@ -79,6 +79,9 @@ class Artifact(Model):
     macs: int | None = None
     partitions: int | None = None
     """Delegate partitions in the artifact; null where the engine has no such notion."""
+    workspace: Annotated[int, Field(ge=0)] | None = None
+    """Bytes of memory that its engine wanted while it ran at export; null where that was not
+    measured."""
     tools: dict[str, str] = {}
     """Versions of the packages that made it."""
     verification: Verification = Verification()

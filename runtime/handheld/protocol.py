@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from handheld.program import Model, Name, Seed
 
@@ -40,6 +40,9 @@ class Job(Model):
     residency: Residency = "resident"
     residency_by_artifact: dict[Name, Residency] = {}
     """Exceptions from ``residency``."""
+    memory_budget: Annotated[int, Field(ge=1)] | None = None
+    """Bytes that the process may take: what fits stays, the rest is streamed. Takes the place of
+    ``residency`` and ``residency_by_artifact``."""
     prefetch: bool = True
     """While streaming, load the next artifact on another thread."""
     threads: Annotated[int, Field(ge=1, le=256)] = 2
@@ -66,6 +69,12 @@ class Job(Model):
     """Where to write every call's results of the last iteration, as safetensors with names
     ``call.INDEX.PORT``."""
 
+    @model_validator(mode="after")
+    def _one_decides(self) -> Job:
+        if self.memory_budget is not None and self.residency_by_artifact:
+            raise ValueError("'memory_budget' and 'residency_by_artifact' exclude each other")
+        return self
+
 
 class Event(BaseModel):
     """Base of all events."""
@@ -90,6 +99,18 @@ class Hello(Event):
     """Resident set before any engine was touched."""
     engine_library_bytes: int | None = None
     """Part of ``base_rss_bytes`` that is the engines' own libraries mapped at start."""
+
+
+class Plan(Event):
+    """What stays in memory within a job's ``memory_budget``; before anything is loaded."""
+
+    event: Literal["plan"] = "plan"
+    resident: tuple[str, ...]
+    streamed: tuple[str, ...]
+    prefetch: bool
+    peak_bytes: int
+    """The most that the process will take, as planned."""
+    budget_bytes: int
 
 
 class Load(Event):
@@ -182,6 +203,6 @@ class Done(Event):
 
 
 AnyEvent = Annotated[
-    Hello | Load | Iteration | Memory | Thermal | Output | Failure | Done,
+    Hello | Plan | Load | Iteration | Memory | Thermal | Output | Failure | Done,
     Field(discriminator="event"),
 ]

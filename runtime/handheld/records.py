@@ -24,7 +24,16 @@ from handheld.errors import RecordError
 from handheld.files import describe_os_error, fsync_folder, output_errors
 from handheld.manifest import Sha256
 from handheld.program import Model
-from handheld.protocol import Hello, Iteration, Load, Memory, Output, Residency, Thermal
+from handheld.protocol import (
+    Hello,
+    Iteration,
+    Load,
+    Memory,
+    Output,
+    Plan,
+    Residency,
+    Thermal,
+)
 
 RECORD_VERSION: Final = 1
 INTERRUPTED: Final = "interrupted"
@@ -134,6 +143,8 @@ class Settings(Model):
     """How it was run."""
 
     residency: Residency
+    memory_budget: int | None = None
+    """Bytes; where given, it decided what was resident and what was streamed."""
     prefetch: bool = True
     threads: int
     seed: int
@@ -147,6 +158,13 @@ class Settings(Model):
     cache: bool = True
     """Whether packed weights were kept in files."""
 
+    @property
+    def mode(self) -> str:
+        """How weights were held, in a word: a residency, or the budget that decided."""
+        if self.memory_budget is None:
+            return self.residency
+        return f"within {self.memory_budget / 1e6:.0f} MB"
+
 
 class Pass(Model):
     """One process of the harness, from start to end."""
@@ -159,6 +177,8 @@ class Pass(Model):
     spawn_to_first_ms: float | None = None
     """From starting the process to the end of its first iteration."""
     hello: Hello | None = None
+    plan: Plan | None = None
+    """Of a run within a memory budget."""
     loads: tuple[Load, ...] = ()
     iterations: tuple[Iteration, ...] = ()
     memory: tuple[Memory, ...] = ()

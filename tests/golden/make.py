@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import samples
-from handheld import bundle, noise
+from handheld import bundle, memory_plan, noise
+from handheld.errors import UsageError
 from handheld.execute import execute
 from handheld.program import (
     Affine,
@@ -155,8 +157,15 @@ JOBS: dict[str, tuple[bool, Tree]] = {
             "dump_calls": None,
             "precision": None,
             "max_seconds": None,
+            "memory_budget": None,
             "expect": None,
         },
+    ),
+    "valid-budget": (True, {**JOB, "memory_budget": 600_000_000}),
+    "budget-zero": (False, {**JOB, "memory_budget": 0}),
+    "budget-and-exceptions": (
+        False,
+        {**JOB, "memory_budget": 1, "residency_by_artifact": {"unet.0": "stream"}},
     ),
     "precision-zero": (False, {**JOB, "precision": 0}),
     "precision-over-one": (False, {**JOB, "precision": 1.5}),
@@ -370,6 +379,46 @@ def text(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
+def memory_plans() -> list[Tree]:
+    """Return cases of the rule that decides what stays within a memory budget."""
+    rng = random.Random(6)
+    cases = []
+    for _ in range(25):
+        n = rng.randint(1, 12)
+        artifacts = [
+            {
+                "id": f"a{i}",
+                # Few different sizes, so that ties are decided too.
+                "bytes": rng.choice([0, 1_000_000, 17_000_001, 40_000_000, 64_000_000]),
+                "workspace": rng.choice([0, 1 << 20, 22 << 20]),
+            }
+            for i in range(n)
+        ]
+        calls = [*range(n), *(rng.randrange(n) for _ in range(rng.randint(0, 8)))]
+        case = {
+            "activations": rng.randrange(50_000_000),
+            "packed": rng.random() < 0.7,
+            "artifacts": artifacts,
+            "calls": calls,
+        }
+        weights = [memory_plan.Weights(**a) for a in artifacts]
+
+        def answer(budget: int, case: Tree = case, weights: Any = weights) -> Tree:
+            try:
+                plan = memory_plan.plan(
+                    budget, case["activations"], case["packed"], weights, case["calls"]
+                )
+            except UsageError as error:
+                return {"budget": budget, **case, "error": error.message}
+            answered = plan.to_json()
+            del answered["budget_bytes"]
+            return {"budget": budget, **case, "plan": answered}
+
+        total = sum(a["bytes"] for a in artifacts)
+        cases += [answer(rng.randrange(24_000_000, 100_000_000 + 2 * total)) for _ in range(3)]
+    return cases
+
+
 def files() -> dict[str, bytes]:
     """Return every golden file by its path."""
     manifest, content = samples.content()
@@ -415,6 +464,8 @@ def files() -> dict[str, bytes]:
                 "seed": SEED,
             }
         )
+    plans = ",\n".join(json.dumps(case) for case in memory_plans())
+    out["memory_plans.json"] = f"[\n{plans}\n]\n".encode()
     vectors = []
     for seed, stream in NOISE:
         values = noise.normal(seed, (100_000,), stream).astype("<f4")

@@ -27,6 +27,7 @@ public struct Job: Codable, Equatable, Sendable {
     public var inputs: [String: TensorFile]
     public var residency: Residency
     public var residencyByArtifact: [String: Residency]
+    public var memoryBudget: Int?
     public var prefetch: Bool
     public var threads: Int
     public var cache: String?
@@ -45,6 +46,7 @@ public struct Job: Codable, Equatable, Sendable {
         case protocolVersion = "protocol"
         case bundle, size, seed, inputs, residency
         case residencyByArtifact = "residency_by_artifact"
+        case memoryBudget = "memory_budget"
         case prefetch, threads, cache, warmup, iterations
         case minSeconds = "min_seconds"
         case precision
@@ -68,6 +70,7 @@ public struct Job: Codable, Equatable, Sendable {
         inputs = try value(.inputs, [:])
         residency = try value(.residency, .resident)
         residencyByArtifact = try value(.residencyByArtifact, [:])
+        memoryBudget = try values.decodeIfPresent(Int.self, forKey: .memoryBudget)
         prefetch = try value(.prefetch, true)
         threads = try value(.threads, 2)
         cache = try values.decodeIfPresent(String.self, forKey: .cache)
@@ -88,6 +91,10 @@ public struct Job: Codable, Equatable, Sendable {
         try decoder.require(
             inputs.keys.allSatisfy(isName) && residencyByArtifact.keys.allSatisfy(isName),
             "a name is malformed")
+        try decoder.require(memoryBudget.map { $0 >= 1 } ?? true, "'memory_budget' is not positive")
+        try decoder.require(
+            memoryBudget == nil || residencyByArtifact.isEmpty,
+            "'memory_budget' and 'residency_by_artifact' exclude each other")
         try decoder.require((1...256).contains(threads), "'threads' is not in 1 to 256")
         try decoder.require(warmup >= 0, "'warmup' is negative")
         try decoder.require(iterations >= 1, "'iterations' is not positive")

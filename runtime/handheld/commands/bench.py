@@ -21,6 +21,7 @@ from handheld import devices, records
 from handheld.bundle import Bundle
 from handheld.commands.output import announce_build, megabytes, milliseconds, print_json
 from handheld.errors import GateError, HandheldError, UsageError
+from handheld.memory_plan import plan_bundle
 from handheld.protocol import Event, Iteration, Residency
 from handheld.records import RunRecord
 from handheld.thermal_gate import Gate
@@ -37,6 +38,17 @@ def bench(
     residency: Annotated[
         str, typer.Option(help="resident, stream, or both with a comma between.")
     ] = "resident",
+    memory_budget: Annotated[
+        float | None,
+        typer.Option(
+            min=1.0,
+            metavar="MB",
+            help="What fits stays in memory, the rest is streamed; takes the place of --residency.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would stay within --memory-budget.")
+    ] = False,
     iterations: Annotated[int, typer.Option(min=1, help="Timed iterations, at least.")] = 5,
     min_seconds: Annotated[
         float, typer.Option(min=0.0, help="Go on with timed iterations for this long.")
@@ -103,9 +115,13 @@ def bench(
     handheld bench build/a build/b --residency resident,stream --iterations 20 --json
     handheld bench build/critter --min-seconds 60 --records runs/critter.jsonl
     handheld bench build/base build/new --rounds 30 --min-seconds 2
+    handheld bench build/critter --memory-budget 300 --dry-run
     handheld bench build/critter --device android --precision 0.02 --sustained 10
     """  # noqa: D301
     modes = _residencies(residency)
+    budget = None if memory_budget is None else round(memory_budget * 1e6)
+    if budget is not None and modes != ["resident"]:
+        raise UsageError("--memory-budget decides the residency", remedy="leave out --residency")
     for option, value in (
         ("--min-seconds", min_seconds),
         ("--timeout", timeout),
@@ -121,8 +137,13 @@ def bench(
             raise UsageError(f"'{value}' is not a number of this kind", field=option)
     if precision is not None and not 0 < precision <= 1:
         raise UsageError("is not in 0 to 1", field="--precision", remedy="for 2 %, say 0.02")
-    chosen = devices.find(device)
     opened = [Bundle.open(path) for path in bundles]
+    if dry_run:
+        if budget is None:
+            raise UsageError("--dry-run plans a --memory-budget", remedy="say how many MB")
+        _print_plans(opened, size, budget, cache, json_output)
+        return
+    chosen = devices.find(device)
     done: list[RunRecord] = []
     console = Console(stderr=True)
     if any(d.kind == "host" for d in chosen):
@@ -146,6 +167,7 @@ def bench(
             options = bench_.Options(
                 size=size,
                 residency=mode,
+                memory_budget=budget,
                 threads=threads,
                 warmup=warmup,
                 iterations=iterations,
@@ -166,7 +188,7 @@ def bench(
             if one.id in used:
                 time.sleep(cooldown)
             used.add(one.id)
-            title = f"{bundle.manifest.model.id} on {one.id}, {mode}"
+            title = f"{bundle.manifest.model.id} on {one.id}, {memory_budget or mode}"
             with _Bar(console, title, iterations + warmup) as bar:
                 bench_.run(
                     bundle,
@@ -194,6 +216,24 @@ def bench(
         )
     if failed:
         raise typer.Exit(1)
+
+
+def _print_plans(
+    opened: list[Bundle], size: str | None, budget: int, packed: bool, json_output: bool
+) -> None:
+    """Print what would stay in memory, without running anything."""
+    plans = [(b, plan_bundle(b.manifest, b.size(size)[0], budget, packed=packed)) for b in opened]
+    if json_output:
+        print_json({"plans": [{"bundle": b.sha256, **plan.to_json()} for b, plan in plans]})
+        return
+    for bundle, plan in plans:
+        typer.echo(
+            f"{bundle.path}: {len(plan.resident)} artifacts stay, {len(plan.streamed)} are "
+            f"streamed{'' if plan.prefetch else ' without prefetch'}; at most "
+            f"{megabytes(plan.peak_bytes)} of {megabytes(budget)} MB"
+        )
+        for mode, names in (("stay", plan.resident), ("stream", plan.streamed)):
+            typer.echo(f"  {mode}: {', '.join(names) or '-'}")
 
 
 def _print_json(done: list[RunRecord], stopped: HandheldError | KeyboardInterrupt | None) -> None:
@@ -302,7 +342,7 @@ def _row(record: RunRecord) -> list[str]:
     flags: list[str] = [record.status] if record.status != "ok" else []
     flags += ["noisy"] * bool(record.noisy) + ["throttled"] * bool(record.throttled)
     return [
-        record.settings.residency,
+        record.settings.mode,
         milliseconds(figures["median_ms"]),
         spread,
         milliseconds(figures["first_ms"]),

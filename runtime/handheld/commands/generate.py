@@ -48,6 +48,15 @@ def generate(
     residency: Annotated[
         Residency, typer.Option(help="stream needs less memory and takes longer.")
     ] = "resident",
+    memory_budget: Annotated[
+        float | None,
+        typer.Option(
+            min=1.0,
+            metavar="MB",
+            help="What fits stays in memory, the rest is streamed. On this machine what Python "
+            "itself takes comes on top.",
+        ),
+    ] = None,
     device: Annotated[
         str, typer.Option("--device", "-d", help="Draw on a phone: its id, serial or kind.")
     ] = "host",
@@ -79,6 +88,8 @@ def generate(
     """  # noqa: D301
     if text_url is not None and text_checkpoint is not None:
         raise UsageError("--text-url and --text-checkpoint exclude each other")
+    if memory_budget is not None and residency != "resident":
+        raise UsageError("--memory-budget decides the residency", remedy="leave out --residency")
     if output.suffix.lower() != ".png":
         raise UsageError("pictures are PNG files", path=output, remedy="name it .png")
     # Bound to the stream itself, so that progress is seen while libraries are kept quiet.
@@ -133,6 +144,7 @@ def generate(
             seed=seed,
             size=size,
             residency=residency,
+            memory_budget=None if memory_budget is None else round(memory_budget * 1e6),
             threads=threads,
             cache=cache,
             on_event=show,

@@ -385,10 +385,7 @@ def modes(bundle: Bundle, records: Sequence[RunRecord]) -> tuple[Mode, ...]:
         good = [
             r
             for r in records
-            if r.settings.residency == residency
-            and r.status == "ok"
-            and r.memory
-            and r.memory.peak_rss
+            if r.settings.mode == residency and r.status == "ok" and r.memory and r.memory.peak_rss
         ]
         if not good:
             continue

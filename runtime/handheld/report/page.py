@@ -71,7 +71,7 @@ def document(title: str, sections: Sequence[str]) -> str:
 
 
 def _name(r: RunRecord) -> str:
-    return f"{r.bundle.model} {r.bundle.target} {r.bundle.precision} {r.settings.residency}"
+    return f"{r.bundle.model} {r.bundle.target} {r.bundle.precision} {r.settings.mode}"
 
 
 def _link(r: RunRecord, text: str) -> str:
@@ -151,7 +151,7 @@ def _residency(records: Sequence[RunRecord]) -> str:
     for r in records:
         key = (r.device.id, r.bundle.sha256, r.bundle.size)
         if r.status == "ok" and r.memory and r.memory.peak_rss:
-            latest.setdefault(key, {})[r.settings.residency] = r
+            latest.setdefault(key, {})[r.settings.mode] = r
     pairs = [p for p in latest.values() if {"resident", "stream"} <= set(p)]
     if not pairs:
         return ""
@@ -334,6 +334,8 @@ def _estimates(records: Sequence[RunRecord], bundles: Mapping[str, Bundle]) -> s
     for r in records:
         bundle = bundles.get(r.bundle.sha256)
         if bundle is None or r.memory is None or not r.memory.peak_rss:
+            continue
+        if r.settings.memory_budget is not None:
             continue
         estimate = peak_bytes(bundle.manifest, r.settings.residency)
         # What the process takes before any engine is touched belongs to no bundle.
