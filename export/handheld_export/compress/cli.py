@@ -53,7 +53,9 @@ def compress(
         Path | None,
         typer.Option(help="Folder of training checkpoints and logs; a second run goes on there."),
     ] = None,
-    precision: Annotated[str, typer.Option(help="Of autocast: bf16 or no.")] = "bf16",
+    precision: Annotated[
+        str, typer.Option(help="Of autocast: bf16, no, or auto: bf16 where the processor has it.")
+    ] = "auto",
     fsdp: Annotated[
         bool, typer.Option("--fsdp", help="Shard weights and optimizer over the processes.")
     ] = False,
@@ -99,8 +101,8 @@ def compress(
     ):
         if not (math.isfinite(value) and value > 0):
             raise UsageError(f"{name} {value:g} is out of range")
-    if precision not in ("bf16", "no"):
-        raise UsageError(f"--precision '{precision}' is unknown", remedy="bf16 or no")
+    if precision not in ("auto", "bf16", "no"):
+        raise UsageError(f"--precision '{precision}' is unknown", remedy="auto, bf16 or no")
     if dry_run:
         _dry_run(
             checkpoint, stack, recipe, size, json_output,
@@ -114,6 +116,7 @@ def compress(
         raise UsageError("no place for the student", remedy="give one with --output")
     import torch
 
+    from handheld_export.autocast import computes_bf16
     from handheld_export.checkpoint import Checkpoint
     from handheld_export.compress import recipe as recipes
     from handheld_export.compress import run
@@ -128,6 +131,9 @@ def compress(
         path = fused(path, [Lora.parse(text) for text in lora])
     source = Checkpoint(path)
     chosen = recipes.read(recipe or recipes.builtin(str(stack), source.name))
+    if precision == "auto":
+        on = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
+        precision = "bf16" if computes_bf16(torch.device(on)) else "no"
     machine = Machine(precision=precision, fsdp=fsdp, cpu=cpu)  # type: ignore[arg-type]
     main = machine.accelerator.is_main_process
     began = time.perf_counter()

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from handheld.errors import UsageError
 from handheld.files import replaced_folder
+from handheld_export.autocast import autocast
 from handheld_export.checkpoint import Checkpoint, read_json
 from handheld_export.compress.diffusion import Condition
 from handheld_export.compress.engine import Watch
@@ -351,7 +352,7 @@ def prepare(
 
     def flush() -> None:
         x = torch.stack(batch).to(device).float().div_(127.5).sub_(1)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             latents.append((vae.encode(x).latent_dist.mode().float() * factor).half().cpu())
         batch.clear()
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
+from ..autocast import autocast
 from . import data, text, vae
 from .loop import (
     LoopConfig,
@@ -98,7 +99,7 @@ def encode_pictures(root: Path, pictures: int = PICTURES) -> dict[str, torch.Ten
     creatures = data.sample_creatures(pictures, "train", step_generator(5, 0))
     means, stds = [], []
     for chunk in torch.split(creatures, BATCH):
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             x = data.to_float(data.compose(chunk)).contiguous(memory_format=torch.channels_last)
             posterior = model.encode(x).latent_dist
         means.append((posterior.mean.float() * factor).contiguous())
@@ -128,7 +129,7 @@ def noise_loss(
     a = alphas[timesteps].view(-1, 1, 1, 1)
     noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
     noisy = noisy.contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         predicted = predict(unet, noisy, timesteps, states, pooled)
     error = (predicted.float() - noise).square().flatten(1).mean(dim=1)
     weight = ((1 - a) / a).flatten().clamp(1.0, WEIGHT_LIMIT)
@@ -148,7 +149,7 @@ def run(root: Path, loop: LoopConfig = LOOP, pictures: int = PICTURES) -> None:
         mean, std = latents["mean"][picked], latents["std"][picked]
         x = mean + std * torch.randn(mean.shape, generator=generator)
         captions, _ = text.captioned(latents["creatures"][picked], generator)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), autocast():
             states, pooled, _ = reader.encoders(*tokens(captions))
         return noise_loss(unet, x, states.float(), pooled.float(), generator)
 

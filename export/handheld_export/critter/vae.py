@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch.nn import functional
 
+from ..autocast import autocast
 from . import data
 from .loop import LoopConfig, Losses, load_ema, step_generator, train
 
@@ -49,12 +50,12 @@ def reconstruction_loss(
     color_weight: float = 0.0,
 ) -> dict[str, Any]:
     """Return the training loss on a batch of pictures in -1..1."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         posterior = vae.encode(pictures).latent_dist
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     noise = torch.randn(mean.shape, generator=generator)
     latents = mean + (0.5 * logvar).exp() * noise
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         decoded = vae.decode(latents).sample
     error = decoded.float() - pictures
     mse, l1 = error.square().mean(), error.abs().mean()
