@@ -7,6 +7,7 @@ import os
 import signal
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from handheld.files import cache_root
 
@@ -18,6 +19,13 @@ os.environ.setdefault("HANDHELD_QNN", str(cache_root() / "qnn"))
 
 # A shell starts background jobs deaf to Ctrl-C, and tests and what they start are to hear it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# pytest --hypothesis-profile full: for fuzzing by hand, minutes long.
+settings.register_profile(
+    "full", max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck)
+)
+settings.register_profile("short", max_examples=100, deadline=None)
+settings.load_profile("short")
 
 if importlib.util.find_spec("torch") is not None:
     import torch

@@ -283,6 +283,8 @@ def pymobiledevice3(folder: Path, state: dict[str, Any], arguments: list[str]) -
         case ["amfi", "developer-mode-status"]:
             print(json.dumps(state.get("developer_mode", True)))
         case ["lockdown", "get", "", "PasswordProtected"]:
+            if "no_values" in state:
+                fails("No such value.")
             print(json.dumps("locked" in state))
         case ["mounter", "list"]:
             image = {"DiskImageType": "Personalized", "ImageSignature": "00ff"}

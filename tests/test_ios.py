@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
+from unittest import mock
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import samples
 from fake_xcrun import CORE, UDID, IPhone
 from handheld import bench, devices, fleet
 from handheld.bench import Options
-from handheld.devices import devicectl, ios, process
+from handheld.devices import devicectl, ios, process, programs, pymobiledevice3
 from handheld.devices.devicectl import DevicectlError
 from handheld.devices.ios import IosDevices
+from handheld.devices.pymobiledevice3 import Pymobiledevice3
 from handheld.errors import DeviceBusyError, DeviceError, HandheldError
 from handheld.thermal_gate import Gate
 
@@ -131,6 +134,9 @@ def test_a_phone_that_stops_is_told_by_its_serial(linux):
     linux.set(locked=True)
     with pytest.raises(DeviceError, match="is locked"):
         devices.find(UDID)
+    # One that does not say so is found out when the app is started.
+    linux.set(locked=True, no_values=True)
+    assert devices.find(UDID)
 
 
 @pytest.mark.parametrize("on", ["mac", "linux"])
@@ -387,21 +393,53 @@ def read_all(data):
         return
 
 
-@settings(max_examples=150, deadline=None)
+# The full figure:  pytest tests/test_ios.py -k mutated --hypothesis-profile full
 @given(mutated(ENVELOPES))
 def test_mutated_envelopes_give_errors_of_ours(data):
     read_all(data)
 
 
-@settings(max_examples=150, deadline=None)
 @given(mutated(EVENTS))
 def test_mutated_events_are_read_or_passed_over(data):
     process.parse(data)
 
 
-@pytest.mark.slow
-@settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
-@given(mutated(ENVELOPES), mutated(EVENTS))
-def test_ten_thousand_mutations(envelope, event):
-    read_all(envelope)
-    process.parse(event)
+ANSWERS = [
+    [{"UniqueDeviceID": UDID, "DeviceClass": "iPhone", "ProductType": "iPhone16,1",
+      "ProductVersion": "18.1", "BuildVersion": "22B83"}],
+    [UDID, UDID],
+    {"dev.handheld.bench": {"CFBundleName": "Bench"}},
+    [{"DiskImageType": "Personalized", "ImageSignature": "00ff"}],
+    [True],
+]  # fmt: skip
+SAID = [
+    "Process launched with pid 7",
+    "2026-01-01 host pymobiledevice3[1] ERROR Device is not paired.\nINFO Run again with -v",
+    "No such file on the device: x (AFC status OBJECT_NOT_FOUND).",
+    "true",
+    "",
+]
+
+
+@given(
+    out=mutated(ANSWERS) | st.sampled_from([s.encode() for s in SAID]) | st.binary(max_size=60),
+    err=st.sampled_from(SAID) | st.text(max_size=60),
+    code=st.sampled_from([0, 0, 1, 2, -9]),
+)
+def test_mutated_answers_of_pymobiledevice3_give_errors_of_ours(tmp_path_factory, out, err, code):
+    ended = programs.Ended(code, out.decode(errors="replace"), err)
+    phone = Pymobiledevice3(pymobiledevice3.Listed(UniqueDeviceID=UDID))
+    missing = tmp_path_factory.getbasetemp() / "missing"
+    with (
+        mock.patch.object(programs, "call", return_value=ended),
+        mock.patch.object(pymobiledevice3, "program", return_value="/none"),
+    ):
+        for ask in (
+            lambda: [p.obstacle() for p in pymobiledevice3.phones()],
+            lambda: phone.launch("dev.handheld.bench", ["--job", "runs/a b"]),
+            lambda: phone.is_running(7),
+            lambda: phone.copy_from("dev.handheld.bench", "x", missing),
+        ):
+            with contextlib.suppress(HandheldError):
+                ask()
+        assert phone.obstacle() is None or phone.obstacle().device == UDID

@@ -118,10 +118,12 @@ def obstacle(listed: Listed) -> Obstacle | None:
     if old := is_too_old(listed.os_version, serial):
         return old
     try:
-        if not _yes(["amfi", "developer-mode-status", "--udid", serial]):
+        told = _json(_call(["amfi", "developer-mode-status", "--udid", serial], ASK_S).out)
+        if not isinstance(told, bool):
+            raise _not_understood()
+        if not told:
             return developer_mode_is_off(serial)
-        # True only as long as it is locked. The empty word is the domain that has no name.
-        if _yes(["lockdown", "get", "--udid", serial, "", "PasswordProtected"]):
+        if _is_locked(serial):
             return Obstacle("is locked", "unlock it and keep it unlocked", serial)
         if not _json(_call(["mounter", "list", "--udid", serial], ASK_S).out):
             return Obstacle("its developer services are not available", _MOUNT, serial)
@@ -134,11 +136,15 @@ def obstacle(listed: Listed) -> Obstacle | None:
     return None
 
 
-def _yes(arguments: list[str]) -> bool:
-    answer = _json(_call(arguments, ASK_S).out)
-    if not isinstance(answer, bool):
-        raise _not_understood()
-    return answer
+def _is_locked(serial: str) -> bool:
+    # The empty word is the domain that has no name. Some phones may lack the value.
+    arguments = ["lockdown", "get", "--udid", serial, "", "PasswordProtected"]
+    try:
+        return _json(_call(arguments, ASK_S).out) is True
+    except programs.TooLongError:
+        raise
+    except DeviceError:
+        return False
 
 
 class Pymobiledevice3(Iphone):
