@@ -20,7 +20,7 @@ from handheld.bench import Options
 from handheld.bundle import Bundle
 from handheld.devices import process
 from handheld.errors import BundleError, DeviceError, HarnessError, UsageError
-from handheld.protocol import Iteration, Job, Load
+from handheld.protocol import Iteration, Job, Load, Memory
 from handheld.records import Heat, HeatSample, Pass, read, sustained_curve
 
 FAST = Options(iterations=3, timeout_s=60, first_ever=False)
@@ -252,6 +252,24 @@ def test_a_sustained_pass_with_its_curve(sample, host, monkeypatch):
     # The curve is another figure than the latency, and no part of it.
     assert len(record.latency().milliseconds("timed")) == 5
     assert record.energy_j_per_picture is None
+
+
+def test_a_sustained_pass_may_be_longer_than_the_time_limit(sample, host):
+    options = Options(first_ever=False, timeout_s=1.5, sustained_s=2.5)
+    record = bench.run(sample, host, options)
+    assert (record.status, record.error) == ("ok", None)
+
+
+def test_what_memory_leaves_out():
+    def figures(**fields):
+        now = datetime.now(UTC)
+        seen = Memory(t_ms=1.0, phase="end", rss=7, peak_rss=9, **fields)
+        item = Pass(purpose="memory", started=now, finished=now, memory=(seen,), done=True)
+        return bench._memory([item]).not_counted
+
+    others = "memory of other processes on this one's behalf"
+    assert figures() == ("dma-buf memory of accelerators", others)
+    assert figures(dma_buf=5) == figures(phys_footprint=5) == (others,)
 
 
 def test_a_sustained_pass_that_is_cut_off_keeps_what_it_saw(sample, host, monkeypatch):

@@ -262,6 +262,14 @@ def test_what_goes_wrong_is_recorded(iphone, sample, harness, status, message):
 
 
 @pytest.mark.slow
+def test_more_events_than_can_be_read(iphone, sample, monkeypatch):
+    monkeypatch.setattr(ios, "MAX_EVENTS_BYTES", 300)
+    record = bench.run(sample, device(), FAST)
+    assert "of events" in record.error
+    assert iphone.running() == []
+
+
+@pytest.mark.slow
 def test_an_app_that_hangs_is_ended(iphone, sample):
     iphone.set(harness="hang")
     record = bench.run(sample, device(), Options(timeout_s=3, first_ever=False))

@@ -52,6 +52,8 @@ struct Bench {
             }
             return "done"
         } catch {
+            // Who waits for events that were never told sees that the app has ended.
+            if arguments[1] == "--job" { exit(1) }
             return "failed: \(error)"
         }
     }
@@ -107,7 +109,7 @@ struct Bench {
         let device = UIDevice.current
         return try JSONEncoder().encode(
             Report(
-                objects: sizes, engines: ["coreml": CoreMLEngine().version],
+                objects: sizes, engines: Self.engines.mapValues(\.version),
                 ram_bytes: ProcessInfo.processInfo.physicalMemory,
                 free_bytes: free.volumeAvailableCapacityForImportantUsage,
                 cores: ProcessInfo.processInfo.activeProcessorCount,
@@ -142,7 +144,16 @@ struct Bench {
             sink(Event(milliseconds: 0, body: .error(Failure(code: .job, message: "\(error)"))))
             return
         }
-        try Runner(job: job, folder: home, engines: ["coreml": CoreMLEngine()], sink: sink).run()
+        try Runner(job: job, folder: home, engines: engines, sink: sink).run()
+    }
+
+    private static var engines: [String: Engine] {
+        #if canImport(ExecuTorch)
+        let version = Bundle.main.infoDictionary?["ExecuTorchVersion"] as? String ?? "unknown"
+        return ["coreml": CoreMLEngine(), "executorch": ExecuTorchEngine(version: version)]
+        #else
+        return ["coreml": CoreMLEngine()]
+        #endif
     }
 }
 #endif

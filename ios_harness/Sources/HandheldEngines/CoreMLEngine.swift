@@ -36,6 +36,26 @@ public final class CoreMLEngine: Engine {
         return kept
     }
 
+    public func units(
+        _ artifact: Manifest.Artifact, file: URL, cache: URL?
+    ) throws -> [String: Int]? {
+        guard #available(iOS 17.4, macOS 14.4, *) else { return nil }
+        let (compiled, units) = (try compiled(file, artifact.file.sha256, cache), self.units)
+        // Core ML answers on a thread of its own; a runner is on one that may wait.
+        let answer = Answer()
+        let done = DispatchSemaphore(value: 0)
+        Task.detached {
+            answer.units = try? await Self.placement(of: compiled, units: units)
+            done.signal()
+        }
+        done.wait()
+        return answer.units
+    }
+
+    private final class Answer: @unchecked Sendable {
+        var units: [String: Int]?
+    }
+
     /// How many operations each compute unit was given, by the plan that Core ML makes.
     @available(iOS 17.4, macOS 14.4, *)
     public static func placement(
@@ -54,7 +74,7 @@ public final class CoreMLEngine: Engine {
                 switch usage.preferred {
                 case .cpu: "cpu"
                 case .gpu: "gpu"
-                case .neuralEngine: "ane"
+                case .neuralEngine: "npu"
                 @unknown default: "other"
                 }
             counts[name, default: 0] += 1

@@ -95,11 +95,14 @@ public struct Load: Codable, Equatable, Sendable {
     public var artifact: String
     public var ms: Double
     public var cache: Cache?
+    /// Operations by compute unit, where the engine tells.
+    public var units: [String: Int]?
 
-    public init(artifact: String, ms: Double, cache: Cache?) {
+    public init(artifact: String, ms: Double, cache: Cache?, units: [String: Int]? = nil) {
         self.artifact = artifact
         self.ms = ms
         self.cache = cache
+        self.units = units
     }
 }
 

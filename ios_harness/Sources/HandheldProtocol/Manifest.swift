@@ -27,6 +27,12 @@ public struct Manifest: Decodable, Equatable, Sendable {
     public struct Ports: Decodable, Equatable, Sendable {
         public var inputs: [String: TensorSpec]
         public var outputs: [String: TensorSpec]
+        /// Names in the manifest's order, for engines that know positions alone; nil unless it was
+        /// read by `Manifest.read`.
+        public var inputOrder: [String]?
+        public var outputOrder: [String]?
+
+        enum CodingKeys: String, CodingKey { case inputs, outputs }
     }
 
     public struct Artifact: Decodable, Equatable, Sendable {
@@ -52,6 +58,19 @@ public struct Manifest: Decodable, Equatable, Sendable {
         case schemaVersion = "schema_version"
         case sizes, artifacts, constants
         case constantSpecs = "constant_specs"
+    }
+
+    /// Reads a manifest with the order of its artifacts' ports.
+    public static func read(_ data: Data) throws -> Manifest {
+        var manifest = try JSONDecoder().decode(Manifest.self, from: data)
+        guard case let .array(items) = KeyOrder.parse(data)?["artifacts"],
+            items.count == manifest.artifacts.count
+        else { return manifest }
+        for (index, item) in items.enumerated() {
+            manifest.artifacts[index].ports.inputOrder = item["ports"]?["inputs"]?.keys
+            manifest.artifacts[index].ports.outputOrder = item["ports"]?["outputs"]?.keys
+        }
+        return manifest
     }
 
     public init(from decoder: Decoder) throws {

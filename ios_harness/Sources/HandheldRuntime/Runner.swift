@@ -11,6 +11,14 @@ public protocol Engine: AnyObject {
     var version: String { get }
     /// Load an artifact's file. `cache` is a folder for what the engine prepares, or nil.
     func load(_ artifact: Manifest.Artifact, file: URL, cache: URL?, threads: Int) throws -> Model
+    /// How many operations of an artifact each compute unit gets, or nil if that is unknown.
+    func units(_ artifact: Manifest.Artifact, file: URL, cache: URL?) throws -> [String: Int]?
+}
+
+extension Engine {
+    public func units(
+        _ artifact: Manifest.Artifact, file: URL, cache: URL?
+    ) throws -> [String: Int]? { nil }
 }
 
 /// Does what a job says and tells its events, as the C++ harness does.
@@ -20,13 +28,20 @@ public final class Runner {
     private let engines: [String: Engine]
     private let sink: (Event) -> Void
     private let start = DispatchTime.now().uptimeNanoseconds
+    private let heat: () -> Thermal
+    private let heatSeconds: Double
+    private var heatSeen = 0.0
     private let lock = NSLock()
     private var stopped = false
 
-    /// Paths in the job are relative to `folder`.
+    /// Paths in the job are relative to `folder`. `heat` is asked at the start, at the end, and
+    /// after the first call that ends `heatSeconds` after the last time.
     public init(
-        job: Job, folder: URL, engines: [String: Engine], sink: @escaping (Event) -> Void
+        job: Job, folder: URL, engines: [String: Engine], heatSeconds: Double = 2,
+        heat: @escaping () -> Thermal = Probes.thermal, sink: @escaping (Event) -> Void
     ) {
+        self.heat = heat
+        self.heatSeconds = heatSeconds
         self.job = job
         self.folder = folder
         self.engines = engines
@@ -63,7 +78,7 @@ public final class Runner {
                     engines: engines.mapValues(\.version), platform: Self.platform,
                     base_rss_bytes: Probes.memory(.start).rss)))
         emit(.memory(Probes.memory(.start)))
-        emit(.thermal(Probes.thermal()))
+        tellHeat()
         let bundle = folder.appendingPathComponent(job.bundle)
         let manifest = try readManifest(bundle)
         guard let size = manifest.sizes[job.size] else {
@@ -96,6 +111,7 @@ public final class Runner {
                 let results = try model.run(args)
                 calls.append(self.now() - before)
                 models.release(artifact)
+                if self.now() - self.heatSeen >= self.heatSeconds * 1000 { self.tellHeat() }
                 return results
             }
             let total = now() - begin
@@ -113,9 +129,16 @@ public final class Runner {
         let begin = now()
         repeat { timed.append(try iterate(.timed)) } while !StopRule.enough(timed, now() - begin, job)
         emit(.memory(Probes.memory(.end)))
-        emit(.thermal(Probes.thermal()))
+        tellHeat()
         try tell(outputs, size.program)
+        // Last of all: it may take as long as to load, and memory.
+        models.tellUnits(size.program)
         emit(.done(Done(iterations: timed.count)))
+    }
+
+    private func tellHeat() {
+        heatSeen = now()
+        emit(.thermal(heat()))
     }
 
     private func tell(_ outputs: [String: Tensor], _ program: Program) throws {
@@ -153,7 +176,7 @@ public final class Runner {
     private func readManifest(_ bundle: URL) throws -> Manifest {
         let file = bundle.appendingPathComponent("manifest.json")
         do {
-            return try JSONDecoder().decode(Manifest.self, from: Data(contentsOf: file))
+            return try Manifest.read(Data(contentsOf: file))
         } catch {
             throw HarnessFailure(.bundle, "\(file.lastPathComponent): \(error)")
         }
@@ -235,7 +258,8 @@ final class Models {
     private let engines: [String: Engine]
     private let told: (Load) -> Void
     private var loaded: [String: Model] = [:]
-    private var seen: Set<String> = []
+    /// How long each artifact took to load for the first time.
+    private var firstLoads: [String: Double] = [:]
     /// Milliseconds waited for artifacts in this run.
     var waited = 0.0
 
@@ -261,26 +285,46 @@ final class Models {
 
     func model(_ id: String) throws -> Model {
         if let model = loaded[id] { return model }
-        guard let artifact = manifest.artifacts.first(where: { $0.id == id }) else {
-            throw HarnessFailure(.bundle, "there is no artifact '\(id)'")
-        }
-        guard let engine = engines[artifact.engine.rawValue] else {
-            throw HarnessFailure(.engineMissing, "engine '\(artifact.engine.rawValue)' is not built in")
-        }
-        let file = bundle.appendingPathComponent(artifact.file.path)
+        let (artifact, engine, file) = try find(id)
         if job.verifyHashes {
             guard let data = try? Data(contentsOf: file, options: .mappedIfSafe),
                 SHA256.hex(data) == artifact.file.sha256
             else { throw HarnessFailure(.hash, "\(artifact.file.path): has another sha256") }
         }
         let begin = DispatchTime.now().uptimeNanoseconds
-        let cache = job.cache.map { folder.appendingPathComponent($0) }
         let model = try engine.load(artifact, file: file, cache: cache, threads: job.threads)
         let ms = Double(DispatchTime.now().uptimeNanoseconds - begin) / 1e6
         waited += ms
-        if seen.insert(id).inserted { told(Load(artifact: id, ms: ms, cache: Load.Cache.none)) }
+        if firstLoads[id] == nil {
+            firstLoads[id] = ms
+            told(Load(artifact: id, ms: ms, cache: Load.Cache.none))
+        }
         loaded[id] = model
         return model
+    }
+
+    /// Tells of every loaded artifact again, with its compute units, where they are known.
+    func tellUnits(_ program: Program) {
+        var done: Set<String> = []
+        for case let .call(id, _, _) in program.ops where done.insert(id).inserted {
+            // A run is worth as much without it.
+            guard let ms = firstLoads[id], let (artifact, engine, file) = try? find(id),
+                let units = try? engine.units(artifact, file: file, cache: cache)
+            else { continue }
+            told(Load(artifact: id, ms: ms, cache: Load.Cache.none, units: units))
+        }
+    }
+
+    private var cache: URL? { job.cache.map { folder.appendingPathComponent($0) } }
+
+    private func find(_ id: String) throws -> (Manifest.Artifact, Engine, URL) {
+        guard let artifact = manifest.artifacts.first(where: { $0.id == id }) else {
+            throw HarnessFailure(.bundle, "there is no artifact '\(id)'")
+        }
+        guard let engine = engines[artifact.engine.rawValue] else {
+            throw HarnessFailure(.engineMissing, "engine '\(artifact.engine.rawValue)' is not built in")
+        }
+        return (artifact, engine, bundle.appendingPathComponent(artifact.file.path))
     }
 
     func release(_ id: String) {

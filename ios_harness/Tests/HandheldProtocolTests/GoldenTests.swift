@@ -58,6 +58,34 @@ final class GoldenTests: XCTestCase {
         }
     }
 
+    func testPortsKeepTheirOrder() throws {
+        let manifest = try Manifest.read(data("bundle/manifest.json"))
+        let ports = try XCTUnwrap(manifest.artifacts.first).ports
+        XCTAssertEqual(ports.inputOrder, ["x", "mean", "rstd", "time", "text", "pooled"])
+        XCTAssertEqual(ports.outputOrder, ["y"])
+        for item in try index().manifests where item.valid {
+            let read = try Manifest.read(data(item.file))
+            for ports in read.artifacts.map(\.ports) {
+                XCTAssertEqual(ports.inputOrder.map(Set.init), Set(ports.inputs.keys), item.file)
+                XCTAssertEqual(ports.outputOrder.map(Set.init), Set(ports.outputs.keys), item.file)
+            }
+        }
+    }
+
+    func testKeysInTheOrderOfTheText() {
+        let text = #"{"b": [1, {"z\"\\": "]}", "\u0061": -1.5e3}, []], "a": {}, "c": null}"#
+        let found = KeyOrder.parse(Data(text.utf8))
+        XCTAssertEqual(found?.keys, ["b", "a", "c"])
+        guard case let .array(items) = found?["b"] else { return XCTFail("no list") }
+        XCTAssertEqual(items.count, 3)
+        XCTAssertEqual(items[1].keys, ["z\"\\", "a"])
+        XCTAssertEqual(found?["a"]?.keys, [])
+        for length in 0..<text.utf8.count {
+            XCTAssertNil(KeyOrder.parse(Data(text.utf8.prefix(length))), "\(length)")
+        }
+        XCTAssertNil(KeyOrder.parse(Data(String(repeating: "[", count: 10_000).utf8)))
+    }
+
     func testJobs() throws {
         for item in try index().jobs {
             let text = try data(item.file)

@@ -95,13 +95,109 @@ final class RuntimeTests: XCTestCase {
         XCTAssertEqual(Probes.procStatus("VmRSS:\t   12 kB\nName:\tx\n"), ["VmRSS": 12 * 1024])
     }
 
-    func testAJobRunsAndSaysSo() throws {
+    /// Gives zeros, after a while.
+    final class Slow: Engine, HandheldRuntime.Model {
+        let version = "1"
+        let seconds: Double
+        let counted: [String: Int]?
+        private(set) var loads = 0
+        private var ports: Manifest.Ports?
+
+        init(seconds: Double = 0, units: [String: Int]? = nil) {
+            self.seconds = seconds
+            counted = units
+        }
+
+        func load(
+            _ artifact: Manifest.Artifact, file: URL, cache: URL?, threads: Int
+        ) throws -> HandheldRuntime.Model {
+            loads += 1
+            ports = artifact.ports
+            return self
+        }
+
+        func units(
+            _ artifact: Manifest.Artifact, file: URL, cache: URL?
+        ) throws -> [String: Int]? { counted }
+
+        func run(_ args: [String: Tensor]) throws -> [String: Tensor] {
+            XCTAssertEqual(Set(args.keys), Set(ports?.inputOrder ?? []))
+            Thread.sleep(forTimeInterval: seconds)
+            return try (ports?.outputs ?? [:]).mapValues { spec in
+                let count = spec.shape.reduce(1, *) * spec.dtype.bytes
+                return try Tensor(
+                    shape: spec.shape, dtype: spec.dtype, bytes: Array(repeating: 0, count: count))
+            }
+        }
+    }
+
+    func folderWithBundle() throws -> URL {
         let folder = FileManager.default.temporaryDirectory.appendingPathComponent(UUID().uuidString)
         try FileManager.default.createDirectory(at: folder, withIntermediateDirectories: true)
-        defer { try? FileManager.default.removeItem(at: folder) }
-        let bundle = Self.golden.appendingPathComponent("bundle").path
+        addTeardownBlock { try? FileManager.default.removeItem(at: folder) }
         try FileManager.default.copyItem(
-            atPath: bundle, toPath: folder.appendingPathComponent("bundle").path)
+            atPath: Self.golden.appendingPathComponent("bundle").path,
+            toPath: folder.appendingPathComponent("bundle").path)
+        return folder
+    }
+
+    func run(
+        _ engine: Slow, iterations: Int, heatSeconds: Double = 2, residency: String = "resident",
+        heat: @escaping () -> Thermal = Probes.thermal
+    ) throws -> [Event] {
+        let text = """
+            {"bundle": "bundle", "size": "16x8", "seed": 5, "iterations": \(iterations),
+             "residency": "\(residency)", "inputs": {
+             "prompt_embeds": {"path": "bundle/reference.safetensors", "tensor": "input.prompt_embeds"},
+             "pooled": {"path": "bundle/reference.safetensors", "tensor": "input.pooled"}}}
+            """
+        let job = try JSONDecoder().decode(Job.self, from: Data(text.utf8))
+        var events: [Event] = []
+        try Runner(
+            job: job, folder: try folderWithBundle(), engines: ["litert": engine],
+            heatSeconds: heatSeconds, heat: heat
+        ) { events.append($0) }.run()
+        return events
+    }
+
+    func testHeatIsToldWhileAJobRuns() throws {
+        var status = 0
+        let events = try run(Slow(seconds: 0.05), iterations: 12, heatSeconds: 0.15) {
+            status += 1
+            return Thermal(status: status)
+        }
+        let times = events.compactMap { event -> Double? in
+            if case .thermal = event.body { return event.milliseconds } else { return nil }
+        }
+        // The start, every third or so of fourteen runs, the end.
+        XCTAssertGreaterThanOrEqual(times.count, 4)
+        for (a, b) in zip(times, times.dropFirst().dropLast()) {
+            XCTAssertGreaterThanOrEqual(b - a, 150)
+        }
+        XCTAssertEqual(status, times.count)
+        let quick = try run(Slow(), iterations: 3)
+        let looks = quick.filter { if case .thermal = $0.body { true } else { false } }
+        XCTAssertEqual(looks.count, 2)
+    }
+
+    func testUnitsAreToldWhenAllIsMeasured() throws {
+        for residency in ["resident", "stream"] {
+            let engine = Slow(units: ["npu": 30, "cpu": 2])
+            let events = try run(engine, iterations: 2, residency: residency)
+            let loads = events.enumerated().compactMap { index, event -> (Int, Load)? in
+                if case let .load(load) = event.body { return (index, load) } else { return nil }
+            }
+            XCTAssertEqual(loads.map(\.1.units), [nil, ["npu": 30, "cpu": 2]])
+            XCTAssertEqual(loads.first?.1.ms, loads.last?.1.ms)
+            XCTAssertEqual(loads.last?.0, events.count - 2)
+            XCTAssertEqual(engine.loads, residency == "stream" ? 4 : 1)
+        }
+        let untold = try run(Slow(), iterations: 1)
+        XCTAssertEqual(untold.filter { if case .load = $0.body { true } else { false } }.count, 1)
+    }
+
+    func testAJobRunsAndSaysSo() throws {
+        let folder = try folderWithBundle()
         let job = try JSONDecoder().decode(
             Job.self, from: Data(#"{"bundle": "bundle", "size": "16x8"}"#.utf8))
         var events: [Event] = []

@@ -97,7 +97,12 @@ def bench(
             "than the export measured, at most 40."
         ),
     ] = None,
-    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds for each process.")] = 3600.0,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            min=1.0, help="Seconds for each process, besides those it is asked to go on for."
+        ),
+    ] = 3600.0,
     records_file: Annotated[
         Path, typer.Option("--records", help="JSON Lines file that records are appended to.")
     ] = Path("records.jsonl"),

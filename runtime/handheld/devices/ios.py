@@ -39,6 +39,8 @@ APP: Final = "HANDHELD_IOS_APP"
 IDENTIFIER: Final = "dev.handheld.bench"
 ROOT: Final = "Documents/handheld"
 POLL_S = 1.0
+PAUSES = 4
+"""Between two looks at a run's events, as often the time that a look takes."""
 REPORT_S = 60.0
 MAX_EVENTS_BYTES = 256 * 2**20
 
@@ -294,8 +296,14 @@ class IosPlace(Place):
         offset = 0
         alive = True
         while True:
+            begin = time.monotonic()
             if self._copy_from(f"{self._run}/events.jsonl", path):
-                data = path.read_bytes()[:MAX_EVENTS_BYTES]
+                if path.stat().st_size > MAX_EVENTS_BYTES:
+                    raise HarnessError(
+                        f"the app told more than {MAX_EVENTS_BYTES / 1e6:.0f} MB of events",
+                        remedy="ask for a shorter run",
+                    )
+                data = path.read_bytes()
                 whole = data.rfind(b"\n") + 1
                 for line in data[offset:whole].splitlines():
                     event = process.parse(line)
@@ -315,7 +323,8 @@ class IosPlace(Place):
                 raise HarnessError(
                     f"the harness took longer than {timeout_s:g} s", remedy="raise --timeout"
                 )
-            time.sleep(POLL_S)
+            # All events are copied every time: of a long run seldom, so as not to disturb it.
+            time.sleep(max(POLL_S, PAUSES * (time.monotonic() - begin)))
             # Asked before the last look at its events, so that none is missed.
             alive = self._phone.is_running(pid)
 
