@@ -659,6 +659,15 @@ def test_missing_engine(built, copy, inputs, tmp_path):
     assert "Apple" in message
 
 
+def test_missing_accelerator(built, copy, inputs, tmp_path):
+    _, edit = copy
+    folder = edit(lambda m: m["artifacts"][0].update(options={"accelerator": "gpu"}))
+    code, message = refused(built, tmp_path, job(folder, inputs))
+    assert code == "engine-missing"
+    assert "unet.0" in message
+    assert "accelerator 'gpu'" in message
+
+
 def test_bad_constants(built, copy, inputs, tmp_path):
     folder, edit = copy
     path = folder / "constants.safetensors"

@@ -58,6 +58,10 @@ class Model {
 class Engine {
  public:
   virtual ~Engine() = default;
+  // Whether it can do what an artifact's manifest asks for, such as accelerator=gpu.
+  virtual bool takes(const std::string& /*option*/, const std::string& /*value*/) const {
+    return false;
+  }
   // May be called from a prefetch thread while another model runs. Throws Error.
   virtual std::unique_ptr<Model> load(const ArtifactInfo&) = 0;
   // Whether loading it now would pack its weights into a file first.

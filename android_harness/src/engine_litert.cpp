@@ -433,6 +433,10 @@ class LiteRtEngine final : public Engine {
     return !find_cache(options_.cache_dir, prefix);
   }
 
+  bool takes(const std::string& option, const std::string& value) const override {
+    return option == "accelerator" && value == "cpu";
+  }
+
   std::unique_ptr<hh::Model> load(const ArtifactInfo& info) override {
     Environment environment = this->environment();
     const std::string threads = "num_threads = " + std::to_string(options_.threads) + "\n";

@@ -44,7 +44,8 @@ std::vector<std::pair<std::string, TensorSpec>> read_port_list(const json::Node&
 
 Artifact read_artifact(const json::Node& node) {
   node.only({"id", "target", "engine", "engine_version", "file", "parts", "ports", "units",
-             "component", "weights", "held", "macs", "partitions", "workspace", "tools", "verification"});
+             "component", "weights", "held", "macs", "partitions", "workspace", "tools",
+             "options", "verification"});
   Artifact artifact;
   artifact.field = node.path();
   artifact.id = read_name(node.at("id"));
@@ -63,6 +64,8 @@ Artifact read_artifact(const json::Node& node) {
     for (const json::Node& part : parts->items()) artifact.parts.push_back(read_ref(part));
   if (auto workspace = node.find("workspace"))
     artifact.workspace = static_cast<uint64_t>(workspace->integer(0, INT64_MAX));
+  if (auto options = node.find("options"))
+    for (const auto& [name, value] : options->members()) artifact.options[name] = value.string();
   json::Node ports = node.at("ports");
   ports.only({"inputs", "outputs"});
   artifact.ports.inputs = read_port_list(ports.at("inputs"));

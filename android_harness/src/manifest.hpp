@@ -21,6 +21,7 @@ struct Artifact {
   std::string engine;
   FileRef file;
   std::vector<FileRef> parts;  // which the engine finds from `file`
+  std::map<std::string, std::string> options;  // what the engine must be told
   Ports ports;
   std::optional<uint64_t> workspace;  // that the engine wants while it runs
   std::string field;  // "artifacts[3]"

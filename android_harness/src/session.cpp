@@ -188,7 +188,7 @@ void Session::open_artifacts(const std::function<void()>& go_on) {
   }
   // Only after all files were checked, so that a broken bundle never reaches an engine.
   for (size_t i = 0; i < slot_of.size(); ++i)
-    if (slot_of[i] != kUnused) slots[slot_of[i]].engine = &engines_->get(manifest_.artifacts[i].engine);
+    if (slot_of[i] != kUnused) slots[slot_of[i]].engine = &engine_for(manifest_.artifacts[i]);
   const bool prefetch = plan_memory(slots, calls);
   timing_.calls.resize(calls.size());
   residency_ = std::make_unique<Residency>(
@@ -200,6 +200,17 @@ void Session::open_artifacts(const std::function<void()>& go_on) {
                            .add("cache", cache_name(cache))));
       });
   residency_->load_residents(go_on);
+}
+
+Engine& Session::engine_for(const Artifact& artifact) {
+  Engine& engine = engines_->get(artifact.engine);
+  for (const auto& [option, value] : artifact.options)
+    if (!engine.takes(option, value))
+      throw Error("engine-missing", "artifact '" + artifact.id + "' needs " + artifact.engine +
+                                        " with " + option + " '" + value +
+                                        "', which this harness lacks (export the bundle for "
+                                        "another target)");
+  return engine;
 }
 
 void Session::read_job_inputs() {

@@ -49,6 +49,7 @@ class Session {
   bool plan_memory(std::vector<Slot>& slots, const std::vector<size_t>& calls) const;
   void open_artifacts(const std::function<void()>& go_on);
   std::unique_ptr<SafeTensors> open_constants() const;
+  Engine& engine_for(const Artifact& artifact);
   void read_job_inputs();
   void prepare_inputs();
   double iterate(const char* kind);  // its milliseconds

@@ -203,7 +203,7 @@ def verify(
     unit: Annotated[
         str | None,
         typer.Option(
-            help="Compute unit: cpu, gpu or ane, for coreml on macOS. Not run on hardware yet."
+            help="Compute unit: cpu, gpu or ane for coreml on macOS, cpu or gpu for litert-gpu."
         ),
     ] = None,
     html: Annotated[

@@ -741,6 +741,7 @@ def _manifest(
                 partitions=meta["partitions"],
                 workspace=meta["workspace"],
                 tools=meta["tools"],
+                options=dict(plan.target.options),
                 verification=Verification(**meta["verification"]),
             )
         )

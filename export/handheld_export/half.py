@@ -34,27 +34,6 @@ _ROOM = 8.0
 """Other pictures may reach this many times what the examined one does."""
 
 
-class ScaledGroupNorm(PictureGroupNorm):
-    """GroupNorm that scales what it squares.
-
-    Parameters
-    ----------
-    norm : PictureGroupNorm
-    factor : float
-        A power of two.
-    """
-
-    def __init__(self, norm: PictureGroupNorm, factor: float) -> None:
-        nn.Module.__init__(self)
-        self.groups, self.channels, self.factor = norm.groups, norm.channels, factor
-        self.eps = norm.eps * factor**2
-        for name in ("weight", "bias", "spread"):
-            self.register_buffer(name, getattr(norm, name))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x * self.factor)
-
-
 def fit(module: nn.Module, examples: Sequence[Tensor]) -> tuple[str, ...]:
     """Scale a rewritten segment, in place, so that its values stay within fp16.
 
@@ -92,15 +71,14 @@ def fit(module: nn.Module, examples: Sequence[Tensor]) -> tuple[str, ...]:
                 remedy="export for another target",
             )
     _, centred = _examine(module, examples)
-    most = math.sqrt(LARGEST)
+    most, scaled = math.sqrt(LARGEST), 0
     for name, largest in centred.items():
         if largest * _ROOM > most:
             factor = _power(most / _ROOM / largest)
-            parent, _, own = name.rpartition(".")
             norm = module.get_submodule(name)
             assert isinstance(norm, PictureGroupNorm)
-            setattr(module.get_submodule(parent), own, ScaledGroupNorm(norm, factor))
-    scaled = sum(isinstance(m, ScaledGroupNorm) for m in module.modules())
+            norm.scale(factor)
+            scaled += 1
     if scaled:
         largest = max(centred.values())
         notes.append(f"{scaled} normalisations square values up to {largest:.3g}, scaled")

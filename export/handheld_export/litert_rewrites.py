@@ -18,9 +18,11 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from handheld_export import rewrites
 from handheld_export.rewrites import (
     ExplicitAttention,
     GatedGELU,
+    PictureGroupNorm,
     Resnet,
     replace_upsample,
     replace_upsample2d,
@@ -65,6 +67,29 @@ class ChannelGroupNorm(nn.Module):
         return y.permute(0, 3, 1, 2)
 
 
+class HalfGroupNorm(PictureGroupNorm):
+    """GroupNorm for half precision, without BROADCAST_TO, which GPUs do not take.
+
+    The converter makes one of any broadcast whose other side it knows to change nothing.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.factor != 1:
+            x = x * self.factor
+        n, shape = x.shape[0], (x.shape[0], self.groups, self.channels // self.groups, 1)
+        centred = x - self._group_mean(x)
+        variance = (centred * centred).mean((2, 3), keepdim=True).reshape(shape)
+        inverse = torch.rsqrt(variance.mean((2, 3), keepdim=True) + self.eps)
+        scale = inverse * self.weight.reshape(1, *shape[1:])
+        return centred * scale.reshape(n, self.channels, 1, 1) + self.bias
+
+    def _group_mean(self, x: Tensor) -> Tensor:
+        mean = x.mean((2, 3), keepdim=True)
+        grouped = mean.reshape(x.shape[0], self.groups, self.channels // self.groups, 1)
+        off = grouped - grouped.mean((2, 3), keepdim=True)
+        return mean - off.reshape(mean.shape)
+
+
 class LastAxisResnet(Resnet):
     """ResnetBlock2D that adds the time embedding along the last axis."""
 
@@ -104,3 +129,9 @@ REPLACEMENTS: Mapping[type[nn.Module], Callable[[Any], nn.Module]] = {
     Upsample2D: replace_upsample2d,
     nn.Upsample: replace_upsample,
 }
+
+GPU_REPLACEMENTS: Mapping[type[nn.Module], Callable[[Any], nn.Module]] = {
+    **rewrites.REPLACEMENTS,
+    nn.GroupNorm: HalfGroupNorm,
+}
+"""What the GPU delegate takes whole, in half precision."""

@@ -110,6 +110,8 @@ class PictureGroupNorm(nn.Module):
     ``[N, C, 1, 1]`` statistics are regrouped; the picture keeps its layout.
     """
 
+    factor = 1.0
+    """What the picture is multiplied with first, where its squares leave a type's range."""
     spread: Tensor
     weight: Tensor
     bias: Tensor
@@ -124,7 +126,14 @@ class PictureGroupNorm(nn.Module):
         self.register_buffer("bias", bias.reshape(1, -1, 1, 1))
         self.register_buffer("spread", torch.zeros(1, self.groups, self.channels // self.groups, 1))
 
+    def scale(self, factor: float) -> None:
+        """Square values at another size; what comes out stays the same."""
+        self.factor *= factor
+        self.eps *= factor**2
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.factor != 1:
+            x = x * self.factor
         centred = x - self._group_mean(x)
         variance = self._group_mean(centred * centred)
         return centred * (torch.rsqrt(variance + self.eps) * self.weight) + self.bias

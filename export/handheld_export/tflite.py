@@ -46,12 +46,28 @@ class Layer:
     weight : torch.Tensor
         ``[out, in]`` or ``[out, in, kh, kw]``, the dequantized weight.
     quantized : QuantizedWeight or None
-        None keeps the weight in float32.
+        None keeps the weight in float.
+    half : bool
+        Whether a float weight is kept in float16, which engines read through a DEQUANTIZE.
     """
 
     name: str
     weight: Tensor
     quantized: QuantizedWeight | None
+    half: bool = False
+
+    @property
+    def bits(self) -> int:
+        """Bits of one stored weight."""
+        if self.quantized is None:
+            return 16 if self.half else 32
+        return BITS[self.quantized.grid]
+
+    @property
+    def floats(self) -> NDArray[Any]:
+        """The weight as it is stored where it has no codes."""
+        values: NDArray[Any] = self.weight.numpy()
+        return values.astype(np.float16) if self.half else values
 
 
 class Open(nn.Module):
@@ -159,6 +175,7 @@ def graft(flatbuffer: bytes, layers: Sequence[Layer], ports: Ports, path: Path) 
     graph.outputs = outputs
     _sign(model, own, outputs, ports)
     surgery.products()
+    surgery.widen()
     surgery.compact()
     _write(model, [s for group in stored for s in group], path)
 
@@ -177,19 +194,16 @@ class _Stored:
 
     @property
     def nbytes(self) -> int:
-        bits = 32 if self.layer.quantized is None else BITS[self.layer.quantized.grid]
-        return -(-int(np.prod(self.shape)) * bits // 8)
+        return -(-int(np.prod(self.shape)) * self.layer.bits // 8)
 
     def data(self) -> bytes:
-        if self.layer.quantized is None:
-            values: NDArray[Any] = self.layer.weight.numpy()
-        else:
-            values = self.layer.quantized.codes
+        quantized = self.layer.quantized
+        values: NDArray[Any] = self.layer.floats if quantized is None else quantized.codes
         if values.ndim == 4:
             values = values.transpose(0, 2, 3, 1)
         values = np.ascontiguousarray(values)
-        if self.layer.quantized is not None:
-            values = pack(values, BITS[self.layer.quantized.grid])
+        if quantized is not None:
+            values = pack(values, self.layer.bits)
         return values.tobytes()
 
 
@@ -199,6 +213,7 @@ class _Surgery:
         self.graph = model.subgraphs[0]
         self.own: set[int] = set()
         """Buffers whose data lies behind the flatbuffer."""
+        self.widening: list[Any] = []
 
     def code(self, op: Any) -> int:
         entry = self.model.operatorCodes[op.opcodeIndex]
@@ -213,7 +228,7 @@ class _Surgery:
                 shape = (shape[0], shape[2], shape[3], shape[1])
             item = _Stored(schema.BufferT(), layer, shape)
             self.model.buffers.append(item.buffer)
-            new = self.graph.tensors[tensor]
+            new = self._widened(tensor, shape) if layer.half else self.graph.tensors[tensor]
             new.name = f"{layer.name}.weight"
             new.shape = list(shape)
             new.shapeSignature = None
@@ -228,6 +243,24 @@ class _Surgery:
         if not stored:
             raise TargetError(f"layer '{layer.name}': nothing in the converted graph reads it")
         return stored
+
+    def _widened(self, tensor: int, shape: tuple[int, ...]) -> Any:
+        """Put a DEQUANTIZE before a tensor and return the float16 tensor that it reads."""
+        wide, half = self.graph.tensors[tensor], schema.TensorT()
+        wide.shape, wide.shapeSignature = list(shape), None
+        half.type = schema.TensorType.FLOAT16
+        self.graph.tensors.append(half)
+        op = schema.OperatorT()
+        op.opcodeIndex = self._operator_code(_OPS.DEQUANTIZE)
+        op.inputs, op.outputs = [len(self.graph.tensors) - 1], [tensor]
+        op.builtinOptionsType = schema.BuiltinOptions.DequantizeOptions
+        op.builtinOptions = schema.DequantizeOptionsT()
+        self.widening.append(op)
+        return half
+
+    def widen(self) -> None:
+        """Put the operators that widen weights before all others."""
+        self.graph.operators = [*self.widening, *self.graph.operators]
 
     def _kernels(self, index: int, layer: Layer) -> list[tuple[int, list[Any]]]:
         linear = layer.weight.dim() == 2
@@ -300,11 +333,13 @@ class _Surgery:
         The converter writes them as FULLY_CONNECTED where the batch is one, and XNNPACK
         takes that with a constant weight only.
         """
+        wide = {op.outputs[0] for op in self.widening}
         for op in self.graph.operators:
             if self.code(op) != _OPS.FULLY_CONNECTED:
                 continue
             right = self.graph.tensors[int(op.inputs[1])]
             constant = self.model.buffers[right.buffer].data is not None or right.buffer in self.own
+            constant = constant or int(op.inputs[1]) in wide
             biased = len(op.inputs) > 2 and int(op.inputs[2]) >= 0
             if constant or biased or op.builtinOptions.fusedActivationFunction:
                 continue
@@ -453,8 +488,8 @@ def _values_match(
     raw = data[buffer.offset : buffer.offset + buffer.size]
     wanted: NDArray[Any]
     if layer.quantized is None:
-        wanted = layer.weight.numpy()
-        values: NDArray[Any] = raw.view(np.float32)
+        wanted = layer.floats
+        values: NDArray[Any] = raw.view(wanted.dtype)
     else:
         wanted = layer.quantized.codes
         if tensor.type != _TYPES[layer.quantized.grid]:
@@ -482,10 +517,21 @@ def _scales_match(model: Any, graph: Any, tensor: Any, weight: QuantizedWeight |
     )
 
 
+def operators(path: Path) -> tuple[set[str], int]:
+    """Return the names of the operators that a file uses, and the most dimensions of a tensor."""
+    data = np.memmap(path, np.uint8, "r")
+    model = schema.ModelT.InitFromPackedBuf(data.data, 0)
+    names = {v: k for k, v in vars(_OPS).items() if not k.startswith("_")}
+    codes = [names[int(max(c.builtinCode, c.deprecatedBuiltinCode))] for c in model.operatorCodes]
+    used = {codes[op.opcodeIndex] for graph in model.subgraphs for op in graph.operators}
+    shapes = [t.shape for graph in model.subgraphs for t in graph.tensors if t.shape is not None]
+    return used, max(map(len, shapes), default=0)
+
+
 def storage(layers: Iterable[Layer]) -> Mapping[str, int]:
     """Count weights by how they are stored."""
     counts: dict[str, int] = {}
     for layer in layers:
-        kind = "float32" if layer.quantized is None else layer.quantized.grid
+        kind = f"float{layer.bits}" if layer.quantized is None else layer.quantized.grid
         counts[kind] = counts.get(kind, 0) + layer.weight.numel()
     return counts

@@ -84,6 +84,9 @@ class Artifact(Model):
     measured."""
     tools: dict[str, str] = {}
     """Versions of the packages that made it."""
+    options: dict[str, str] = {}
+    """What the engine must be told to run it, for example ``{"accelerator": "gpu"}``. A harness
+    that does not know an option, or lacks what it names, refuses the artifact."""
     verification: Verification = Verification()
 
     @property
@@ -187,6 +190,7 @@ class Manifest(Model):
                     list(a.ports.inputs),
                     list(a.ports.outputs),
                     *([[p.path, p.sha256] for p in a.parts]),
+                    *([a.options] if a.options else []),
                 ]
                 for a in self.artifacts
             ),

@@ -82,14 +82,19 @@ class Target(ABC):
     across_blocks: ClassVar[bool] = False
     """Whether units of different blocks join, for engines that like few artifacts."""
 
+    options: Mapping[str, str] = {}
+    """What the engine must be told to run an artifact; see :class:`~handheld.manifest.Artifact`."""
     packages: ClassVar[Mapping[str, str]] = {}
     """Distributions that lower and load, engine first, and the module that each brings."""
     extra: ClassVar[str] = "export"
     """Extra of handheld that installs them."""
-    unproven: ClassVar[str | None] = None
-    """What verification here cannot show, where :meth:`load` is not the engine itself."""
     needs_ranges: ClassVar[bool] = False
     """Whether quantized layers need calibrated activation ranges."""
+
+    @property
+    def unproven(self) -> str | None:
+        """What verification here cannot show, where :meth:`load` is not the engine itself."""
+        return None
 
     def most_weights(self, precision: str) -> int:
         """Return the grouping policy for a precision."""

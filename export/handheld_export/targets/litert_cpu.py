@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import torch
 
 from handheld.errors import TargetError
 from handheld.program import Ports
@@ -46,7 +44,7 @@ class LiteRTCPU(Target):
             If a layer's grid cannot run, or the converted graph does not read each
             layer's weight as it should.
         """
-        from handheld_export import tflite
+        from handheld_export import litert, tflite
         from handheld_export.litert_rewrites import REPLACEMENTS
         from handheld_export.rewrites import rewrite
 
@@ -55,7 +53,7 @@ class LiteRTCPU(Target):
         opened.layers = [self._holding(layer) for layer in opened.layers]
         checked = [_check(x.name, x.quantized) for x in opened.layers if x.quantized is not None]
         notes = [note for note in checked if note]
-        flatbuffer = _convert(opened, segment, [layer.weight for layer in opened.layers])
+        flatbuffer = litert.convert(opened, segment, [layer.weight for layer in opened.layers])
         tflite.graft(flatbuffer, opened.layers, segment.ports, path)
         tflite.check(path, opened.layers)
         return Lowered(path, _partitions(path), self.versions(), tuple(notes))
@@ -92,20 +90,6 @@ def _check(name: str, weight: QuantizedWeight) -> str | None:
     return (
         f"layer '{name}': group scales rounded to bfloat16, off by {error:.1e}" if error else None
     )
-
-
-def _convert(opened: Any, segment: SegmentInput, weights: list[torch.Tensor]) -> bytes:
-    import litert_torch
-    from litert_torch import progress
-
-    progress.config.show_progress = False
-    logging.getLogger("litert_torch").setLevel(logging.ERROR)
-    try:
-        with torch.no_grad():
-            model = litert_torch.convert(opened, (*segment.examples, *weights))
-        return bytes(model.model_content())
-    except Exception as error:
-        raise TargetError(f"litert-torch cannot convert it: {error}") from error
 
 
 def _partitions(path: Path) -> int:
