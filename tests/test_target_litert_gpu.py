@@ -117,15 +117,15 @@ def test_codes_become_float16():
 def test_units(monkeypatch):
     monkeypatch.setattr(litert, "gpu", lambda: None)
     target = targets.find("litert-gpu")
-    assert "on the CPU in half precision" in target.unproven
+    assert "on the CPU in half precision" in target.caveat()
     assert target.options == {"accelerator": "gpu"}
     with pytest.raises(UsageError, match="no Vulkan driver"):
         target.on("gpu")
     with pytest.raises(UsageError, match="no compute unit 'ane'"):
         target.on("ane")
     monkeypatch.setattr(litert, "gpu", lambda: "Adreno")
-    assert "'Adreno'" in target.unproven
-    assert "on the CPU" in target.on("cpu").unproven
+    assert "'Adreno'" in target.caveat()
+    assert "on the CPU" in target.on("cpu").caveat()
 
 
 if __name__ == "__main__":

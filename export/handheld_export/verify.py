@@ -211,7 +211,7 @@ class _Verification:
             if f"input.{i.name}" in self.stored
         }
         self.calls = [op for op in self.program.ops if isinstance(op, Call)]
-        self.notes = [self.target.unproven] if self.target.unproven else []
+        self.notes = [caveat] if (caveat := self.target.caveat()) else []
         if unit is not None:
             self.target = self.target.on(unit)
             self.notes = [f"{manifest.target}: run on compute unit '{unit}'"]

@@ -88,13 +88,14 @@ class Target(ABC):
     """Distributions that lower and load, engine first, and the module that each brings."""
     extra: ClassVar[str] = "export"
     """Extra of handheld that installs them."""
+    unproven: ClassVar[str | None] = None
+    """What verification here cannot show, where :meth:`load` is not the engine itself."""
     needs_ranges: ClassVar[bool] = False
     """Whether quantized layers need calibrated activation ranges."""
 
-    @property
-    def unproven(self) -> str | None:
-        """What verification here cannot show, where :meth:`load` is not the engine itself."""
-        return None
+    def caveat(self) -> str | None:
+        """Return what verification here cannot show, None where :meth:`load` shows all."""
+        return self.unproven
 
     def most_weights(self, precision: str) -> int:
         """Return the grouping policy for a precision."""

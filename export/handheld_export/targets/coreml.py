@@ -38,14 +38,12 @@ class CoreML(Target):
     across_blocks: ClassVar[bool] = True
     packages: ClassVar[Mapping[str, str]] = {"coremltools": "coremltools"}
     extra: ClassVar[str] = "coreml"
+    unproven: ClassVar[str | None] = (
+        "coreml: run by handheld's evaluator of ML programs, not run on hardware"
+    )
 
     def __init__(self, unit: str | None = None) -> None:
         self._unit = unit
-
-    @property
-    def unproven(self) -> str:
-        """Say who runs packages where there is no Apple hardware."""
-        return "coreml: run by handheld's evaluator of ML programs, not run on hardware"
 
     def on(self, unit: str) -> CoreML:
         """Return this target with packages run by Core ML itself, on macOS.

@@ -36,9 +36,8 @@ class LiteRTGPU(Target):
     def __init__(self, unit: Literal["cpu", "gpu"] | None = None) -> None:
         self._unit = unit
 
-    @property
-    def unproven(self) -> str:
-        """What verification here cannot show."""
+    def caveat(self) -> str:
+        """Return where artifacts run instead of on a phone."""
         if self._place() == "cpu":
             return "litert-gpu: run on the CPU in half precision, not run on hardware"
         from handheld_export import litert
