@@ -211,7 +211,8 @@ class _Verification:
             if f"input.{i.name}" in self.stored
         }
         self.calls = [op for op in self.program.ops if isinstance(op, Call)]
-        self.notes = [caveat] if (caveat := self.target.caveat()) else []
+        caveat = self.target.caveat()
+        self.notes: list[str] = [caveat] if caveat else []
         if unit is not None:
             self.target = self.target.on(unit)
             self.notes = [f"{manifest.target}: run on compute unit '{unit}'"]
