@@ -15,6 +15,7 @@ from handheld.release.folder import Release, digest_tree
 from handheld.release.signing import Identity
 from handheld.release.trust import verify
 
+TARGETS = (("a", "litert-cpu"), ("b", "executorch-xnnpack"))
 OPTIONS = Options(name="sample", version=1)
 
 
@@ -168,6 +169,35 @@ def test_names_that_no_release_has_are_refused(tmp_path):
     with pytest.raises(UsageError, match="name"):
         build([made], [releases.record(made)], tmp_path / "r", Options("a b", 1))
     assert not (tmp_path / "r").exists()
+
+
+def test_times_of_different_devices_are_not_compared(tmp_path):
+    one, two = (releases.bundle(tmp_path / n, target=t) for n, t in TARGETS)
+    phone = releases.HOST.model_copy(update={"id": "phone-1"})
+
+    def order(*records):
+        path = tmp_path / "r"
+        build([one, two], records, path, OPTIONS)
+        return [v.target for v in Release.open(path).manifest.variants]
+
+    slow, fast = (90.0,) * 3, (10.0,) * 3
+    given, turned = [t for _, t in TARGETS], [t for _, t in reversed(TARGETS)]
+    ours = releases.record(one, number=1, times=slow)
+    assert order(ours, releases.record(two, number=2, times=fast)) == turned
+    elsewhere = releases.record(two, number=2, times=fast, device=phone)
+    assert order(ours, elsewhere) == given
+    threads = ours.settings.model_copy(update={"threads": 8})
+    assert order(ours, releases.record(two, number=2, times=fast, settings=threads)) == given
+    here = releases.record(two, number=3, times=(50.0,) * 3)
+    assert order(ours, elsewhere, here) == turned
+
+
+def test_runs_within_a_budget_show_no_mode(tmp_path):
+    made = releases.bundle(tmp_path / "b")
+    record = releases.record(made)
+    within = record.settings.model_copy(update={"memory_budget": 60_000_000})
+    with pytest.raises(GateError, match="no good run, resident or streamed"):
+        build([made], [releases.record(made, settings=within)], tmp_path / "r", OPTIONS)
 
 
 def test_only_a_zipped_release_is_replaced(tmp_path):

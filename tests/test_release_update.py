@@ -23,9 +23,10 @@ from handheld.bundle import Bundle
 from handheld.errors import HandheldError, ReleaseError, TrustError, UsageError
 from handheld.release import update as updates
 from handheld.release.builder import Options, build
+from handheld.release.folder import digest_tree
 from handheld.release.publish import publish
 from handheld.release.selection import Phone
-from handheld.release.signing import Identity
+from handheld.release.signing import Identity, sign
 
 PHONE = Phone(platform="android", ram_bytes=2**33, os=14)
 SIZE = 2 * 2**20
@@ -244,6 +245,7 @@ def test_repair_sees_to_what_the_version_was_installed_with(tmp_path, made, name
     before = path.read_bytes()
     path.write_bytes(before.replace(b"1", b"2", 1))
     assert go(tmp_path, made, site, repair=True).changed
+    path = updates.bundle_path(device, updates.state(device).current).parent / name
     assert path.read_bytes() == before and updates.state(device).confirmed
     assert not go(tmp_path, made, site, repair=True).changed
 
@@ -394,9 +396,117 @@ def test_bombs_are_refused(tmp_path, made):
     with pytest.raises(ReleaseError):
         go(tmp_path, made, site)
     shutil.rmtree(tmp_path / "device")
-    (site / "1/release.json.zst").write_bytes(zstandard.ZstdCompressor().compress(bytes(2**28)))
+    (site / "1/release.json.zst").write_bytes(zstandard.ZstdCompressor().compress(bytes(2**29)))
+    code = textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        import numpy, pydantic, zstandard
+        from handheld.errors import ReleaseError
+        from handheld.release import update as updates
+        from handheld.release.selection import Phone
+        from handheld.release.signing import Identity
+
+        def peak():
+            status = Path("/proc/self/status").read_text()
+            return int(status.partition("VmHWM:")[2].split()[0])
+
+        before = peak()
+        try:
+            updates.update(*sys.argv[1:3], Identity(key=Path(sys.argv[3])), Phone(platform="host"))
+        except ReleaseError as error:
+            print(error, peak() - before)
+    """)
+    child = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "device", site, made[1].key],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "more than it may" in child.stdout, child.stderr
+    assert int(child.stdout.split()[-1]) < 100_000, "kilobytes"
+
+
+def test_headers_of_compressed_files_may_lie(tmp_path, made):
+    site = site_of(tmp_path, made, 1)
+    path = site / "1/release.json.zst"
+    for size in (2**50, 3):
+        # Magic, a descriptor with eight bytes of size, a window, the size, and one raw block.
+        header = b"\x28\xb5\x2f\xfd" + b"\xc0" + b"\x50" + size.to_bytes(8, "little")
+        path.write_bytes(header + b"\x29\x00\x00" + b"hello")
+        with pytest.raises(ReleaseError):
+            go(tmp_path, made, site)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_repair_that_is_killed_leaves_a_version(tmp_path, made, monkeypatch, moment):
+    device, site = tmp_path / "device", site_of(tmp_path, made, 1)
+    go(tmp_path, made, site)
+    updates.confirm(device)
+    path = updates.bundle_path(device, updates.state(device).current) / "artifacts/unet.0.tflite"
+    path.write_bytes(path.read_bytes()[:-1])
+    write = updates._write
+
+    def killed(path, value):
+        if path.name == updates.CURRENT:
+            if moment == "after":
+                write(path, value)
+            raise KeyboardInterrupt
+        write(path, value)
+
+    monkeypatch.setattr(updates, "_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path, made, site, repair=True)
+    monkeypatch.setattr(updates, "_write", write)
+    assert updates.bundle_path(device, updates.state(device).current).is_dir()
+    go(tmp_path, made, site, repair=True)
+    assert check(device) == 1 and updates.state(device).confirmed
+    assert len(list((device / "versions").iterdir())) == 1
+
+
+def test_a_version_that_is_gone_is_put_back(tmp_path, made):
+    device, site = tmp_path / "device", site_of(tmp_path, made, 1)
+    go(tmp_path, made, site)
+    shutil.rmtree(device / "versions")
+    assert go(tmp_path, made, site).changed and check(device) == 1
+    assert not go(tmp_path, made, site, repair=True).changed
+
+
+def test_a_manifest_written_in_another_form_is_kept_as_it_was_signed(tmp_path, made):
+    source = tmp_path / "other"
+    shutil.copytree(made[0][1], source)
+    text = (source / "release.json").read_text().replace('"label": null,', "", 1)
+    assert text != (made[0][1] / "release.json").read_text()
+    (source / "release.json").write_text(text)
+    (source / "model.sig").unlink()
+    sign(source, digest_tree(source), "sample-1", Identity(key=made[2]))
+    site = tmp_path / "site"
+    for _ in range(2):
+        publish(source, site)
+    go(tmp_path, made, site)
+    assert not go(tmp_path, made, site, repair=True).changed
+
+
+def test_pieces_that_did_not_survive_are_fetched_in_one_go(tmp_path, made, fast):
+    server = Server(site_of(tmp_path, made, 1))
+    server.left = SIZE // 2
     with pytest.raises(ReleaseError):
-        go(tmp_path, made, site)
+        go(tmp_path, made, server.url)
+    kept = [p for p in (tmp_path / "device/pieces").iterdir() if not p.name.startswith(".")]
+    assert len(kept) > 1
+    for path in kept:
+        path.write_bytes(b"")
+    server.left = None
+    assert go(tmp_path, made, server.url).changed and check(tmp_path / "device") == 1
+    server.shutdown()
+
+
+def test_space_that_is_not_needed_is_not_asked_for(tmp_path, made):
+    device, site = tmp_path / "device", site_of(tmp_path, made, 1)
+    tight = PHONE.model_copy(update={"free_bytes": SIZE // 2})
+    with pytest.raises(HandheldError, match="free"):
+        updates.update(device, str(site), made[1], tight)
+    go(tmp_path, made, site)
+    updates.confirm(device)
+    publish(made[0][4], site)
+    assert updates.update(device, str(site), made[1], tight).changed and check(device) == 4
 
 
 def test_two_updates_at_once(tmp_path, made):

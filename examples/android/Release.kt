@@ -7,7 +7,6 @@ import org.json.JSONArray
 import org.json.JSONObject
 import java.io.Closeable
 import java.io.File
-import java.util.Locale
 
 /** What is known of a phone; null where it does not tell. */
 data class Phone(
@@ -65,10 +64,12 @@ class Release(json: String) {
     }
 
     private fun isSoc(have: String, wanted: String): Boolean {
-        // Locale.ROOT: in Turkish the capital of i is another letter.
-        val ours = have.filterNot { it.isWhitespace() }.toUpperCase(Locale.ROOT)
-        val theirs = wanted.filterNot { it.isWhitespace() }.toUpperCase(Locale.ROOT)
-        return ours == theirs || ours.startsWith("$theirs-")
+        val words = have.split(Regex("\\s+")).filter { it.isNotEmpty() }
+        val theirs = wanted.filterNot { it.isWhitespace() }
+        // A maker may stand in front: "QTI SM8650".
+        return listOf(words, words.drop(1)).map { it.joinToString("") }.any {
+            it.equals(theirs, ignoreCase = true) || it.startsWith("$theirs-", ignoreCase = true)
+        }
     }
 
     private fun objects(array: JSONArray) = (0 until array.length()).map(array::getJSONObject)

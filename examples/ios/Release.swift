@@ -73,12 +73,12 @@ struct Release: Decodable {
   }
 
   private func isSoc(_ have: String, _ wanted: String) -> Bool {
-    let (ours, theirs) = (plain(have), plain(wanted))
-    return ours == theirs || ours.hasPrefix(theirs + "-")
-  }
-
-  private func plain(_ name: String) -> String {
-    name.filter { !$0.isWhitespace }.uppercased()
+    let words = have.uppercased().split(whereSeparator: \.isWhitespace)
+    let theirs = wanted.uppercased().filter { !$0.isWhitespace }
+    // A maker may stand in front: "QTI SM8650".
+    return [words, Array(words.dropFirst())].map { $0.joined() }.contains { ours in
+      ours == theirs || ours.hasPrefix(theirs + "-")
+    }
   }
 }
 

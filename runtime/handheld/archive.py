@@ -203,6 +203,8 @@ def _prefix(entries: list[zipfile.ZipInfo], kind: Kind, fail: Callable[..., Hand
         mode = stat.S_IFMT(entry.external_attr >> 16)
         if mode not in (0, stat.S_IFREG):
             raise fail("an entry is neither a file nor a folder", name)
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise fail("an entry is compressed in another way than zip files usually are", name)
         if entry.flag_bits & 0x1:
             raise fail("an entry is encrypted", name)
         if name.casefold() in seen:

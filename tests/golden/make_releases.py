@@ -32,6 +32,8 @@ def selection() -> None:
     odd = [
         Phone(platform="android", soc="sm8650-ac", ram_bytes=12 * gb, os=12),
         Phone(platform="android", soc="SM8650", ram_bytes=12 * gb, os=11),
+        Phone(platform="android", soc="QTI SM8650", ram_bytes=12 * gb, os=14),
+        Phone(platform="android", soc="Qualcomm  sm8650-ac", ram_bytes=12 * gb, os=14),
         Phone(platform="android", soc="SM8650P", ram_bytes=12 * gb, os=14),
         Phone(platform="android", soc="SM8650", ram_bytes=12 * gb, os=14, free_bytes=10**9),
         Phone(platform="android", ram_bytes=12 * gb, engines=("executorch",)),

@@ -205,7 +205,7 @@ def select(
     The release's hashes are not checked. "Nothing fits" is an answer, with exit code 0.
 
     \b
-    handheld release select build/release --phone "Pixel 8"
+    handheld release select build/release --phone "Google Pixel 8"
     handheld release select build/release --phone all --json
     handheld release select build/release --platform android --soc SM8650 --ram 12GB --os 14
     handheld release select build/release --device host
@@ -302,22 +302,30 @@ def publish(
         list[Path] | None,
         typer.Option("--from", help="An older release, to which differences are written."),
     ] = None,
+    key: KeyOption = None,
+    certificate: CertificateOption = None,
+    identity: IdentityOption = None,
+    issuer: IssuerOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Add a signed release to a folder of static files that phones update from.
 
     Contents are cut into pieces by content and stored by hash, so versions share what is equal.
-    With --from, files that changed all over are also offered as differences.
+    With --from, files that changed all over are also offered as differences. With a key,
+    certificates or an identity the signature is verified as phones will do it.
 
     \b
-    handheld release publish build/r2 -o site
+    handheld release publish build/r2 -o site --key release.pub
     handheld release publish build/r2 --from build/r1 -o site --json
     """  # noqa: D301
     from handheld.release.publish import publish as run
 
     console = Console(stderr=True)
     with console.status("publishing"):
-        done = run(path, output, older or ())
+        who = None
+        if key or certificate or identity or issuer:
+            who = _trusted(key, certificate, identity, issuer, unsigned=False)
+        done = run(path, output, older or (), who)
     if json_output:
         print_json({"site": str(output), **vars(done)})
     else:
@@ -364,7 +372,9 @@ def update(
     if phone is not None:
         chosen = catalogue.find(phone)[0]
     else:
-        chosen = select_.Phone.of(devices_.find("host")[0].facts())
+        # The space that counts is where FOLDER lies, which the update looks at itself.
+        here = select_.Phone.of(devices_.find("host")[0].facts())
+        chosen = here.model_copy(update={"free_bytes": None})
     console = Console(stderr=True)
     bar = Progress(
         SpinnerColumn(),

@@ -6,6 +6,7 @@ machine, no order of folders.
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 from collections import Counter
@@ -203,8 +204,8 @@ def _faults(
     if good and not any(r.device.kind in platforms for r in good):
         kinds = ", ".join(sorted({r.device.kind for r in good}))
         faults.append(f"it ran on {kinds} only, and is for {', '.join(platforms)}")
-    if records and not any(r.status == "ok" and r.memory and r.memory.peak_rss for r in records):
-        faults.append("no run record has a peak of memory")
+    if records and not any(_is_measured(r) for r in records):
+        faults.append("no good run, resident or streamed, has a peak of memory")
     return tuple(faults)
 
 
@@ -285,14 +286,12 @@ def _fill(
 ) -> ReleaseManifest:
     variants = [_variant(folder, c, rules, c.id in options.force, progress) for c in chosen]
     models = list(dict.fromkeys(c.bundle.manifest.model.id for c in chosen))
-    variants.sort(
-        key=lambda v: (
-            _UNITS.index(v.unit),
-            models.index(v.model),
-            min((m.median_ms for m in v.modes if m.median_ms is not None), default=float("inf")),
-            v.id,
-        )
-    )
+    groups: dict[tuple[int, int], list[Candidate]] = {}
+    for candidate, variant in zip(chosen, variants, strict=True):
+        rank = (_UNITS.index(variant.unit), models.index(variant.model))
+        groups.setdefault(rank, []).append(candidate)
+    order = [c.id for _, group in sorted(groups.items()) for c in _fastest_first(group)]
+    variants.sort(key=lambda v: order.index(v.id))
     manifests = [c.bundle.manifest for c in chosen]
     try:
         manifest = ReleaseManifest(
@@ -320,6 +319,33 @@ def _fill(
         name = f"{options.name}-{options.version}"
         signing.sign(folder, digests, name, identity)
     return manifest
+
+
+def _is_measured(record: RunRecord) -> bool:
+    """Tell whether a run shows what a mode of its bundle takes."""
+    return bool(
+        record.status == "ok"
+        and record.settings.memory_budget is None
+        and record.memory
+        and record.memory.peak_rss
+    )
+
+
+def _fastest_first(group: Sequence[Candidate]) -> list[Candidate]:
+    """Return variants by time, measured alike on a device; as they are if none ran them all."""
+    times = []
+    for candidate in group:
+        found: dict[tuple[str, int], list[float]] = {}
+        for r in filter(_is_measured, candidate.records):
+            if isinstance(value := r.summary()["median_ms"], float):
+                found.setdefault((r.device.id, r.settings.threads), []).append(value)
+        times.append({k: min(v) for k, v in found.items()})
+    shared = sorted(set.intersection(*map(set, times)))
+    if not shared:
+        return list(group)
+    # On several devices, by the mean of ratios: each counts alike.
+    means = [sum(math.log(t[k]) for k in shared) for t in times]
+    return [c for _, _, c in sorted(zip(means, range(len(group)), group, strict=True))]
 
 
 def _variant(
@@ -378,7 +404,7 @@ def modes(bundle: Bundle, records: Sequence[RunRecord]) -> tuple[Mode, ...]:
     """Return the ways to run a bundle that its records show; estimates without any.
 
     The memory of a mode is the largest peak that was measured, its time the median of the runs'
-    medians on the device of that peak.
+    medians on the device of that peak, with as many threads.
     """
     found = []
     for residency in get_args(Residency):
@@ -393,7 +419,7 @@ def modes(bundle: Bundle, records: Sequence[RunRecord]) -> tuple[Mode, ...]:
         times = [
             float(value)
             for r in good
-            if r.device.id == peak.device.id
+            if (r.device.id, r.settings.threads) == (peak.device.id, peak.settings.threads)
             and isinstance(value := r.summary()["median_ms"], float)
         ]
         assert peak.memory is not None

@@ -30,9 +30,11 @@ from handheld.errors import MissingDependencyError, ReleaseError, UsageError
 from handheld.files import output_errors, write_file
 from handheld.manifest import BundlePath, Sha256
 from handheld.program import Model
+from handheld.release import signing
 from handheld.release.chunks import ChunkList, parse_list
 from handheld.release.folder import Release
 from handheld.release.manifest import AGAIN, MANIFEST, SIGNATURE, Variant, folder_of, parse
+from handheld.release.trust import verify
 
 LATEST = "latest.json"
 BLOCK_BYTES: Final = 2**20
@@ -132,6 +134,7 @@ def publish(
     path: str | Path,
     site: str | Path,
     older: Sequence[str | Path] = (),
+    identity: signing.Identity | None = None,
     progress: Callable[[str, int], None] = lambda name, done: None,
 ) -> Published:
     """Add a release to a folder of static files.
@@ -144,6 +147,8 @@ def publish(
         The folder; what other versions need stays.
     older : sequence of path-like
         Releases to which differences are written, for phones that have them.
+    identity : Identity, optional
+        Who must have signed; without one it is only known that the release is whole.
     progress : callable
         Told of every new object, and its bytes.
 
@@ -151,9 +156,11 @@ def publish(
     ------
     UsageError
         If the release is not signed, or not newer than what is published.
+    TrustError
+        If the signature does not hold, or the release has expired.
     ReleaseError, OutputError
     """
-    release = Release.open(path)
+    release = verify(path, identity)
     root, manifest = Path(site), release.manifest
     if not release.is_signed:
         raise UsageError(
@@ -179,7 +186,7 @@ def publish(
                     field="name",
                     remedy="publish to a folder of its own",
                 )
-            if published == manifest.version and data != manifest.to_bytes():
+            if published == manifest.version and data != (release.path / MANIFEST).read_bytes():
                 raise UsageError(
                     f"another version {published} is published",
                     path=path,
@@ -237,7 +244,7 @@ class _Writer:
         if sha256 in self._sizes:
             return self._sizes[sha256]
         target = self.root / object_path(sha256)
-        if not target.is_file():
+        if not self._holds(target, sha256):
             packed = packing()
             write_file(target, packed)
             self.objects += 1
@@ -245,6 +252,18 @@ class _Writer:
             self.progress(sha256, len(packed))
         self._sizes[sha256] = target.stat().st_size
         return self._sizes[sha256]
+
+    def _holds(self, path: Path, sha256: str) -> bool:
+        """Tell whether an object is there and not damaged."""
+        module = zstd()
+        digest = hashlib.sha256()
+        try:
+            with path.open("rb") as f, module.ZstdDecompressor().stream_reader(f) as reader:
+                while data := reader.read(2**20):
+                    digest.update(data)
+        except (OSError, module.ZstdError):
+            return False
+        return digest.hexdigest() == sha256
 
     def size(self, sha256: str) -> int:
         """Return the size on the site of an object that was written."""

@@ -4,7 +4,7 @@ A folder holds at most two versions, and one small file says which one counts::
 
     current.json               the version in use, the one before it, and whether it has run
     seen.json                  the newest version ever trusted: nothing older is taken
-    versions/VERSION-ID/       release.json, model.sig, chunks.json, bundle/
+    versions/VERSION-ID[.N]/   release.json, model.sig, chunks.json, bundle/
     pieces/                    what has been fetched so far, each piece checked
 
 ``current.json`` is replaced by one rename after the new version is complete and checked. Whenever
@@ -72,6 +72,8 @@ from handheld.release.trust import check_age
 CURRENT, SEEN = "current.json", "seen.json"
 _TIMEOUT_S = 30.0
 _TRIES = 4
+_MAX_WINDOW = 2**25
+"""Of compressed files: four times what they are written with."""
 
 
 class Installed(Model):
@@ -80,11 +82,14 @@ class Installed(Model):
     version: int
     variant: str
     residency: Residency
+    repaired: int = 0
+    """Times it was put together again; each has a folder of its own."""
 
     @property
     def folder(self) -> str:
         """Its name below ``versions``."""
-        return f"{self.version}-{self.variant}"
+        again = f".{self.repaired}" if self.repaired else ""
+        return f"{self.version}-{self.variant}{again}"
 
 
 class State(Model):
@@ -232,7 +237,10 @@ def update(
                 remedy="it was set back, or somebody replays an old release",
             )  # fmt: skip
         is_current = found is not None and version == found.current.version
-        is_damaged = found is not None and repair and not _is_whole(home, found, identity)
+        is_damaged = found is not None and (
+            not bundle_path(home, found.current).is_dir()
+            or (repair and not _is_whole(home, found, identity))
+        )
         is_reverted = found is not None and version == found.reverted and not retry
         if is_damaged and is_reverted:
             raise ReleaseError(
@@ -247,19 +255,14 @@ def update(
             return Result(found, False, site.fetched, 0)
         name = seen.name if seen and seen.name else _installed_name(home, found)
         manifest = _trusted(home, site, version, identity, least, name)
-        answer = select(manifest, phone)
-        if answer.variant is None or answer.residency is None:
-            raise ReleaseError(answer.reason, path=url)
-        variant = manifest.variant(answer.variant)
-        new = Installed(version=version, variant=variant.id, residency=answer.residency)
-        reused = _install(home, site, manifest, variant, new, found, progress)
-        if found and is_current and new.folder == found.current.folder:
-            _clean(home, found)
-            return Result(found, True, site.fetched, reused)
-        previous = None
-        if found:
-            previous = found.current if found.confirmed else found.previous or found.current
-        after = State(current=new, previous=previous)
+        new, reused = _install_best(home, site, manifest, phone, found, progress)
+        if found and new.version == found.current.version and new.repaired:
+            after = found.model_copy(update={"current": new})
+        else:
+            previous = None
+            if found:
+                previous = found.current if found.confirmed else found.previous or found.current
+            after = State(current=new, previous=previous)
         _write(home / CURRENT, after)
         _clean(home, after)
         return Result(after, True, site.fetched, reused)
@@ -305,8 +308,11 @@ class _Site:
         """Return the content of a compressed file, of at most ``limit`` bytes."""
         packed = self.get(name, limit + limit // 64 + 1024)
         module = zstd()
+        # Read as a stream, since a frame's own word on its size is taken for the limit otherwise.
+        unpacking = module.ZstdDecompressor(max_window_size=_MAX_WINDOW)
         try:
-            data = module.ZstdDecompressor().decompress(packed, max_output_size=limit)
+            with unpacking.stream_reader(packed) as reader:
+                data = reader.read(limit + 1)
         except module.ZstdError as error:
             where = f"{self.url}/{name}"
             raise ReleaseError(f"cannot be unpacked: {error}", path=where, remedy=AGAIN) from None
@@ -385,6 +391,45 @@ def _trusted(
     return manifest
 
 
+def _install_best(
+    home: Path,
+    site: _Site,
+    manifest: ReleaseManifest,
+    phone: Phone,
+    found: State | None,
+    progress: Progress,
+) -> tuple[Installed, int]:
+    """Install the best variant for which there is space, beside what stays of the one in use.
+
+    Returns
+    -------
+    new : Installed
+    reused : int
+        Bytes that need not be fetched.
+    """
+    whole = select(manifest, phone)
+    roomy = select(manifest, phone.model_copy(update={"free_bytes": None}))
+    for answer in (roomy, whole):
+        if answer.variant is None or answer.residency is None:
+            raise ReleaseError(answer.reason, path=site.url)
+        variant = manifest.variant(answer.variant)
+        new = Installed(version=manifest.version, variant=variant.id, residency=answer.residency)
+        if found and new.folder == f"{found.current.version}-{found.current.variant}":
+            new = new.model_copy(update={"repaired": found.current.repaired + 1})
+        try:
+            reused = _install(home, site, manifest, variant, new, found, phone, progress)
+        except _SpaceError:
+            if answer is whole or whole.variant in (None, variant.id):
+                raise
+            continue
+        return new, reused
+    raise AssertionError
+
+
+class _SpaceError(OutputError):
+    """There is less space than an update needs."""
+
+
 def _install(
     home: Path,
     site: _Site,
@@ -392,6 +437,7 @@ def _install(
     variant: Variant,
     new: Installed,
     found: State | None,
+    phone: Phone,
     progress: Progress,
 ) -> int:
     """Put a version together; return the bytes that need not be fetched."""
@@ -409,7 +455,8 @@ def _install(
         pieces.mkdir(parents=True, exist_ok=True)
     patches = _patches(site, new, old, chunks, pieces)
     wanted = _to_fetch(chunks, old, patches, pieces)
-    _check_space(home, sum(f.bytes for f in chunks.files) + sum(wanted.values()))
+    made = sum(f.bytes for f in chunks.files if not _is_same(f, old))
+    _check_space(home, made + sum(wanted.values()), phone.free_bytes)
     done, total = 0, sum(wanted.values())
     progress(0, total)
     for sha256, size in wanted.items():
@@ -420,9 +467,10 @@ def _install(
     with replaced_folder(target) as folder:
         for file in chunks.files:
             _assemble(folder / "bundle" / file.path, file, old, patches.get(file.path), pieces)
-        (folder / "chunks.json").write_bytes(data)
-        shutil.copyfile(home / "fetched" / SIGNATURE, folder / SIGNATURE)
-        (folder / MANIFEST).write_bytes(manifest.to_bytes())
+        write_file(folder / "chunks.json", data)
+        for name in (SIGNATURE, MANIFEST):
+            # The signed bytes: another program may have written them in another form.
+            write_file(folder / name, (home / "fetched" / name).read_bytes())
         _check_bundle(folder / "bundle", variant, chunks)
     shutil.rmtree(home / "fetched", ignore_errors=True)
     return variant.needs.storage_bytes - total if total < variant.needs.storage_bytes else 0
@@ -503,7 +551,16 @@ def _to_fetch(
                 left -= min(BLOCK_BYTES, left)
         elif not _is_same(file, old):
             wanted.update((s, n) for s, n in file.pieces if old.piece(s) is None)
-    return {s: n for s, n in wanted.items() if not (pieces / s).is_file()}
+    return {s: n for s, n in wanted.items() if not _is_there(pieces / s)}
+
+
+def _is_there(piece: Path) -> bool:
+    """Tell whether a piece was fetched before; one that did not survive is removed."""
+    with contextlib.suppress(OSError):
+        if _sha256(piece) == piece.name:
+            return True
+        piece.unlink()
+    return False
 
 
 def _is_same(file: ChunkedFile, old: _Old) -> bool:
@@ -642,10 +699,11 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _check_space(home: Path, need: int) -> None:
+def _check_space(home: Path, need: int, told: int | None) -> None:
     free = shutil.disk_usage(home).free
+    free = free if told is None else min(free, told)
     if need > free:
-        raise OutputError(
+        raise _SpaceError(
             f"the update needs {need} bytes, {free} are free", path=home, remedy="free some space"
         )
 

@@ -16,7 +16,7 @@ from PIL import Image
 from handheld import __version__
 from handheld.bundle import Bundle
 from handheld.estimates import peak_bytes
-from handheld.records import RunRecord, statistics
+from handheld.records import RunRecord, statistics, sustained_curve
 from handheld.report import plots
 
 MB = 1e6
@@ -94,8 +94,9 @@ def _head(records: Sequence[RunRecord], title: str) -> str:
         text = f"{r.status}: {r.error or 'no reason given'}"
         lines.append(f'<p class="bad">{_link(r, _name(r))}: {escape(text)}</p>')
     lines.append(
-        f'<p class="note">Made by handheld {escape(__version__)}. Every number links to the '
-        "record that it is from. MB is 10<sup>6</sup> bytes.</p>"
+        f'<p class="note">Made by handheld {escape(__version__)}. Figures link to the '
+        "record that they are from, and those beside a link are from it too. MB is "
+        "10<sup>6</sup> bytes.</p>"
     )
     return "\n".join(lines)
 
@@ -149,7 +150,7 @@ def _latency(records: Sequence[RunRecord]) -> str:
 def _residency(records: Sequence[RunRecord]) -> str:
     latest: dict[tuple[str, ...], dict[str, RunRecord]] = {}
     for r in records:
-        key = (r.device.id, r.bundle.sha256, r.bundle.size)
+        key = (r.device.id, r.bundle.sha256, r.bundle.size, str(r.settings.threads))
         if r.status == "ok" and r.memory and r.memory.peak_rss:
             latest.setdefault(key, {})[r.settings.mode] = r
     pairs = [p for p in latest.values() if {"resident", "stream"} <= set(p)]
@@ -233,22 +234,40 @@ def _heat(records: Sequence[RunRecord]) -> str:
     out, silent = ["<h2>Heat</h2>"], []
     for r in records:
         points: list[tuple[float, float]] = []
+        warmth: list[tuple[float, float]] = []
+        slowing: list[tuple[float, float]] = []
         for p in r.passes:
             offset = (p.started - r.started).total_seconds() * 1000
             points += [(offset + t.t_ms, t.status) for t in p.thermal if t.status is not None]
+            looks = [(offset + h.t_s * 1000, h.heat) for h in p.heat]
+            points += [(t, heat.status) for t, heat in looks if heat.status is not None]
+            warmth += [(t, heat.celsius) for t, heat in looks if heat.celsius is not None]
+            if p.purpose == "sustained":
+                slowing += sustained_curve(p)
         sensors = [
             f"{when} {heat.celsius:.0f} °C"
             for when, heat in (("start", r.heat_start), ("end", r.heat_end))
             if heat and heat.celsius is not None
         ]
-        if len(points) < 2 and not sensors:
+        if max(len(points), len(warmth), len(slowing)) < 2 and not sensors:
             silent.append(r)
             continue
         plot = ""
         if len(points) > 1:
             label = f"thermal status of {_name(r)} over time, 0 none to 6 shutdown"
             plot = plots.line(sorted(points), 6, label, steps=True)
-        text = ", ".join(sensors) or f"status {max(s for _, s in points):.0f} at most"
+        told = list(sensors)
+        if points and not sensors:
+            told.append(f"status {max(s for _, s in points):.0f} at most")
+        for values, what, unit in (
+            (warmth, "hottest sensor", "°C"),
+            (slowing, "median of every half minute", "ms"),
+        ):
+            if len(values) > 1:
+                highest = max(v for _, v in values)
+                plot += plots.line(sorted(values), highest, f"{what} of {_name(r)} over time")
+                told.append(f"{what} {values[0][1]:.1f} to {highest:.1f} {unit} at most")
+        text = ", ".join(told)
         out.append(
             f'<div class="entry"><h3>{escape(_name(r))}, {escape(r.device.id)}</h3>{plot}'
             f'<p class="small">{_link(r, text)}</p></div>'

@@ -65,7 +65,8 @@ class Store(ABC):
             If something else is in the way.
         ReleaseError
         """
-        if output.exists() and any(output.iterdir()) and not (output / MARK).is_file():
+        taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
+        if taken and not (output / MARK).is_file():
             raise OutputError(
                 "something that is no store's layout is there already",
                 path=output,
