@@ -446,6 +446,14 @@ def test_zip_with_a_list_that_fills_the_memory(tmp_path, monkeypatch):
     assert "list of entries" in str(error_of(zipped(tmp_path, bundle_entries())))
 
 
+def test_zip_with_entries_compressed_in_rare_ways(tmp_path):
+    path = tmp_path / "b.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as z:
+        for name, data in bundle_entries():
+            z.writestr(name, data)
+    assert "compressed in another way" in str(error_of(path))
+
+
 def test_zip_with_a_link(tmp_path):
     info = zipfile.ZipInfo("artifacts/link")
     info.external_attr = (stat.S_IFLNK | 0o777) << 16

@@ -154,6 +154,10 @@ def test_what_is_in_the_way_stays(made, tmp_path):
     stores.find("play").lay_out(made[0], tmp_path / "out")
     stores.find("apple").lay_out(made[0], tmp_path / "out")
     assert not (tmp_path / "out/device_targeting_config.xml").exists()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="no store's layout"):
+        stores.find("play").lay_out(made[0], tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_unknown_stores():

@@ -349,6 +349,31 @@ def test_another_key_is_not_trusted(tmp_path, made):
     assert updates.state(tmp_path / "device") is None
 
 
+def test_releases_that_phones_would_not_take_are_not_published(tmp_path, made):
+    source, site = tmp_path / "r", tmp_path / "site"
+    shutil.copytree(made[0][1], source)
+    publish(source, site, identity=made[1])
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    _, other = releases.keys(stranger)
+    with pytest.raises(TrustError, match="signature"):
+        publish(source, tmp_path / "other", identity=Identity(key=other))
+    (source / "model.sig").write_bytes(b"{}")
+    with pytest.raises(TrustError, match="signature"):
+        publish(source, tmp_path / "other", identity=made[1])
+    assert not (tmp_path / "other").exists()
+
+
+def test_publishing_again_mends_damaged_objects(tmp_path, made):
+    site = site_of(tmp_path, made, 1)
+    for victim in list((site / "objects").rglob("*.zst"))[:2]:
+        victim.write_bytes(victim.read_bytes()[:-3])
+    with pytest.raises(ReleaseError):
+        go(tmp_path, made, site)
+    publish(made[0][1], site)
+    assert go(tmp_path, made, site).changed and check(tmp_path / "device") == 1
+
+
 def test_unsigned_releases_are_not_published(tmp_path, made):
     bundle = releases.bundle(tmp_path / "b")
     build([bundle], [releases.record(bundle)], tmp_path / "r", Options("s", 1))
