@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ from handheld.errors import CheckpointError, OutputError, TargetError, UsageErro
 from handheld.text import embed
 from handheld_export import lowering
 from handheld_export.checkpoint import Checkpoint
-from handheld_export.export import Options, Progress, export, plan_segments
+from handheld_export.export import Options, Progress, _in_workers, export, plan_segments
+from handheld_export.memory import Budget
 
 TARGETS = ("executorch-xnnpack", "litert-cpu")
 
@@ -378,6 +380,54 @@ def test_ctrl_c(smallest, tmp_path):
     store = folder / "handheld" / "artifacts"
     lowering.sweep(store)
     assert not any(store.glob("tmp-*"))
+
+
+def test_too_little_memory_is_refused_before_anything_is_made(smallest, tmp_path):
+    options = Options(target="litert-cpu", precision="fp32")
+    with cache(tmp_path / "cache"), pytest.raises(UsageError, match="100 MB is too little"):
+        export(Checkpoint(smallest), options, tmp_path / "bundle", memory=100)
+    assert not list((tmp_path / "cache" / "handheld" / "work").iterdir())
+
+
+def test_segments_wait_for_room(monkeypatch):
+    """Two that fit beside each other are submitted together, a large one alone."""
+    needs = {"large": 9, "a": 2, "b": 2}
+    log = []
+
+    class Pool:
+        _processes = None
+
+        def __init__(self, *_, **__):
+            pass
+
+        def submit(self, _, task):
+            log.append(task.segment)
+            return task
+
+        def shutdown(self, **_):
+            pass
+
+    class Task:
+        def __init__(self, segment):
+            self.segment = segment
+
+        def result(self):
+            return {"id": self.segment}
+
+    def wait(pending, **_):
+        log.append("wait")
+        return set(pending), set()
+
+    budget = Budget(10, 0)
+    monkeypatch.setattr("handheld_export.memory.IDLE", 0)
+    monkeypatch.setattr("handheld_export.export.ProcessPoolExecutor", Pool)
+    monkeypatch.setattr("handheld_export.export.wait", wait)
+    plan = SimpleNamespace(
+        segments=[("unet", SimpleNamespace(id=n, weights=1), None) for n in needs]
+    )
+    metas = _in_workers([Task(n) for n in needs], 2, 1, budget, needs, Progress(), plan)
+    assert log == ["large", "wait", "a", "b", "wait"]
+    assert set(metas) == set(needs)
 
 
 # --- places that cannot be written -------------------------------------------------------

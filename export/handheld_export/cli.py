@@ -78,7 +78,16 @@ def export(
     calibrate: Annotated[
         bool, typer.Option(help="Fix the activation grids of convolutions by calibration.")
     ] = False,
-    jobs: Annotated[int | None, typer.Option("--jobs", "-j", help="Worker processes.")] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", "-j", help="Most worker processes; all cores if not given."),
+    ] = None,
+    memory: Annotated[
+        int | None,
+        typer.Option(
+            help="MB (10^6 bytes) for all processes together; by default 60 % of what is free."
+        ),
+    ] = None,
     cache: Annotated[bool, typer.Option(help="Use artifacts lowered earlier.")] = True,
     dry_run: Annotated[bool, typer.Option(help="Show the segments and stop.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -88,12 +97,14 @@ def export(
     \b
     handheld export critter --target litert-cpu --precision int8 -o build/critter
     handheld export ./sdxl -t litert-cpu -t executorch-xnnpack -p int4 -o build/sdxl
+    handheld export ./sdxl -p int4 --memory 4000 -o build/sdxl
     handheld export critter --dry-run
     """  # noqa: D301
     quiet()
     chosen, absent = _choose(target or ["litert-cpu"], precision or ["int8"])
-    if jobs is not None and jobs < 1:
-        raise UsageError(f"--jobs {jobs} is not positive")
+    for name, value in (("jobs", jobs), ("memory", memory)):
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value} is not positive")
     if output is None and not dry_run:
         raise UsageError("no place for the bundle", remedy="give one with --output")
     from handheld_export.checkpoint import Checkpoint
@@ -127,7 +138,13 @@ def export(
         began = time.perf_counter()
         with _Bar(console, f"{name} {level}") as bar:
             manifest = run(
-                source, options, place, jobs=jobs, progress=bar.progress, use_cache=cache
+                source,
+                options,
+                place,
+                jobs=jobs,
+                memory=memory,
+                progress=bar.progress,
+                use_cache=cache,
             )
         results.append(
             {

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -51,6 +52,7 @@ from handheld.program import Program, TensorSpec, check
 from handheld_export import lowering, measure, sampling, targets
 from handheld_export.assemble import assemble, time_embeddings, time_ids
 from handheld_export.checkpoint import Checkpoint, Component, read_json
+from handheld_export.memory import Budget, need, trim
 from handheld_export.quantization import ActivationRange
 from handheld_export.reference import TorchArtifacts
 from handheld_export.segments import Segment
@@ -59,6 +61,10 @@ from handheld_export.targets.base import Target
 Array = NDArray[Any]
 _STUDENT_WEIGHTS = 500_000_000
 _CALIBRATION_RUNS = 3
+_REPEATED = 3
+"""Segments of one structure from which on converting it twice for all of them pays."""
+_KEEP = 2_000_000_000
+"""Bytes up to which a program's float32 weights stay in memory between its calls."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,7 @@ def export(
     output: Path,
     *,
     jobs: int | None = None,
+    memory: int | None = None,
     progress: Progress | None = None,
     use_cache: bool = True,
 ) -> Manifest:
@@ -148,7 +155,10 @@ def export(
     output : Path
         The bundle's folder. An existing bundle there is replaced.
     jobs : int, optional
-        Worker processes; by default as many as cores and memory allow.
+        Most worker processes; by default as many as cores.
+    memory : int, optional
+        MB (10^6 bytes) that all processes together should stay below; by default a part of what
+        is free. Segments are lowered beside each other while that leaves room.
     progress : Progress, optional
     use_cache : bool
         False lowers everything afresh.
@@ -187,7 +197,7 @@ def export(
         tempfile.TemporaryDirectory(prefix=f"tmp-{os.getpid()}-", dir=scratch) as folder,
     ):
         work = Path(folder)
-        manifest, keys = _export(plan, work, root, jobs, progress, use_cache)
+        manifest, keys = _export(plan, work, root, jobs, memory, progress, use_cache)
         _remember(manifest, keys, work, record)
     progress.stage("packing")
     _pack(manifest, record, root, output)
@@ -228,17 +238,21 @@ def _export(
     work: Path,
     root: Path,
     jobs: int | None,
+    memory: int | None,
     progress: Progress,
     use_cache: bool,
 ) -> tuple[Manifest, dict[str, str]]:
+    Budget.of(memory).workers(list(_needs(plan).values()), 1)  # refused now, not in minutes
     progress.stage("encoding prompts")
     texts = _texts(plan, work)
     progress.stage("running the program in torch")
-    reference, ranges = _reference(plan, texts, work)
+    keep = _KEEP if memory is None else min(_KEEP, memory * 10**6 // 4)
+    reference, ranges = _reference(plan, texts, work, keep)
+    trim()
     progress.stage("lowering")
-    metas, keys = _lower_all(plan, ranges, work, root, jobs, progress, use_cache)
+    metas, keys = _lower_all(plan, ranges, work, root, jobs, memory, progress, use_cache)
     progress.stage("verifying end to end")
-    verification = _verify(plan, texts, reference, ranges, keys, metas, root)
+    verification = _verify(plan, texts, reference, keys, metas, root, keep)
     manifest = _manifest(plan, texts, metas, verification, work)
     return manifest, keys
 
@@ -448,14 +462,14 @@ class _Result:
 
 
 def _reference(
-    plan: _Plan, texts: _Texts, work: Path
+    plan: _Plan, texts: _Texts, work: Path, keep: int
 ) -> tuple[_Result, dict[str, ActivationRange]]:
     pairs = [(s, c) for _, s, c in plan.segments]
     student_ranges = plan.checkpoint.unet.activation_ranges | plan.checkpoint.vae.activation_ranges
     precision = find_precision(plan.options.precision)
     wanted = plan.options.calibrate or plan.target.needs_ranges
     observe = wanted and precision.other is not None and not student_ranges
-    artifacts = TorchArtifacts(pairs, observe=observe)
+    artifacts = TorchArtifacts(pairs, observe=observe, keep=keep)
     middle = {s.id: 0 for s, _ in pairs}
     calls = len(plan.steps) * (1 if plan.guidance == 1.0 else 2)
     middle |= {s.id: calls // 2 for line, s, _ in plan.segments if line == "unet"}
@@ -526,6 +540,7 @@ def _lower_all(
     work: Path,
     root: Path,
     jobs: int | None,
+    memory: int | None,
     progress: Progress,
     use_cache: bool,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
@@ -534,9 +549,12 @@ def _lower_all(
     lowering.sweep(store)
     metas: dict[str, dict[str, Any]] = {}
     keys: dict[str, str] = {}
-    tasks: list[tuple[int, lowering.Task]] = []
-    workers = jobs or _workers(max(s.weights for _, s, _ in plan.segments))
+    needs = _needs(plan)
+    budget = Budget.of(memory)
+    workers = budget.workers(list(needs.values()), jobs or os.cpu_count() or 1)
     threads = max(1, (os.cpu_count() or 1) // workers)
+    structures = Counter(s.structure for _, s, _ in plan.segments)
+    tasks: list[lowering.Task] = []
     progress.planned(len(plan.segments), sum(s.weights for _, s, _ in plan.segments))
     for line, segment, component in plan.segments:
         own = lowering.segment_ranges(segment, ranges)
@@ -551,44 +569,46 @@ def _lower_all(
             continue
         if not use_cache:
             shutil.rmtree(store / key, ignore_errors=True)
+        repeated = structures[segment.structure] >= _REPEATED
         tasks.append(
-            (
-                segment.weights,
-                lowering.Task(
-                    checkpoint=str(plan.checkpoint.path),
-                    latent=plan.latent,
-                    tokens=_tokens(plan.checkpoint),
-                    line=line,
-                    segment=segment.id,
-                    target=plan.target.name,
-                    precision=plan.options.precision,
-                    ranges=own,
-                    example=str(work / "examples" / f"{segment.id}.safetensors"),
-                    key=key,
-                    cache=str(store),
-                    threads=threads,
-                ),
-            )
+            lowering.Task(
+                checkpoint=str(plan.checkpoint.path),
+                latent=plan.latent,
+                tokens=_tokens(plan.checkpoint),
+                line=line,
+                segment=segment.id,
+                target=plan.target.name,
+                precision=plan.options.precision,
+                ranges=own,
+                example=str(work / "examples" / f"{segment.id}.safetensors"),
+                key=key,
+                cache=str(store),
+                threads=threads,
+                shared=str(root / "structures") if repeated else None,
+            ),
         )
     if tasks:
-        tasks.sort(key=lambda t: -t[0])
+        # The largest first, so that none of them is left for the end alone.
+        tasks.sort(key=lambda t: -needs[t.segment])
         metas |= _in_workers(
-            [t for _, t in tasks], min(workers, len(tasks)), threads, progress, plan
+            tasks, min(workers, len(tasks)), threads, budget, needs, progress, plan
         )
     return metas, keys
 
 
-def _workers(largest: int) -> int:
-    """As many workers as cores, while each may hold the largest segment several times."""
-    each = 1.0e9 + 16.0 * largest
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(os.cpu_count() or 1, int(available * 0.6 / each)))
+def _needs(plan: _Plan) -> dict[str, int]:
+    """Return the bytes of memory that lowering each segment takes."""
+    precision = find_precision(plan.options.precision)
+    coded = bool(precision.linear or plan.checkpoint.unet.quantized)
+    return {s.id: need(s, quantized=coded) for _, s, _ in plan.segments}
 
 
 def _in_workers(
     tasks: Sequence[lowering.Task],
     workers: int,
     threads: int,
+    budget: Budget,
+    needs: Mapping[str, int],
     progress: Progress,
     plan: _Plan,
 ) -> dict[str, dict[str, Any]]:
@@ -601,10 +621,14 @@ def _in_workers(
         initargs=(threads,),
     )
     try:
-        pending: dict[Future[dict[str, Any]], lowering.Task] = {
-            pool.submit(lowering.lower, task): task for task in tasks
-        }
-        while pending:
+        waiting = list(tasks)
+        pending: dict[Future[dict[str, Any]], lowering.Task] = {}
+        while waiting or pending:
+            for task in list(waiting):
+                running = [needs[t.segment] for t in pending.values()]
+                if len(running) < workers and budget.fits(running, needs[task.segment], workers):
+                    waiting.remove(task)
+                    pending[pool.submit(lowering.lower, task)] = task
             finished, _ = wait(pending, return_when=FIRST_COMPLETED)
             for future in finished:
                 task = pending.pop(future)
@@ -614,7 +638,7 @@ def _in_workers(
                     raise TargetError(
                         "a worker process died",
                         field=task.segment,
-                        remedy="probably out of memory: try --jobs 1; what is done is kept",
+                        remedy="probably out of memory: give less --memory; what is done is kept",
                     ) from None
                 metas[task.segment] = meta
                 progress.done(task.segment, weights[task.segment], meta)
@@ -634,13 +658,13 @@ def _verify(
     plan: _Plan,
     texts: _Texts,
     reference: _Result,
-    ranges: dict[str, ActivationRange],
     keys: dict[str, str],
     metas: dict[str, dict[str, Any]],
     root: Path,
+    keep: int,
 ) -> Verification:
     paths = {i: root / "artifacts" / k / metas[i]["files"][0]["path"] for i, k in keys.items()}
-    runners = Runners(plan.target, {s.id: s for _, s, _ in plan.segments}, paths)
+    runners = Runners(plan.target, {s.id: s for _, s, _ in plan.segments}, paths, keep // 2)
     result = _run(plan, runners, texts.inputs[0], plan.options.seed)
     student_snr = None
     precision = find_precision(plan.options.precision)

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -36,10 +37,13 @@ GPU_OPERATORS: Final = frozenset(
 """Operators that the delegate took in segments that ran through WebGPU. The wheel's own analyzer
 passes whatever it is given, BROADCAST_TO for one, which the delegate refuses."""
 _GPU_DIMENSIONS: Final = 4
+_CONVERTERS: Final = ("litert-torch", "litert-converter", "torch")
 
 
 def convert(opened: tflite.Open, segment: SegmentInput, weights: Sequence[Tensor]) -> bytes:
     """Convert a module that takes its weights as inputs.
+
+    Segments of one structure share a conversion, see :mod:`handheld_export.structures`.
 
     Returns
     -------
@@ -51,6 +55,20 @@ def convert(opened: tflite.Open, segment: SegmentInput, weights: Sequence[Tensor
     TargetError
         If the converter cannot.
     """
+    if segment.shared is None:
+        return _convert(opened, segment, weights)
+    from handheld_export import structures
+
+    return structures.convert(
+        opened,
+        (*segment.examples, *weights),
+        {name: version(name) for name in _CONVERTERS},
+        segment.shared,
+        lambda: _convert(opened, segment, weights),
+    )
+
+
+def _convert(opened: tflite.Open, segment: SegmentInput, weights: Sequence[Tensor]) -> bytes:
     import litert_torch
     from litert_torch import progress
 

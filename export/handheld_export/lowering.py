@@ -32,6 +32,7 @@ from handheld.files import sha256_file
 from handheld.precision import find as find_precision
 from handheld_export import measure, targets, workspace
 from handheld_export.checkpoint import Checkpoint, Component
+from handheld_export.memory import trim
 from handheld_export.quantization import ActivationRange, QuantizedWeight
 from handheld_export.segments import (
     Graph,
@@ -98,6 +99,8 @@ class Task:
     key: str
     cache: str
     threads: int
+    shared: str | None = None
+    """Folder for what segments of this structure share."""
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,13 @@ def lower(task: Task) -> dict[str, Any]:
     CheckpointError
         If its weights cannot be read.
     """
+    try:
+        return _lower(task)
+    finally:
+        trim()
+
+
+def _lower(task: Task) -> dict[str, Any]:
     began = time.perf_counter()
     checkpoint = _open(task.checkpoint)
     target = targets.find(task.target)
@@ -240,7 +250,8 @@ def lower(task: Task) -> dict[str, Any]:
         work.mkdir(parents=True)
         try:
             path = work / f"{segment.id}{target.suffix}"
-            given = SegmentInput(segment.id, module, segment.ports, inputs)
+            shared = None if task.shared is None else Path(task.shared)
+            given = SegmentInput(segment.id, module, segment.ports, inputs, shared)
             try:
                 lowered = target.lower(given, path)
             except TargetError as e:

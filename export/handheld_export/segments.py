@@ -108,6 +108,19 @@ class Segment:
         """Number of parameters."""
         return sum(self.graph.weights(u) for u in self.units)
 
+    @property
+    def structure(self) -> tuple[object, ...]:
+        """Equal for segments that look alike: kinds of units, and shapes of all tensors."""
+        units = tuple(
+            (
+                type(u.module).__name__,
+                tuple((n, tuple(t.shape)) for n, t in u.module.state_dict().items()),
+            )
+            for u in self.units
+        )
+        tensors = (*self.inputs, *self.outputs)
+        return (units, tuple(self.graph.shapes[n] for n in tensors))
+
 
 def _nhwc(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[0], shape[2], shape[3], shape[1]) if len(shape) == 4 else shape

@@ -85,7 +85,7 @@ class Open(nn.Module):
         self.inner = module
         self.inputs = inputs
         self.layers: list[Layer] = []
-        self._paths: list[str] = []
+        self.paths: list[str] = []
         for name, layer in module.named_modules():
             if not isinstance(layer, nn.Linear | nn.Conv2d):
                 continue
@@ -94,14 +94,14 @@ class Open(nn.Module):
                     raise TargetError(f"layer '{name}': grouped convolutions stay in float")
                 continue
             source = getattr(layer, "source_name", name)
-            self._paths.append(f"{name}.weight")
+            self.paths.append(f"{name}.weight")
             self.layers.append(
                 Layer(source, layer.weight.detach(), getattr(layer, "quantized", None))
             )
 
     def forward(self, *tensors: Tensor) -> Any:
         """Run the module with the given weights."""
-        weights = dict(zip(self._paths, tensors[self.inputs :], strict=True))
+        weights = dict(zip(self.paths, tensors[self.inputs :], strict=True))
         return torch.func.functional_call(self.inner, weights, tensors[: self.inputs])
 
 
@@ -425,18 +425,18 @@ def _sign(model: Any, inputs: Sequence[int], outputs: Sequence[int], ports: Port
 def _write(model: Any, stored: Sequence[_Stored], path: Path) -> None:
     for item in stored:
         item.buffer.offset = item.buffer.size = 2
-    at = _aligned(len(_packed(model)))
+    at = _aligned(len(packed(model)))
     for item in stored:
         item.buffer.offset, item.buffer.size = at, item.nbytes
         at = _aligned(at + item.nbytes)
     with path.open("wb") as file:
-        file.write(_packed(model))
+        file.write(packed(model))
         for item in stored:
             _skip(file, item.buffer.offset)
             file.write(item.data())
 
 
-def _packed(model: Any) -> bytearray:
+def packed(model: Any) -> bytearray:
     builder = flatbuffers.Builder(1 << 16)
     builder.Finish(model.Pack(builder), b"TFL3")
     return builder.Output()  # type: ignore[no-any-return]

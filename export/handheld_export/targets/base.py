@@ -45,12 +45,16 @@ class SegmentInput:
     ports : Ports
     examples : sequence of tensors
         One realistic value per input.
+    shared : Path or None
+        Folder for what segments of the same structure share; None where no other one has the
+        structure.
     """
 
     id: str
     module: torch.nn.Module
     ports: Ports
     examples: Sequence[torch.Tensor]
+    shared: Path | None = None
 
 
 @dataclass(frozen=True)
