@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -334,6 +335,139 @@ def test_cache_is_built_once_and_again_if_damaged(built, bundle, inputs, tmp_pat
     states()
     assert not list(cache.glob(".tmp*"))
     assert len(hashes) == 1
+
+
+def packed(built, bundle, inputs, tmp_path):
+    """Pack a bundle's weights; return the cache, and a function that runs with it."""
+    cache = tmp_path / "cache"
+
+    def again(**changes):
+        status, events = run(built, tmp_path, job(bundle, inputs, cache=str(cache), **changes))
+        assert status == 0, events[-1]
+        return picture(events), [e.cache for e in events if e.event == "load"]
+
+    return cache, again
+
+
+def test_one_wrong_bit_in_packed_weights_is_noticed(built, bundle, inputs, tmp_path):
+    cache, again = packed(built, bundle, inputs, tmp_path)
+    good, _ = again()
+    file = max(cache.glob("*.packed"), key=lambda p: p.stat().st_size)
+    then = file.stat()
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(then.st_atime_ns, then.st_mtime_ns))
+    assert again() == (good, ["built", "hit", "hit"])
+    assert again() == (good, ["hit"] * 3)
+
+
+def test_packed_weights_of_another_artifact_or_version(built, bundle, inputs, tmp_path):
+    cache, again = packed(built, bundle, inputs, tmp_path)
+    good, _ = again()
+    one, two, three = sorted(cache.glob("*.packed"))
+    for target, source in ((one, two), (three, two)):
+        for suffix in ("", ".stamp"):
+            wrong = source.with_name(source.name + suffix).read_bytes()
+            place = target.with_name(target.name + suffix)
+            place.write_bytes(wrong)
+            then = source.with_name(source.name + suffix).stat()
+            os.utime(place, ns=(then.st_atime_ns, then.st_mtime_ns))
+    assert sorted(again()[1]) == ["built", "built", "hit"]
+    # As an engine of another version would have named and stamped it.
+    for suffix in ("", ".stamp"):
+        old = one.with_name(one.name.replace("-", "-0000") + suffix)
+        one.with_name(one.name + suffix).rename(old)
+    assert sorted(again()[1]) == ["built", "hit", "hit"]
+    assert again()[0] == good
+
+
+@pytest.mark.parametrize("residency", ["resident", "stream"])
+@pytest.mark.parametrize("how", ["cut", "removed", "written"])
+def test_packed_weights_that_change_during_runs(built, bundle, inputs, tmp_path, residency, how):
+    cache, again = packed(built, bundle, inputs, tmp_path)
+    good, _ = again()
+    options = {"residency": residency, "prefetch": False, "cache": str(cache)}
+    process, lines = start(built, tmp_path, job(bundle, inputs, min_seconds=2, **options))
+    for file in cache.glob("*.packed"):
+        if how == "removed":
+            file.unlink()
+        elif how == "cut":
+            os.truncate(file, file.stat().st_size - 64)
+        else:
+            with file.open("r+b") as f:
+                f.seek(-64, os.SEEK_END)
+                f.write(os.urandom(64))
+    out, _ = process.communicate(timeout=30)
+    events = [EVENT.validate_json(line) for line in (*lines, *out.splitlines())]
+    if process.returncode:
+        # What is mapped has changed under the engine: refused, as soon as a run is over.
+        assert how != "removed"
+        assert events[-1].code == "io"
+        assert not [e for e in events if e.event == "output"]
+    else:
+        # It was packed anew, or is still whole.
+        assert picture(events) == good
+    assert again()[0] == good
+
+
+def test_session_goes_on_after_its_cache_was_spoiled(bundle, tmp_path):
+    from handheld.native import NativeError, Session
+
+    cache = tmp_path / "cache"
+    with Session(Job(bundle=str(bundle), size=SIZE, seed=11, cache=str(cache))) as session:
+        session.set_inputs(hb.inputs())
+        session.run()
+        good = session.output()
+        os.utime(sorted(cache.glob("*.packed"))[0])
+        with pytest.raises(NativeError, match="changed or cut off while they were in use"):
+            session.run()
+        session.run()
+        assert (session.output() == good).all()
+
+
+def test_disk_that_is_full_before_packing(built, bundle, inputs, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mounted, check=False, capture_output=True).returncode:
+        pytest.skip("a small disk can only be mounted by root")
+    try:
+        code, message = refused(built, tmp_path, job(bundle, inputs, cache=str(disk / "cache")))
+        assert code == "io"
+        assert "no room to pack its weights" in message
+        assert "run without a cache" in message
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_disk_that_fills_up_while_packing(built, bundle, inputs, tmp_path):
+    cache, again = packed(built, bundle, inputs, tmp_path)
+    good, _ = again()
+    kept = sorted(cache.glob("*.packed"))
+    kept[0].with_name(kept[0].name + ".stamp").unlink()  # this one is packed again
+    before = {p: p.read_bytes() for p in kept}
+
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
+
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(job(bundle, inputs, cache=str(cache))))
+    result = subprocess.run(
+        [built.program, path],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        preexec_fn=full,
+    )
+    assert result.returncode == 1
+    last = EVENT.validate_json(result.stdout.splitlines()[-1])
+    assert last.event == "error"
+    assert last.code in ("io", "engine")
+    assert {p: p.read_bytes() for p in kept} == before
+    assert again()[0] == good
+    assert not list(cache.glob(".tmp*"))
 
 
 def test_cached_weights_beside_constants_that_are_not_packed(built, lowered, tmp_path):

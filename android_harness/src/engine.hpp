@@ -10,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "pack_cache.hpp"
+
 namespace hh {
 
 enum class DType { f32, f16, u8, i8, i32 };
@@ -32,6 +34,7 @@ struct ArtifactInfo {
 struct EngineOptions {
   int threads = 2;
   std::string cache_dir;  // empty: no packed-weight cache on disk
+  bool verify_cache = true;  // read packed weights whole before their first use
 };
 
 enum class CacheState { none, built, hit };
@@ -52,6 +55,7 @@ class Model {
   // they may differ from call to call. Inputs and outputs never overlap. Throws Error.
   virtual void run(std::span<const void* const> inputs, std::span<void* const> outputs) = 0;
   CacheState cache = CacheState::none;
+  PackedFile packed;  // the file that it maps, if any
   double blocked_ms = 0;  // part of its loading in which it waited for another model's run
 };
 

@@ -282,7 +282,9 @@ class ExecuTorchEngine final : public Engine {
       throw Error("engine-missing", "this build of ExecuTorch has no XNNPACK backend");
     if (!options.cache_dir.empty())
       cache_.emplace(options.cache_dir, std::string("executorch ") + HANDHELD_EXECUTORCH_VERSION +
-                                            " " + library_hash() + " " + processor_id());
+                                            " " + library_hash() + " " + processor_id(),
+                     options.verify_cache);
+    if (cache_ && !cache_->usable()) cache_.reset();
     set_threads(options.threads);
   }
 
@@ -296,25 +298,28 @@ class ExecuTorchEngine final : public Engine {
   std::unique_ptr<Model> load(const ArtifactInfo& info) override {
     last_log.clear();
     if (!cache_) return open(info, nullptr);
-    if (auto path = cache_->find(info.sha256)) {
-      auto model = open(info, path->c_str());
-      model->cache = CacheState::hit;
-      return model;
-    }
+    if (auto hit = cache_->find(info.sha256)) return use(info, std::move(*hit));
+    const auto turn = cache_->wait(info.sha256);
+    if (auto hit = cache_->find(info.sha256)) return use(info, std::move(*hit));
     struct stat st {};
     ::stat(info.path.c_str(), &st);
-    auto temporary = cache_->begin(info.sha256, static_cast<uint64_t>(st.st_size));
-    if (!temporary) return open(info, nullptr);
+    const std::string temporary =
+        cache_->begin(info.sha256, info.id, static_cast<uint64_t>(st.st_size));
     try {
-      auto model = open(info, temporary->c_str());
+      auto model = open(info, temporary.c_str());
       et::BackendOptions<1> save;
       save.set_option("save_weight_cache_on_disk", true);
-      if (et::set_option(kBackend, save.view()) == et::Error::Ok &&
-          cache_->publish(info.sha256, *temporary))
+      check(info.id, "packed weights cannot be kept", et::set_option(kBackend, save.view()));
+      if (auto built = cache_->publish(info.sha256, temporary)) {
+        model->packed = std::move(*built);
         model->cache = CacheState::built;
+      } else if (!last_log.empty()) {
+        throw Error("io", "artifact '" + info.id + "': its packed weights cannot be written: " +
+                              last_log + " (is the disk full? free some, or run without a cache)");
+      }
       return model;
     } catch (...) {
-      cache_->abandon(*temporary);
+      cache_->abandon(temporary);
       throw;
     }
   }
@@ -331,6 +336,13 @@ class ExecuTorchEngine final : public Engine {
       pool->_unsafe_reset_threadpool(static_cast<uint32_t>(threads));
     }
     ++users_;
+  }
+
+  std::unique_ptr<Model> use(const ArtifactInfo& info, PackedFile packed) {
+    auto model = open(info, packed.path().c_str());
+    model->packed = std::move(packed);
+    model->cache = CacheState::hit;
+    return model;
   }
 
   std::unique_ptr<Model> open(const ArtifactInfo& info, const char* cache_file) {

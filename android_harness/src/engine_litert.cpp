@@ -1,20 +1,11 @@
 // LiteRT on the CPU (XNNPACK inside), with packed weights in memory-mapped files.
 #include <dlfcn.h>
-#include <fcntl.h>
-#include <signal.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <algorithm>
-#include <array>
-#include <atomic>
-#include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <filesystem>
-#include <fstream>
 #include <mutex>
 #include <optional>
 #include <utility>
@@ -23,6 +14,7 @@
 #include "file.hpp"
 #include "litert_api.hpp"
 #include "litert_workspace.hpp"
+#include "pack_cache.hpp"
 
 #ifndef HANDHELD_LITERT_LIBRARY
 #define HANDHELD_LITERT_LIBRARY ""
@@ -100,114 +92,10 @@ const Api& api() {
 
 namespace {
 
-namespace fs = std::filesystem;
-
-constexpr char kSuffix[] = ".litert";
-
 void check(Status status, const ArtifactInfo& info, const char* what) {
   if (status != 0) {
     throw Error("engine", "artifact '" + info.id + "': LiteRT cannot " + what + " (status " +
                               std::to_string(status) + ")");
-  }
-}
-
-uint64_t fnv(const void* data, size_t size, uint64_t hash = 0xcbf29ce484222325) {
-  const auto* bytes = static_cast<const unsigned char*>(data);
-  for (size_t i = 0; i < size; ++i) hash = (hash ^ bytes[i]) * 0x100000001b3;
-  return hash;
-}
-
-std::string hex(uint64_t value) {
-  char text[17];
-  std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(value));
-  return text;
-}
-
-// Size and a hash of the beginning, the end and samples between. XNNPACK checks a cache's
-// header, but neither that the file is whole nor whose weights it holds.
-std::string fingerprint(const std::string& path) {
-  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (fd < 0) return {};
-  struct stat st{};
-  std::string result;
-  if (fstat(fd, &st) == 0 && st.st_size > 0) {
-    constexpr off_t kEnds = 4096, kSamples = 256;
-    std::array<char, kEnds> block;
-    uint64_t hash = fnv(&st.st_size, sizeof st.st_size);
-    const auto add = [&](off_t at, off_t size) {
-      const ssize_t got = pread(fd, block.data(), static_cast<size_t>(size), at);
-      hash = fnv(block.data(), got > 0 ? static_cast<size_t>(got) : 0, hash);
-    };
-    add(0, kEnds);
-    add(std::max<off_t>(0, st.st_size - kEnds), kEnds);
-    for (off_t i = 1; i < kSamples; ++i) add(st.st_size / kSamples * i, 64);
-    result = hex(hash);
-  }
-  ::close(fd);
-  return result;
-}
-
-// The processor's abilities decide how weights are packed.
-uint64_t processor() {
-  std::ifstream file("/proc/cpuinfo");
-  uint64_t hash = fnv("", 0);
-  for (std::string line; std::getline(file, line);) {
-    for (const char* kept : {"flags", "Features", "CPU part", "model\t"}) {
-      if (line.rfind(kept, 0) == 0) hash = fnv(line.data(), line.size(), hash);
-    }
-  }
-  return hash;
-}
-
-// Finds the cache whose name begins with `prefix` and ends with its own fingerprint; others
-// of that prefix are damaged and go.
-std::optional<std::string> find_cache(const std::string& folder, const std::string& prefix) {
-  std::optional<std::string> found;
-  std::error_code ignored;
-  for (const auto& entry : fs::directory_iterator(folder, ignored)) {
-    const std::string name = entry.path().filename().string();
-    if (name.rfind(prefix, 0) != 0 || name.find(".tmp.") != std::string::npos) continue;
-    if (name == prefix + fingerprint(entry.path().string()) + kSuffix) {
-      found = entry.path().string();
-    } else {
-      fs::remove(entry.path(), ignored);
-    }
-  }
-  return found;
-}
-
-// Gives a finished cache its name, whole or not at all.
-std::optional<std::string> publish(const std::string& temporary, const std::string& prefix) {
-  const int fd = ::open(temporary.c_str(), O_RDONLY | O_CLOEXEC);
-  bool ok = fd >= 0 && fsync(fd) == 0;
-  if (fd >= 0) ::close(fd);
-  const std::string print = ok ? fingerprint(temporary) : std::string();
-  const std::string path = prefix + print + kSuffix;
-  if (!print.empty() && std::rename(temporary.c_str(), path.c_str()) == 0) return path;
-  ::unlink(temporary.c_str());
-  return std::nullopt;
-}
-
-// Packing onto a full disk must not be tried.
-bool has_room(const std::string& folder, const std::string& artifact) {
-  std::error_code error;
-  const uint64_t bytes = fs::file_size(artifact, error);
-  if (error) return false;
-  const fs::space_info disk = fs::space(folder, error);
-  return !error && disk.available >= 2 * bytes + (uint64_t{32} << 20);
-}
-
-// Removes half-built caches of processes that are gone.
-void sweep(const std::string& folder) {
-  std::error_code ignored;
-  for (const auto& entry : fs::directory_iterator(folder, ignored)) {
-    const std::string name = entry.path().filename().string();
-    const size_t at = name.find(".tmp.");
-    if (at == std::string::npos) continue;
-    const long pid = std::strtol(name.c_str() + at + 5, nullptr, 10);
-    if (pid <= 0 || (kill(static_cast<pid_t>(pid), 0) != 0 && errno == ESRCH)) {
-      fs::remove(entry.path(), ignored);
-    }
   }
 }
 
@@ -410,27 +298,14 @@ class LiteRtModel final : public hh::Model {
 
 class LiteRtEngine final : public Engine {
  public:
-  explicit LiteRtEngine(const EngineOptions& options) : options_(options) {
-    std::string& folder = options_.cache_dir;
-    if (folder.empty()) return;
-    std::error_code error;
-    fs::create_directories(folder, error);
-    // The path travels as text between quotes.
-    const bool plain = folder.find_first_of("\"\n\\") == std::string::npos;
-    if (error || !plain || access(folder.c_str(), W_OK | X_OK) != 0) {
-      folder.clear();
-    } else {
-      sweep(folder);
-    }
-  }
+  explicit LiteRtEngine(const EngineOptions& options) : options_(options) {}
   ~LiteRtEngine() override {
     if (environment_) api().LiteRtDestroyEnvironment(environment_);
   }
 
   bool must_pack(const ArtifactInfo& info) override {
-    if (options_.cache_dir.empty()) return false;
-    const std::string prefix = info.sha256.substr(0, 40) + "." + hex(identity()) + ".";
-    return !find_cache(options_.cache_dir, prefix);
+    PackCache* cache = this->cache();
+    return cache && !cache->find(info.sha256);
   }
 
   bool takes(const std::string& option, const std::string& value) const override {
@@ -440,37 +315,37 @@ class LiteRtEngine final : public Engine {
   std::unique_ptr<hh::Model> load(const ArtifactInfo& info) override {
     Environment environment = this->environment();
     const std::string threads = "num_threads = " + std::to_string(options_.threads) + "\n";
-    if (options_.cache_dir.empty()) {
-      return std::make_unique<LiteRtModel>(info, environment, threads, shared());
-    }
-    const std::string prefix = info.sha256.substr(0, 40) + "." + hex(identity()) + ".";
-    const auto make = [&](const std::string& cache, std::shared_ptr<Shared> shared) {
+    PackCache* cache = this->cache();
+    if (!cache) return std::make_unique<LiteRtModel>(info, environment, threads, shared());
+    const auto make = [&](const std::string& path, std::shared_ptr<Shared> shared) {
       return std::make_unique<LiteRtModel>(
-          info, environment, threads + "weight_cache_file_path = \"" + cache + "\"\n",
+          info, environment, threads + "weight_cache_file_path = \"" + path + "\"\n",
           std::move(shared));
     };
-    if (const auto hit = find_cache(options_.cache_dir, prefix)) {
-      auto model = make(*hit, shared());
-      model->cache = CacheState::hit;
+    const auto use = [&](PackedFile packed, CacheState state) {
+      auto model = make(packed.path(), shared());
+      model->packed = std::move(packed);
+      model->cache = state;
       return model;
-    }
-    if (!has_room(options_.cache_dir, info.path)) {
-      return std::make_unique<LiteRtModel>(info, environment, threads, shared());
-    }
-    const std::string temporary = options_.cache_dir + "/" + prefix + "tmp." +
-                                  std::to_string(getpid()) + "." + std::to_string(++counter_);
+    };
+    if (auto hit = cache->find(info.sha256)) return use(std::move(*hit), CacheState::hit);
+    const auto turn = cache->wait(info.sha256);
+    if (auto hit = cache->find(info.sha256)) return use(std::move(*hit), CacheState::hit);
+    struct stat st{};
+    stat(info.path.c_str(), &st);
+    const std::string temporary =
+        cache->begin(info.sha256, info.id, static_cast<uint64_t>(st.st_size));
     std::unique_ptr<LiteRtModel> model;
     try {
       model = make(temporary, nullptr);
     } catch (...) {
-      ::unlink(temporary.c_str());
+      cache->abandon(temporary);
       throw;
     }
-    if (const auto built = publish(temporary, options_.cache_dir + "/" + prefix)) {
+    if (auto built = cache->publish(info.sha256, temporary)) {
       // The model that packed holds more than it needs.
       model.reset();
-      model = make(*built, shared());
-      model->cache = CacheState::built;
+      return use(std::move(*built), CacheState::built);
     }
     return model;
   }
@@ -495,22 +370,22 @@ class LiteRtEngine final : public Engine {
     return possible ? shared_ : nullptr;
   }
 
-  // What besides the artifact decides how packed weights look.
-  uint64_t identity() {
+  PackCache* cache() {
     const std::scoped_lock lock(mutex_);
-    if (!identity_) {
-      const std::string text = HANDHELD_LITERT_VERSION + api().build;
-      identity_ = fnv(text.data(), text.size(), processor());
-    }
-    return *identity_;
+    if (options_.cache_dir.empty()) return nullptr;
+    if (!cache_)
+      cache_.emplace(options_.cache_dir,
+                     std::string("litert ") + HANDHELD_LITERT_VERSION + " " + api().build + " " +
+                         processor_id(),
+                     options_.verify_cache);
+    return cache_->usable() ? &*cache_ : nullptr;
   }
 
   EngineOptions options_;
   std::mutex mutex_;
-  std::optional<uint64_t> identity_;
+  std::optional<PackCache> cache_;
   std::shared_ptr<Shared> shared_ = std::make_shared<Shared>();
   Environment environment_ = nullptr;
-  std::atomic<int> counter_{0};
 };
 
 }  // namespace

@@ -24,6 +24,26 @@ void stop(int) {
   hh_cancel(session.load());
 }
 
+// A mapped file was cut off, or a disk filled up under one: there is no way on, but a last word.
+void lost_pages(int) {
+  constexpr char line[] =
+      "{\"event\":\"error\",\"t_ms\":0,\"code\":\"io\",\"message\":\"pages of a mapped file are gone: a file "
+      "of the bundle or the cache was cut off while in use, or the disk is full\"}\n";
+  ssize_t ignored = ::write(STDOUT_FILENO, line, sizeof line - 1);
+  (void)ignored;
+  ::_exit(HH_FAILED);
+}
+
+// Engines give up so when they cannot write packed weights; they say why on standard error.
+void gave_up(int) {
+  constexpr char line[] =
+      "{\"event\":\"error\",\"t_ms\":0,\"code\":\"engine\",\"message\":\"the engine gave up, for a reason that it "
+      "printed: is the disk full? free some, or run without a cache\"}\n";
+  ssize_t ignored = ::write(STDOUT_FILENO, line, sizeof line - 1);
+  (void)ignored;
+  ::_exit(HH_FAILED);
+}
+
 bool write_all(int fd, const char* data, size_t bytes) {
   while (bytes > 0) {
     ssize_t n = ::write(fd, data, bytes);
@@ -85,6 +105,9 @@ int main(int argc, char** argv) {
   sigaction(SIGINT, &action, nullptr);
   sigaction(SIGTERM, &action, nullptr);
   std::signal(SIGPIPE, SIG_IGN);
+  std::signal(SIGBUS, lost_pages);
+  std::signal(SIGABRT, gave_up);
+  std::signal(SIGXFSZ, SIG_IGN);  // then writing fails, which is reported
 
   std::string job;
   if (!read_job(argv[1], job)) {

@@ -71,7 +71,14 @@ size_t Residency::next_streamed(size_t call) const {
 
 Model& Residency::acquire(size_t call) {
   const size_t slot = calls_[call];
-  if (!slots_[slot].stream) return *residents_[slot];
+  if (!slots_[slot].stream) {
+    if (!residents_[slot]) {
+      Ready ready = load(slot);
+      if (ready.error) std::rethrow_exception(ready.error);
+      residents_[slot] = std::move(ready.model);
+    }
+    return *residents_[slot];
+  }
   if (current_slot_ != slot) {
     current_.reset();
     current_slot_ = kNone;
@@ -96,9 +103,24 @@ void Residency::release(size_t call) {
   if (current_slot_ == kNone) return;
   bool again = call + 1 < calls_.size() && calls_[call + 1] == current_slot_;
   if (!again) {
+    if (!current_->packed.intact()) changed(current_slot_);
     current_.reset();
     current_slot_ = kNone;
   }
+}
+
+void Residency::changed(size_t slot) {
+  throw Error("io", "artifact '" + slots_[slot].info.id + "': its packed weights in the cache were "
+                    "changed or cut off while they were in use, so the picture may be wrong "
+                    "(run again: they will be packed anew)");
+}
+
+void Residency::check_intact() {
+  for (size_t i = 0; i < slots_.size(); ++i)
+    if (residents_[i] && !residents_[i]->packed.intact()) {
+      residents_[i].reset();
+      changed(i);
+    }
 }
 
 void Residency::drop_streamed() {

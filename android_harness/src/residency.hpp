@@ -36,6 +36,9 @@ class Residency {
   Model& acquire(size_t call);
   // The call is over: a streamed model that the next call does not use goes.
   void release(size_t call);
+  // Throws Error("io") if packed weights that were used since they were loaded have changed. What
+  // is concerned is loaded anew by the next run.
+  void check_intact();
   // Drops every streamed model, also after an error.
   void drop_streamed();
   // From now on everything is streamed; what was resident goes. Between calls only.
@@ -49,6 +52,7 @@ class Residency {
     double ms = 0;
   };
 
+  [[noreturn]] void changed(size_t slot);
   Ready load(size_t slot);
   void report(size_t slot, const Ready&);
   size_t next_streamed(size_t call) const;

@@ -162,6 +162,7 @@ void Session::open_artifacts(const std::function<void()>& go_on) {
   EngineOptions options;
   options.threads = job_.threads;
   options.cache_dir = job_.cache;
+  options.verify_cache = job_.verify_hashes;
   engines_ = std::make_unique<Engines>(std::move(options));
 
   constexpr size_t kUnused = SIZE_MAX;
@@ -299,6 +300,7 @@ double Session::iterate(const char* kind) {
     residency_->drop_streamed();
     throw;
   }
+  residency_->check_intact();
   double total = now_ms() - start;
   ran_ = true;
   emit(std::move(Event("iteration")
