@@ -47,6 +47,9 @@ _MODEL = re.compile(
 _PUBLIC = {"live", "ready", "metrics", "metadata"}
 _DISCARD_BYTES, _DISCARD_SECONDS = 16 * 2**20, 2.0
 _PIECE = 2**17
+_FED = 2**14
+_HEADER_COST = 32
+"""Bytes that a header counts for beside its own: a short one takes more memory than it has."""
 UNREAD = "too many answers wait to be read"
 ABORT = "handheld.abort"
 """Key of an ASGI scope: a function that drops the connection with what it has not sent."""
@@ -95,7 +98,8 @@ class Guard:
                     self._admit()
                     admitted = True
                     reply.most = self._settings.max_unread
-                body = await self._body(scope, receive)
+                most = 0 if route in _PUBLIC else self._settings.max_body
+                body = await self._body(scope, receive, most)
                 await self._app(scope, _replay(body, gone), reply)
             except _UnreadError:
                 raise
@@ -163,12 +167,11 @@ class Guard:
         scope["headers"].append((CLIENT.encode(), client.encode("latin-1", "replace")))
         return client
 
-    async def _body(self, scope: Message, receive: Receive) -> bytes:
+    async def _body(self, scope: Message, receive: Receive, most: int) -> bytes:
         """Read a body, and say what it is in the way that KServe's endpoint goes by."""
         headers = dict(scope["headers"])
         if headers.get(b"content-encoding", b"identity").lower() not in (b"", b"identity"):
             raise Refusal(415, "compressed bodies are not read")
-        most = self._settings.max_body
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > most:
             raise Refusal(413, f"the body is over {most} bytes")
@@ -352,6 +355,10 @@ class _Reply:
         await self._whole(start, body, False)
 
 
+class _DroppedError(Exception):
+    """Stops the parser."""
+
+
 class Protocol(HttpToolsProtocol):
     """uvicorn's HTTP, with limits on headers, on requests sent ahead, and on unread bytes.
 
@@ -360,11 +367,15 @@ class Protocol(HttpToolsProtocol):
     """
 
     max_header_bytes = 2**16
+    """Of a request, its trailers with it; requests that wait for their turn share it."""
     max_ahead = 16
     """Requests that may be sent before the one in hand is answered."""
     _timer: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
+    _began = 0.0
     _header_bytes = 0
+    _held = 0
+    """Bytes that the parser took since it last gave something."""
     _dropped = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -378,15 +389,15 @@ class Protocol(HttpToolsProtocol):
         self._expect()
 
     def _make_room(self, most: int) -> None:
-        """Drop a connection that rests or, at `most`, the one that has longest sent no request."""
+        """Drop a connection that rests or, at `most`, the one whose client takes longest."""
         others = [c for c in self.connections if c is not self and isinstance(c, Protocol)]
         for other in others:
             if other.is_resting():
                 other._drop()
                 return
         if len(self.connections) > most:
-            waiting = {c: c._timer.when() for c in others if c._timer is not None}
-            min(waiting, key=lambda c: waiting[c], default=self)._drop()
+            waiting = [c for c in others if c.waits_for_client()]
+            min(waiting, key=lambda c: c._began, default=self)._drop()
 
     def _abandon(self, cycle: Any) -> None:
         self._drop()
@@ -402,29 +413,79 @@ class Protocol(HttpToolsProtocol):
         """Tell whether the last request was answered and the next has not begun."""
         return self._timer is None and self.pipeline_idle() and not self._dropped
 
-    def data_received(self, data: bytes) -> None:
-        """Read what came, and begin to wait if a request has begun."""
-        if self._timer is None and self.pipeline_idle():
-            self._expect()
-        self._header_bytes += len(data)
-        if self._timer is not None and self._header_bytes > self.max_header_bytes + len(data):
-            self._give_up(b"431 Request Header Fields Too Large")
-            return
-        super().data_received(data)
+    def waits_for_client(self) -> bool:
+        """Tell whether a request is still to come, or an answer to be read."""
+        reading = self._timer is not None or (not self.pipeline_idle() and self.cycle.more_body)
+        return not self._dropped and (reading or self._unread is not None)
 
     def pipeline_idle(self) -> bool:
         """Tell whether no request is being read or answered."""
         return self.cycle is None or self.cycle.response_complete
 
+    def data_received(self, data: bytes) -> None:
+        """Read what came, and begin to wait if a request has begun."""
+        if self._timer is None and self.pipeline_idle():
+            self._expect()
+        # The parser keeps a header to itself until it is whole, so it gets no more than a piece.
+        for at in range(0, len(data), _FED):
+            if self._dropped or self.transport.is_closing():
+                return
+            piece = data[at : at + _FED]
+            self._held += len(piece)
+            super().data_received(piece)
+            if self._held > self.max_header_bytes:
+                self._refuse_head()
+
+    def on_message_begin(self) -> None:
+        """Begin to count a request's headers."""
+        super().on_message_begin()
+        if not self.pipeline:
+            self._header_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        """Take a part of a path."""
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header, or a trailer."""
+        self._count(len(name) + len(value) + _HEADER_COST)
+        super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         """Stop waiting; take the request, unless too many were sent ahead."""
-        if self._dropped or len(self.pipeline) >= self.max_ahead:
+        if len(self.pipeline) >= self.max_ahead:
             self._drop()
-            return
+            raise _DroppedError
+        self._held = 0
         self._forget()
         super().on_headers_complete()
         scope: Any = self.scope
         scope[ABORT] = partial(self._abandon, self.cycle)
+
+    def on_body(self, body: bytes) -> None:
+        """Take a part of a body."""
+        self._held = 0
+        super().on_body(body)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no request, unless the parser was stopped because of its size."""
+        if not self._dropped:
+            super().send_400_response(msg)
+
+    def _count(self, size: int) -> None:
+        self._held = 0
+        self._header_bytes += size
+        if self._header_bytes > self.max_header_bytes:
+            self._refuse_head()
+            raise _DroppedError
+
+    def _refuse_head(self) -> None:
+        """Give up on a connection, with an answer unless others are due before it."""
+        if self._timer is None:
+            self._drop()
+        else:
+            self._give_up(b"431 Request Header Fields Too Large")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""
@@ -448,7 +509,7 @@ class Protocol(HttpToolsProtocol):
             self._unread = None
 
     def _expect(self) -> None:
-        self._header_bytes = 0
+        self._began = self.loop.time()
         application: Any = self.config.app
         seconds = application.settings.header_timeout
         self._timer = self.loop.call_later(seconds, self._give_up, b"408 Request Timeout")
@@ -459,6 +520,7 @@ class Protocol(HttpToolsProtocol):
             self._timer = None
 
     def _give_up(self, status: bytes) -> None:
+        self._dropped = True
         self._forget()
         if self.transport is not None and not self.transport.is_closing():
             self.transport.write(
