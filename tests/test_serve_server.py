@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import httpx
 import numpy as np
@@ -34,6 +34,7 @@ import tiny
 from handheld_export.serve import access
 from handheld_export.serve.model import _travelling, response
 from handheld_export.serve.run import Application
+from handheld_export.serve.server import _address
 from handheld_export.text import LocalTextEncoder
 
 PROMPTS = ["a small red robot", "", "A  SMALL red\trobot", "ünï🤖"]  # as in triton_text.py
@@ -501,6 +502,8 @@ def test_policies(sdxl):
 
 
 def policy(prompt, client):
+    if "who" in prompt:
+        return client
     if "break" in prompt:
         raise RuntimeError(prompt)
     return "no" if "forbidden" in prompt else None
@@ -557,28 +560,84 @@ def test_requests_sent_far_ahead_are_not_kept(sdxl):
         assert httpx.get(f"{found.url}/v2/health/ready").status_code == 200
 
 
-def test_answers_by_grpc_that_wait_to_be_read_are_bounded(sdxl):
-    def ask(stub):
-        tensor = pb.ModelInferRequest.InferInputTensor(name="prompt", datatype="BYTES", shape=[1])
-        tensor.contents.bytes_contents.append(b"a robot")
-        request = pb.ModelInferRequest(model_name="text", inputs=[tensor])
-        return stub.ModelInfer(request, timeout=60)
+def ask_by_grpc(stub, prompt=b"a robot"):
+    tensor = pb.ModelInferRequest.InferInputTensor(name="prompt", datatype="BYTES", shape=[1])
+    tensor.contents.bytes_contents.append(prompt)
+    request = pb.ModelInferRequest(model_name="text", inputs=[tensor])
+    return stub.ModelInfer(request, timeout=60)
 
+
+def begun(channel, name, release):
+    """Return how a call fails that has no message before `release` is set."""
+    call = channel.stream_unary(f"/inference.GRPCInferenceService/{name}", lambda x: x)
+    with pytest.raises(grpc.RpcError) as caught:
+        call((b"" for _ in range(1) if release.wait(60)), timeout=30)
+    return caught.value.code(), caught.value.details()
+
+
+def test_messages_by_grpc_have_a_time(sdxl, tmp_path):
+    (tmp_path / "tokens").write_text("")
+    release = Event()
+    with (
+        serving.running(sdxl, grpc=True, body_timeout=0.3, tokens=tmp_path / "tokens") as found,
+        grpc.insecure_channel(found.grpc) as channel,
+    ):
+        try:
+            late = (grpc.StatusCode.DEADLINE_EXCEEDED, "the request took too long")
+            assert begun(channel, "ServerLive", release) == late
+            code, _ = begun(channel, "ModelInfer", release)
+            assert code is grpc.StatusCode.UNAUTHENTICATED, "before its message is read"
+            code, _ = begun(channel, "RepositoryModelLoad", release)
+            assert code is grpc.StatusCode.UNIMPLEMENTED
+        finally:
+            release.set()
+        stub = pb_grpc.GRPCInferenceServiceStub(channel)
+        assert stub.ServerReady(pb.ServerReadyRequest(), timeout=30).ready
+
+
+def test_clients_by_grpc_are_told_apart_by_their_address(sdxl):
+    options = {"rate": 0.001, "burst": 2, "policy": "test_serve_server:policy"}
+    with (
+        serving.running(sdxl, grpc=True, **options) as found,
+        grpc.insecure_channel(found.grpc) as channel,
+    ):
+        stub = pb_grpc.GRPCInferenceServiceStub(channel)
+        for prompt, code, said in (
+            (b"who is it", grpc.StatusCode.PERMISSION_DENIED, "127.0.0.1"),
+            (b"who is it", grpc.StatusCode.PERMISSION_DENIED, "127.0.0.1"),
+            (b"a robot", grpc.StatusCode.RESOURCE_EXHAUSTED, "too many prompts"),
+        ):
+            with pytest.raises(grpc.RpcError) as caught:
+                ask_by_grpc(stub, prompt)
+            assert caught.value.code() is code and said in caught.value.details()
+        for address, status in (("127.0.0.1", 429), ("127.0.0.2", 200)):
+            transport = httpx.HTTPTransport(local_address=address)
+            with httpx.Client(transport=transport, base_url=found.url) as client:
+                assert client.post(INFER, json=body()).status_code == status
+
+
+def test_names_of_addresses():
+    assert _address("ipv4:1.2.3.4:5") == "1.2.3.4"
+    assert _address("ipv6:%5B::1%5D:5") == _address("ipv6:[::1]:5") == "::1"
+    assert _address("unix:/a:b") == "unix:/a:b"
+
+
+def test_answers_by_grpc_that_wait_to_be_read_are_bounded(sdxl):
     with serving.running(sdxl, grpc=True) as found, grpc.insecure_channel(found.grpc) as channel:
-        size = ask(pb_grpc.GRPCInferenceServiceStub(channel)).ByteSize()
+        size = ask_by_grpc(pb_grpc.GRPCInferenceServiceStub(channel)).ByteSize()
     with (
         serving.running(sdxl, grpc=True, max_unread=size + 99) as found,
         grpc.insecure_channel(found.grpc) as channel,
     ):
         for _ in range(9):
-            assert ask(pb_grpc.GRPCInferenceServiceStub(channel)).outputs
+            assert ask_by_grpc(pb_grpc.GRPCInferenceServiceStub(channel)).outputs
     with (
         serving.running(sdxl, grpc=True, max_unread=size - 99) as found,
         grpc.insecure_channel(found.grpc) as channel,
     ):
         stub = pb_grpc.GRPCInferenceServiceStub(channel)
         with pytest.raises(grpc.RpcError) as caught:
-            ask(stub)
+            ask_by_grpc(stub)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert stub.ServerReady(pb.ServerReadyRequest(), timeout=30).ready
 

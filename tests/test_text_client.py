@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -303,3 +304,28 @@ def test_async():
             assert len(rows) == 1
 
     anyio.run(scenario)
+
+
+def test_no_proxy_sees_what_goes_to_this_machine(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as proxy, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+        proxy.settimeout(0.3)
+        for name in ("http_proxy", "all_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        for host in ("localhost", "127.0.0.1", "[::1]"):
+            with (
+                TextClient(f"http://{host}:{port}", token="secret", deadline=0.3) as client,
+                pytest.raises(TextServerError),
+            ):
+                client.encode(["a"])
+            with pytest.raises(TimeoutError):
+                proxy.accept()
+        with (
+            TextClient("http://text.example", deadline=0.3) as client,
+            pytest.raises(TextServerError),
+        ):
+            client.encode(["a"])
+        proxy.accept()[0].close()

@@ -6,6 +6,7 @@ import asyncio
 import struct
 import uuid
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -27,6 +28,8 @@ from handheld_export.text import LocalTextEncoder, Tokens
 
 CLIENT = "x-handheld-client"
 """Header in which the guard hands on who asks; what a client puts there is dropped."""
+CALLER: ContextVar[str] = ContextVar("caller")
+"""Who asks by gRPC."""
 _WIRE = {"<f4": "FP32", "<f2": "FP16", "|i1": "INT8", "<i4": "INT32"}
 _INLINE_BYTES = 2048
 """Prompts up to this size are turned into tokens faster than a thread is asked to."""
@@ -137,15 +140,14 @@ class TextModel(Model):  # type: ignore[misc]
         Refusal
             If it is not valid, not allowed, or takes too long.
         """
-        known = headers or {}
         if payload.from_grpc:
-            client = self._access.client(known, "grpc")
+            client = CALLER.get()
             if payload.model_version not in (None, "", self.version):
                 raise Refusal(404, "there are other text encoders here than that version")
             if not self.ready:
                 raise Refusal(503, "the encoders are not loaded", 1.0)
         else:
-            client = known.get(CLIENT, "")
+            client = (headers or {}).get(CLIENT, "")
         ask = self.read(payload)
         if not payload.from_grpc and _as_json(payload, "prompt_embeds"):
             values = len(ask.prompts) * self.encoder.length * self.encoder.width

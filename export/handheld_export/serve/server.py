@@ -14,7 +14,9 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Annotated, Any
+from urllib.parse import unquote
 
 import grpc
 import orjson
@@ -41,7 +43,7 @@ from handheld_export.serve import metrics
 from handheld_export.serve.access import Access
 from handheld_export.serve.errors import Refusal
 from handheld_export.serve.guard import UNREAD, VERSION, Guard, Load
-from handheld_export.serve.model import CLIENT, TextModel
+from handheld_export.serve.model import CALLER, CLIENT, TextModel
 from handheld_export.serve.settings import Settings
 
 _JSON_LENGTH = "inference-header-content-length"
@@ -188,84 +190,100 @@ def strings(raw: bytes) -> list[bytes]:
     return found
 
 
-class _Authenticate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Refuses calls without a valid token, and calls that are not a text server's."""
+class _Guarded(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Names clients, refuses calls that are not a text server's, and bounds time and memory.
+
+    Calls have one message each way, but are served as if clients sent several: gRPC would wait
+    for a call's only one before it tells of the call, without an end.
+    """
 
     _PUBLIC = ("ServerLive", "ServerReady", "ServerMetadata")
     _CLOSED = ("RepositoryModelLoad", "RepositoryModelUnload")
 
-    def __init__(self, access: Access, most: int) -> None:
+    def __init__(self, access: Access, settings: Settings) -> None:
         self._access = access
-        self._most = most
+        self._settings = settings
         self._load = Load()
 
     async def intercept_service(self, continuation: Callable[..., Any], details: Any) -> Any:
         """Let a call through, or not."""
-        name = details.method.rpartition("/")[2]
         handler = await continuation(details)
         if handler is None:
             return None
-        if name in self._CLOSED:
-            code = grpc.StatusCode.UNIMPLEMENTED
-            handler = _refusing(code, "models are not loaded by clients")
-        elif name not in self._PUBLIC:
-            try:
-                self._access.client(dict(details.invocation_metadata or ()), "grpc")
-            except Refusal as refusal:
-                handler = _refusing(refusal.status_code, refusal.reason)
-        return _counted(handler, f"grpc-{name}", self._load, self._most)
+        return grpc.stream_unary_rpc_method_handler(
+            partial(self._call, details.method.rpartition("/")[2], handler.unary_unary),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
 
-
-def _counted(handler: Any, route: str, load: Load, most: int) -> Any:
-    """Let metrics see a gRPC call as they see a request by HTTP; bound what waits to be read."""
-
-    async def call(request: Any, context: Any) -> Any:
+    async def _call(
+        self, name: str, answering: Callable[..., Any], messages: Any, context: Any
+    ) -> Any:
         started = time.perf_counter()
         status = "OK"
         try:
-            answer = await handler.unary_unary(request, context)
-            size = answer.ByteSize()
-            if load.unread + size > most:
-                await context.abort(grpc.StatusCode.UNAVAILABLE, UNREAD)
-            load.unread += size
-
-            def sent(_: Any) -> None:
-                load.unread -= size
-
-            context.add_done_callback(sent)
+            try:
+                CALLER.set(self._client(name, context))
+                answer = await answering(await self._message(context), context)
+                self._hold(answer.ByteSize(), context)
+            except Refusal as refusal:
+                await context.abort(refusal.status_code, refusal.reason)
+            else:
+                return answer
         except BaseException:
             code = context.code()
             status = code.name if isinstance(code, grpc.StatusCode) else "UNKNOWN"
             raise
-        else:
-            return answer
         finally:
             seconds = time.perf_counter() - started
-            metrics.REQUESTS.labels(route, status).inc()
-            metrics.SECONDS.labels(route).observe(seconds)
+            metrics.REQUESTS.labels(f"grpc-{name}", status).inc()
+            metrics.SECONDS.labels(f"grpc-{name}").observe(seconds)
 
-    return grpc.unary_unary_rpc_method_handler(
-        call,
-        request_deserializer=handler.request_deserializer,
-        response_serializer=handler.response_serializer,
-    )
+    def _client(self, name: str, context: Any) -> str:
+        peer = _address(context.peer())
+        if name in self._CLOSED:
+            raise Refusal(501, "models are not loaded by clients")
+        if name in self._PUBLIC:
+            return peer
+        return self._access.client(dict(context.invocation_metadata() or ()), peer)
+
+    async def _message(self, context: Any) -> Any:
+        try:
+            async with asyncio.timeout(self._settings.body_timeout):
+                message = await context.read()
+        except TimeoutError:
+            raise Refusal(408, "the request took too long") from None
+        if message is grpc.aio.EOF:
+            raise Refusal(400, "there is no message")
+        return message
+
+    def _hold(self, size: int, context: Any) -> None:
+        """Count an answer until it is sent."""
+        if self._load.unread + size > self._settings.max_unread:
+            raise Refusal(503, UNREAD)
+        self._load.unread += size
+
+        def sent(_: Any) -> None:
+            self._load.unread -= size
+
+        context.add_done_callback(sent)
 
 
-def _refusing(code: grpc.StatusCode, reason: str) -> grpc.RpcMethodHandler:
-    async def abort(request: Any, context: Any) -> None:
-        await context.abort(code, reason)
-
-    return grpc.unary_unary_rpc_method_handler(abort)
+def _address(peer: str) -> str:
+    """Return the address in gRPC's name for who asks, which is ``ipv6:%5B::1%5D:PORT`` or so."""
+    kind, _, rest = peer.partition(":")
+    return unquote(rest.rpartition(":")[0]).strip("[]") if kind in ("ipv4", "ipv6") else peer
 
 
 async def _start_grpc(settings: Settings, plane: TextDataPlane, access: Access) -> Any:
     most = settings.max_body
     server = grpc.aio.server(
-        interceptors=(_Authenticate(access, settings.max_unread), ExceptionToStatusInterceptor()),
+        interceptors=(_Guarded(access, settings), ExceptionToStatusInterceptor()),
         options=[
             ("grpc.max_receive_message_length", most),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 1),
+            ("grpc.max_concurrent_streams", 64),
             ("grpc.max_connection_idle_ms", 65_000),
             # What a client does not read is given up with its connection.
             ("grpc.max_connection_age_ms", 600_000),

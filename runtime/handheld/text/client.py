@@ -39,6 +39,7 @@ from handheld.text.store import Store
 _RETRIED = {408, 425, 429, 500, 502, 503, 504}
 _MAX_BODY = 256 * 2**20
 _MAX_ERROR = 2**16
+_LOCAL = ("localhost", "127.0.0.1", "::1")
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 
 
@@ -130,6 +131,8 @@ class AsyncTextClient:
             timeout=self._attempt,
             verify=_authorities(verify) if isinstance(verify, str) else verify,
             transport=transport,
+            # What goes to this machine may be unencrypted: no proxy of the environment gets it.
+            mounts={f"all://[{h}]" if ":" in h else f"all://{h}": None for h in _LOCAL},
             follow_redirects=False,
         )
 
@@ -504,7 +507,7 @@ def _checked_url(url: str, token: str | None) -> str:
         raise UsageError(
             f"'{url}' is not the URL of a server", remedy="name one like https://text.example"
         )
-    local = parts.hostname in ("localhost", "127.0.0.1", "::1")
+    local = parts.hostname in _LOCAL
     if token is not None and parts.scheme == "http" and not local:
         raise UsageError(
             "a token would travel unencrypted", path=url, remedy="use https, or no token"
