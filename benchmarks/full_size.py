@@ -28,6 +28,7 @@ from handheld.devices.host import HostDevice
 from handheld.errors import HandheldError, UsageError
 from handheld.files import write_file
 from handheld.program import Call
+from handheld.protocol import Residency
 from handheld.records import RunRecord
 from handheld.report import page, plots
 from stages import (
@@ -138,7 +139,7 @@ def draw(summary: dict[str, Any], records: Sequence[RunRecord], path: Path) -> N
             "ms",
         )
         memory = plots.bars([("peak", r["peak_rss_mb"] or 0, "one")], biggest, "MB")
-        cells = (r["bundle"], r["size"], r["residency"])
+        cells = (r["bundle"], r["size"], way(r))
         head = "".join(f"<td>{escape(str(c))}</td>" for c in cells)
         lines.append(
             f"{head}<td>{_cell(r['median_ms'])} ms{drawn}</td>"
@@ -174,6 +175,12 @@ def draw(summary: dict[str, Any], records: Sequence[RunRecord], path: Path) -> N
     write_file(path.with_suffix(".records.html"), page.render(records).encode())
 
 
+def way(figures: dict[str, Any]) -> str:
+    """Return how a bundle was run."""
+    budget = figures["memory_budget_mb"]
+    return figures["residency"] if budget is None else f"within {budget} MB"
+
+
 def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
@@ -193,6 +200,9 @@ def main() -> int:
     parser.add_argument("--memory", type=int, default=4000, help="MB for the export")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--iterations", type=int, default=5)
+    parser.add_argument(
+        "--memory-budget", action="append", type=int, help="MB; a resident run under each, too"
+    )
     parser.add_argument("--bundle", action="append", type=Path, help="made before: only run it")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "full_size")
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "full_size.json")
@@ -227,22 +237,27 @@ def main() -> int:
     log = arguments.json.with_suffix(".records.jsonl")
     for path in made:
         bundle = Bundle.open(path)
-        for residency in arguments.residency or RESIDENCIES:
+        ways: list[tuple[Residency, int | None]]
+        ways = [(r, None) for r in arguments.residency or RESIDENCIES]
+        ways += [("resident", budget) for budget in arguments.memory_budget or ()]
+        for residency, budget in ways:
             with stderr_to(folder / "runs.log"):
                 record = measure(
                     bundle, HostDevice(), residency, log, stages,
                     threads=arguments.threads, iterations=arguments.iterations,
+                    memory_budget=None if budget is None else budget * 10**6,
                 )  # fmt: skip
             records.append(record)
             figures = row(record, bundle) | parts(record, bundle)
+            figures["memory_budget_mb"] = budget
             figures |= {"size": record.bundle.size, "macs": macs(bundle)}
             summary["runs"].append(figures)
             write_summary(arguments.json, summary)
     print_table(summary["runs"], "full size (MB = 10^6 bytes)")
     for r in summary["runs"]:
         say(
-            f"{r['bundle']} {r['residency']}: U-Net step {_cell(r['unet_step_ms'])} ms, decoder "
-            f"{_cell(r['decoder_ms'])} ms, {r['macs'] / 1e9:.0f} GMAC"
+            f"{r['bundle']} {way(r)}: U-Net step {_cell(r['unet_step_ms'])} ms, decoder "
+            f"{_cell(r['decoder_ms'])} ms, {r['macs'] / 1e9:.1f} GMAC"
         )
     for e in summary["exports"]:
         say(
