@@ -106,6 +106,18 @@ def test_bundle_without_workspaces_is_refused():
     assert caught.value.field == "artifacts[0].workspace"
 
 
+def test_engines_that_hold_weights_otherwise_are_refused():
+    import samples
+
+    manifest, _ = samples.content()
+    changes = {"engine": "onnx", "workspace": 1}
+    artifacts = tuple(a.model_copy(update=changes) for a in manifest.artifacts)
+    manifest = manifest.model_copy(update={"artifacts": artifacts})
+    with pytest.raises(BundleError, match="cannot be planned") as caught:
+        plan_bundle(manifest, next(iter(manifest.sizes)), 10**9)
+    assert caught.value.field == "artifacts[0].engine"
+
+
 def test_dry_run_prints_the_plan(capsys, tmp_path):
     import samples
 

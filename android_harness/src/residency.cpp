@@ -101,7 +101,10 @@ Model& Residency::acquire(size_t call) {
 
 void Residency::release(size_t call) {
   if (current_slot_ == kNone) return;
-  bool again = call + 1 < calls_.size() && calls_[call + 1] == current_slot_;
+  // Resident ones may be called in between.
+  auto next = std::find_if(calls_.begin() + static_cast<ptrdiff_t>(call) + 1, calls_.end(),
+                           [this](size_t slot) { return slots_[slot].stream; });
+  const bool again = next != calls_.end() && *next == current_slot_;
   if (!again) {
     if (!current_->packed.intact()) changed(current_slot_);
     current_.reset();

@@ -136,6 +136,10 @@ bool Session::plan_memory(std::vector<Slot>& slots, const std::vector<size_t>& c
   std::vector<Weights> weights;
   for (const Slot& slot : slots) {
     const Artifact& artifact = *manifest_.artifact(slot.info.id);
+    if (artifact.engine != "litert" && artifact.engine != "executorch")
+      throw Error("bundle", manifest_.folder + "/manifest.json: " + artifact.field + ".engine: what '" +
+                                artifact.engine + "' takes for weights cannot be planned (choose a "
+                                "residency instead of a memory budget)");
     if (!artifact.workspace)
       throw Error("bundle", manifest_.folder + "/manifest.json: " + artifact.field +
                                 ".workspace: is missing, so memory cannot be planned (export the "

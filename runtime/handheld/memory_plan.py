@@ -17,6 +17,8 @@ from handheld.program import Call
 
 PROCESS_BYTES: Final = 18_000_000
 """The harness itself and the engines' libraries."""
+PACKING: Final = ("litert", "executorch")
+"""Engines that keep packed weights in files, which the rule is about."""
 LOADED_BYTES: Final = 1_250_000
 """What an engine keeps of a loaded artifact besides its weights."""
 
@@ -166,7 +168,8 @@ def plan_bundle(manifest: Manifest, size: str, budget: int, *, packed: bool = Tr
     UsageError
         If not even streaming fits.
     BundleError
-        If the manifest does not say what workspace an artifact needs.
+        If the manifest does not say what workspace an artifact needs, or its engine holds weights in
+        a way that is not known.
     """
     program = manifest.sizes[size].program
     by_id = {a.id: a for a in manifest.artifacts}
@@ -174,7 +177,13 @@ def plan_bundle(manifest: Manifest, size: str, budget: int, *, packed: bool = Tr
     index = {name: i for i, name in enumerate(dict.fromkeys(called))}
     artifacts = []
     for name in index:
-        workspace = by_id[name].workspace
+        workspace, engine = by_id[name].workspace, by_id[name].engine
+        if engine not in PACKING:
+            raise BundleError(
+                f"what '{engine}' takes for weights cannot be planned",
+                field=f"artifacts[{manifest.artifacts.index(by_id[name])}].engine",
+                remedy=f"export for an engine of {', '.join(PACKING)}, or choose a residency",
+            )
         if workspace is None:
             raise BundleError(
                 f"does not say what workspace '{name}' needs, so memory cannot be planned",
