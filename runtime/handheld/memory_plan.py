@@ -168,8 +168,8 @@ def plan_bundle(manifest: Manifest, size: str, budget: int, *, packed: bool = Tr
     UsageError
         If not even streaming fits.
     BundleError
-        If the manifest does not say what workspace an artifact needs, or its engine holds weights in
-        a way that is not known.
+        If the manifest does not say what workspace an artifact needs, or its engine holds weights
+        in a way that is not known.
     """
     program = manifest.sizes[size].program
     by_id = {a.id: a for a in manifest.artifacts}
