@@ -36,6 +36,9 @@ def test_ends_stay_in_float(precision, layer, shape):
         ("int4", Choice("int4"), INT8),
         ("int4g32", Choice("int4", 32), INT8),
         ("int2", Choice("int2"), INT8),
+        ("16a8w", INT8, INT8),
+        ("16a4w", Choice("int4"), INT8),
+        ("16a2w", Choice("int2"), INT8),
     ],
 )
 def test_rules(precision, linear, other):

@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 
-from handheld import qnn
+from handheld import doctor, qnn
 from handheld.cli import run
 from handheld.errors import HandheldError, UsageError
 
@@ -61,7 +61,10 @@ def know(monkeypatch, path, version):
 
 
 def test_layout(wheel, tmp_path, capsys):
-    assert qnn.missing("executorch") == "handheld qnn install --for executorch"
+    assert not doctor._qnn().ok
+    assert (
+        doctor._qnn().remedy == qnn.missing("executorch") == "handheld qnn install --for executorch"
+    )
     assert run(["qnn", "install", "--wheel", str(wheel), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["qnn"] == "2.49.40.1"
     sdk = qnn.find("executorch")
@@ -80,6 +83,7 @@ def test_layout(wheel, tmp_path, capsys):
     assert environment["QNN_SDK_ROOT"] == str(sdk.root)
     assert environment["LD_LIBRARY_PATH"].split(":")[0] == str(sdk.libraries)
     assert qnn.missing("executorch") is None
+    assert doctor._qnn().found == "2.49.40.1"
 
 
 def test_another_wheel_is_refused(wheel, tmp_path):

@@ -109,3 +109,17 @@ def test_ranges_enclose_what_was_seen(decoder):
         # A second observer on the same model must see again.
         for module in model.modules():
             module._forward_hooks.clear()
+
+
+def test_inputs_of_chosen_calls_are_saved(decoder, tmp_path):
+    artifacts = TorchArtifacts(decoder)
+    first = decoder[0][0].id
+    for run_, calls in enumerate(({0, 2}, {1})):
+        artifacts.save_samples(tmp_path, {first: frozenset(calls)})
+        for call in range(3):
+            run(artifacts, decoder, start(10 * run_ + call))
+    assert [p.name for p in tmp_path.iterdir()] == [first]
+    saved = [load_file(p)["in.latent"] for p in sorted((tmp_path / first).iterdir())]
+    assert len(saved) == 3
+    for one, seed in zip(saved, (0, 2, 11), strict=True):
+        assert np.array_equal(one, start(seed)["latent"])

@@ -43,14 +43,17 @@ def export(
     ],
     target: Annotated[
         list[str] | None,
-        typer.Option("--target", "-t", help="Engine to lower for, or 'all'; repeatable."),
+        typer.Option(
+            "--target", "-t", help="Engine to lower for, NAME or NAME:SOC, or 'all'; repeatable."
+        ),
     ] = None,
     precision: Annotated[
         list[str] | None,
         typer.Option(
             "--precision",
             "-p",
-            help="fp32, fp16, int8, int4, int4g32 or int2, by rounding to nearest, or 'all' that "
+            help="fp32, fp16, int8, int4, int4g32, int2, 16a8w, 16a4w or 16a2w, by rounding to "
+            "nearest, or 'all' that "
             "a target has; layers that a student has quantized already keep their codes. "
             "Repeatable.",
         ),
@@ -134,7 +137,8 @@ def export(
             results.append({"target": name, "precision": level} | plan_segments(source, options))
             continue
         assert output is not None
-        place = output if len(chosen) == 1 else output / f"{source.name}-{name}-{level}"
+        folder = f"{source.name}-{name}-{level}".replace(":", "-")
+        place = output if len(chosen) == 1 else output / folder
         began = time.perf_counter()
         with _Bar(console, f"{name} {level}") as bar:
             manifest = run(
@@ -188,7 +192,7 @@ def _choose(
     """
     from handheld_export import targets
 
-    names = targets.names() if "all" in wanted else list(dict.fromkeys(wanted))
+    names = targets.one_each() if "all" in wanted else list(dict.fromkeys(wanted))
     chosen: list[tuple[str, str]] = []
     absent: list[TargetError] = []
     for name in names:

@@ -48,7 +48,7 @@ from handheld.manifest import (
     Verification,
 )
 from handheld.precision import find as find_precision
-from handheld.program import Program, TensorSpec, check
+from handheld.program import Call, Program, TensorSpec, check
 from handheld_export import lowering, measure, sampling, targets
 from handheld_export.assemble import assemble, time_embeddings, time_ids
 from handheld_export.checkpoint import Checkpoint, Component, read_json
@@ -65,6 +65,7 @@ _REPEATED = 3
 """Segments of one structure from which on converting it twice for all of them pays."""
 _KEEP = 2_000_000_000
 """Bytes up to which a program's float32 weights stay in memory between its calls."""
+_SAMPLES = "samples"
 
 
 @dataclass(frozen=True)
@@ -476,6 +477,9 @@ def _reference(
     examples = work / "examples"
     examples.mkdir()
     artifacts.save_examples(examples, middle)
+    samples = _sampled(plan)
+    if samples:
+        artifacts.save_samples(work / _SAMPLES, samples[0])
     result = _run(
         plan,
         artifacts,
@@ -484,8 +488,10 @@ def _reference(
         keep_calls=plan.options.references,
     )
     artifacts.stop_examples()
-    if observe:
+    if observe or samples:
         for i in range(1, _CALIBRATION_RUNS + 1):
+            if samples:
+                artifacts.save_samples(work / _SAMPLES, samples[i])
             inputs = texts.inputs[i % len(texts.inputs)]
             _run(plan, artifacts, inputs, plan.options.seed + i)
     artifacts.close()
@@ -508,6 +514,21 @@ def _reference(
             stored |= {f"call.{i}.{port}": v for port, v in results.items()}
     save_file(stored, work / "reference.safetensors")
     return result, student_ranges or artifacts.ranges
+
+
+def _sampled(plan: _Plan) -> list[dict[str, frozenset[int]]]:
+    """Return the calls of each run that the target calibrates on, first and last included."""
+    most = plan.target.samples
+    quantized = plan.options.precision not in ("fp32", "fp16")
+    if not (most and quantized):
+        return []
+    counts = Counter(op.artifact for op in plan.program.ops if isinstance(op, Call))
+    runs = 1 + _CALIBRATION_RUNS
+    spread = {
+        artifact: [round(i * (count - 1) / max(1, most - 1)) for i in range(most)]
+        for artifact, count in counts.items()
+    }
+    return [{a: frozenset(calls[run::runs]) for a, calls in spread.items()} for run in range(runs)]
 
 
 def _run(
@@ -558,9 +579,9 @@ def _lower_all(
     progress.planned(len(plan.segments), sum(s.weights for _, s, _ in plan.segments))
     for line, segment, component in plan.segments:
         own = lowering.segment_ranges(segment, ranges)
-        key = lowering.segment_key(
-            segment, component, plan.target.name, {"precision": plan.options.precision}, own
-        )
+        samples = sorted((work / _SAMPLES / segment.id).glob("*.safetensors"))
+        decides = {"precision": plan.options.precision, "samples": [*map(sha256_file, samples)]}
+        key = lowering.segment_key(segment, component, plan.target.name, decides, own)
         keys[segment.id] = key
         meta = lowering.cached(store, key) if use_cache else None
         if meta is not None:
@@ -581,6 +602,7 @@ def _lower_all(
                 precision=plan.options.precision,
                 ranges=own,
                 example=str(work / "examples" / f"{segment.id}.safetensors"),
+                samples=tuple(map(str, samples)),
                 key=key,
                 cache=str(store),
                 threads=threads,

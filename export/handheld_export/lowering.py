@@ -101,6 +101,8 @@ class Task:
     threads: int
     shared: str | None = None
     """Folder for what segments of this structure share."""
+    samples: tuple[str, ...] = ()
+    """Files of inputs to calibrate on."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,8 @@ def _lower(task: Task) -> dict[str, Any]:
         try:
             path = work / f"{segment.id}{target.suffix}"
             shared = None if task.shared is None else Path(task.shared)
-            given = SegmentInput(segment.id, module, segment.ports, inputs, shared)
+            samples = _samples(task, segment)
+            given = SegmentInput(segment.id, module, segment.ports, inputs, shared, samples)
             try:
                 lowered = target.lower(given, path)
             except TargetError as e:
@@ -263,10 +266,10 @@ def _lower(task: Task) -> dict[str, Any]:
             meta = {
                 "files": [_file(p, work) for p in (lowered.path, *lowered.parts)],
                 "partitions": lowered.partitions,
-                "workspace": wanted,
+                "workspace": wanted if target.runs_here else None,
                 "notes": list(lowered.notes),
                 "weights": storage,
-                "held": _held(target, quantized),
+                "held": _held(target, quantized) if lowered.held is None else dict(lowered.held),
                 "tools": dict(lowered.tools) or target.versions(),
                 "engine_version": next(iter(target.versions().values())),
                 "verification": {
@@ -289,6 +292,11 @@ def _lower(task: Task) -> dict[str, Any]:
     finally:
         release(segment)
     return meta
+
+
+def _samples(task: Task, segment: Segment) -> list[list[torch.Tensor]]:
+    loaded = (load_file(path) for path in task.samples)
+    return [[torch.from_numpy(one[f"in.{n}"]) for n in segment.inputs] for one in loaded]
 
 
 def cached(root: Path, key: str) -> dict[str, Any] | None:

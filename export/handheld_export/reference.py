@@ -56,6 +56,7 @@ class TorchArtifacts:
         self._ranges: dict[str, list[float]] = {}
         self.counts: dict[str, int] = {}
         self._examples: tuple[Path, Mapping[str, int]] | None = None
+        self._samples: tuple[Path, Mapping[str, frozenset[int]]] | None = None
         self.results: dict[str, Array] = {}
         """Results of the latest call."""
 
@@ -76,6 +77,29 @@ class TorchArtifacts:
         """Save no further examples."""
         self._examples = None
 
+    def save_samples(self, folder: Path, calls: Mapping[str, frozenset[int]]) -> None:
+        """Save the inputs of some calls per artifact.
+
+        Parameters
+        ----------
+        folder : Path
+            Gets ``ID/N.safetensors`` with ``in.PORT``, N counting files.
+        calls : mapping of artifact id to set of int
+            Which of the artifact's calls, counted from 0 since now.
+        """
+        self._samples = (folder, calls)
+        self.counts = {}
+
+    def _sample(self, artifact: str, args: Mapping[str, Array], count: int) -> None:
+        if self._samples is None:
+            return
+        folder, calls = self._samples
+        if count in calls.get(artifact, ()):
+            place = folder / artifact
+            place.mkdir(parents=True, exist_ok=True)
+            name = f"{len(list(place.iterdir())):03}.safetensors"
+            save_file({f"in.{n}": np.ascontiguousarray(v) for n, v in args.items()}, place / name)
+
     @property
     def ranges(self) -> dict[str, ActivationRange]:
         """Ranges of convolutions by module path, widened to three significant digits."""
@@ -93,6 +117,7 @@ class TorchArtifacts:
         }
         count = self.counts.get(artifact, 0)
         self.counts[artifact] = count + 1
+        self._sample(artifact, args, count)
         if self._examples and self._examples[1].get(artifact) == count:
             save_file(
                 {f"in.{n}": np.ascontiguousarray(args[n]) for n in segment.inputs}

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 
-from handheld import __version__, devices, harness, models
+from handheld import __version__, devices, harness, models, qnn
 from handheld.errors import HandheldError
 from handheld.files import cache_root, describe_os_error
 
@@ -43,6 +43,7 @@ def examine() -> list[Finding]:
         *_devices(),
         _exporter(),
         *(_package(*row) for row in _PACKAGES),
+        _qnn(),
         _models(),
     ]
 
@@ -128,6 +129,14 @@ def _package(name: str, module: str, purpose: str) -> Finding:
     missing = version is None
     extra = _EXTRA.replace("export", "serve") if purpose == "serve-text" else _EXTRA
     return Finding(name, not missing, version, purpose, extra if missing else None, required=False)
+
+
+def _qnn() -> Finding:
+    sdk = qnn.find("executorch")
+    return Finding(
+        "QNN", sdk is not None, sdk.build if sdk else None, "export --target executorch-qnn:SOC",
+        qnn.missing("executorch"), required=False,
+    )  # fmt: skip
 
 
 def _models() -> Finding:

@@ -72,6 +72,10 @@ PRECISIONS: dict[str, Precision] = {
         Precision("int4", Choice("int4"), _INT8),
         Precision("int4g32", Choice("int4", 32), _INT8),
         Precision("int2", Choice("int2"), _INT8),
+        # The same, for engines whose activations are on fixed 16-bit grids.
+        Precision("16a8w", _INT8, _INT8),
+        Precision("16a4w", Choice("int4"), _INT8),
+        Precision("16a2w", Choice("int2"), _INT8),
     )
 }
 

@@ -48,6 +48,8 @@ class SegmentInput:
     shared : Path or None
         Folder for what segments of the same structure share; None where no other one has the
         structure.
+    samples : sequence of sequences of tensors
+        Further values per input, for targets that ask for ``samples``.
     """
 
     id: str
@@ -55,6 +57,7 @@ class SegmentInput:
     ports: Ports
     examples: Sequence[torch.Tensor]
     shared: Path | None = None
+    samples: Sequence[Sequence[torch.Tensor]] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,9 @@ class Lowered:
     parts: tuple[Path, ...] = ()
     """Further files that the engine finds from the main one: beside it, named as it is with more
     behind, or below the folder that it lies in."""
+    held: Mapping[str, int] | None = None
+    """Weights on a wider grid than their own, where that depends on the segment and not on
+    :meth:`Target.container` alone; as ``held`` of the manifest."""
 
 
 class Target(ABC):
@@ -96,6 +102,34 @@ class Target(ABC):
     """What verification here cannot show, where :meth:`load` is not the engine itself."""
     needs_ranges: ClassVar[bool] = False
     """Whether quantized layers need calibrated activation ranges."""
+    runs_here: ClassVar[bool] = True
+    """Whether loaded artifacts run in this process, so that their memory can be measured."""
+    samples: ClassVar[int] = 0
+    """Calls, spread over several pictures, whose inputs :meth:`lower` gets to calibrate on."""
+    socs: ClassVar[tuple[str, ...]] = ()
+    """SoCs that artifacts are compiled for, one at a time; the target is then ``NAME:SOC``."""
+    soc: ClassVar[str | None] = None
+    """The SoC of a ``NAME:SOC``."""
+
+    @classmethod
+    def for_soc(cls, soc: str) -> Target:
+        """Return the target ``NAME:SOC``.
+
+        Raises
+        ------
+        UsageError
+            If it is not compiled for this SoC.
+        """
+        if soc not in cls.socs:
+            raise UsageError(
+                f"target '{cls.name}' is not compiled for '{soc}'",
+                remedy=f"choose from {', '.join(f'{cls.name}:{s}' for s in cls.socs)}"
+                if cls.socs
+                else f"write '{cls.name}'",
+            )
+        named = {"name": f"{cls.name}:{soc}", "soc": soc}
+        target: Target = type(cls.__name__, (cls,), named)()
+        return target
 
     def caveat(self) -> str | None:
         """Return what verification here cannot show, None where :meth:`load` shows all."""
