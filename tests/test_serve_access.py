@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("kserve")
 
 from handheld.errors import UsageError
+from handheld_export.serve import access
 from handheld_export.serve.access import Access, Rates, Tokens, new_token
 from handheld_export.serve.errors import Refusal
 from handheld_export.serve.settings import Settings
@@ -32,6 +33,22 @@ def test_tokens_expire_and_are_hashed(tmp_path):
     assert tokens.name("b") == "new"
     path.unlink()
     assert tokens.name("b") == "new", "a file that is gone changes nothing"
+
+
+def test_tokens_that_change_while_they_are_read_are_read_again(tmp_path, monkeypatch):
+    path = tmp_path / "tokens"
+    new_token(path, "old")
+    made = []
+
+    def change(path, read=access._read_tokens):
+        found = read(path)
+        if not made:
+            path.write_text(f"new {digest('token')}\n")
+            made.append(path)
+        return found
+
+    monkeypatch.setattr(access, "_read_tokens", change)
+    assert Tokens(path).name("token") == "new"
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,14 @@ import anyio
 import httpx
 import numpy as np
 import pytest
+from uvicorn.config import STARTUP_FAILURE
 
 pytest.importorskip("kserve")
 
 from handheld import cli
 from handheld.text.client import AsyncTextClient
+from handheld_export.serve.run import Application
+from handheld_export.serve.settings import Settings
 from handheld_export.text import LocalTextEncoder
 
 
@@ -103,6 +106,9 @@ def test_new_token(tmp_path, capsys):
         (["nowhere"], "no bundle, checkpoint or model"),
         (["{}", "--tls-cert", "x"], "go together"),
         (["{}", "--tls-cert", "x", "--tls-key", "y"], "no such file"),
+        (["{}", "--tls-cert", __file__, "--tls-key", __file__], "no certificate and key"),
+        (["{}", "--redis", "http://u:secret@x"], "--redis: is not the URL of a Redis"),
+        (["{}", "--redis", "redis://u:secret@x:port"], "--redis: is not the URL of a Redis"),
         (["{}", "--policy", "nowhere:f"], "no prompt policy"),
         (["{}", "--tokens", "missing"], "cannot read"),
         (["{}", "--workers", "0"], "--workers"),
@@ -112,7 +118,20 @@ def test_new_token(tmp_path, capsys):
 def test_usage(sdxl, options, text, capsys):
     given = [o.format(sdxl) for o in options]
     assert cli.run(["serve-text", *given, "--dry-run"]) == 2
-    assert text in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert text in told and "secret" not in told
+
+
+def test_a_worker_that_cannot_start_says_so_to_its_supervisor(sdxl, tmp_path, caplog):
+    for changes, reason in (
+        ({"policy": "nowhere:f"}, "no prompt policy"),
+        ({"tokens": tmp_path / "none"}, "cannot read"),
+        ({"redis": 7}, "AttributeError"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            Application(Settings(sdxl, **changes))()
+        assert caught.value.code == STARTUP_FAILURE
+        assert reason in caplog.records[-1].reason
 
 
 def test_without_the_extra(monkeypatch, sdxl, capsys):

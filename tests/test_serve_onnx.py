@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import time
+from threading import Thread
+
 import numpy as np
 import pytest
 
@@ -34,6 +37,25 @@ def test_numbers_are_those_of_torch(sdxl, tmp_path, monkeypatch):
     again = OnnxTextEncoder(sdxl, threads=1)
     monkeypatch.setattr(again, "_export", lambda: pytest.fail("exported twice"))
     again.load()
+
+
+def test_workers_that_start_together_export_once(sdxl, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    exported = []
+
+    def export(self):
+        exported.append(self)
+        time.sleep(0.3)
+        self.folder.mkdir()
+
+    monkeypatch.setattr(OnnxTextEncoder, "_export", export)
+    encoders = [OnnxTextEncoder(sdxl) for _ in range(3)]
+    threads = [Thread(target=e._export_once) for e in encoders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(exported) == 1 and encoders[0].folder.is_dir()
 
 
 def test_one_encoder_is_refused(sdxl, tmp_path):

@@ -35,6 +35,7 @@ from handheld_export.serve import access
 from handheld_export.serve.model import _travelling, response
 from handheld_export.serve.run import Application
 from handheld_export.serve.server import _address
+from handheld_export.serve.settings import Settings
 from handheld_export.text import LocalTextEncoder
 
 PROMPTS = ["a small red robot", "", "A  SMALL red\trobot", "ünï🤖"]  # as in triton_text.py
@@ -470,6 +471,27 @@ def test_tls(sdxl, tmp_path, wanted):
             assert stub.ServerReady(pb.ServerReadyRequest(), timeout=30).ready
 
 
+def test_tls_handshakes_have_a_time(sdxl, tmp_path, monkeypatch):
+    cert, key = certificate(tmp_path)
+    monkeypatch.setattr(Settings, "header_timeout", 0.5)
+    with (
+        serving.running(sdxl, tls_cert=cert, tls_key=key) as found,
+        socket.create_connection(("127.0.0.1", found.port), timeout=20) as sock,
+        contextlib.suppress(ConnectionError),
+    ):
+        assert sock.recv(9) == b"", "the connection is kept"
+
+
+def test_open_files_are_as_many_as_the_system_lets():
+    told = (
+        "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (99, 300));"
+        "from handheld_export.serve.run import _raise_file_limit; _raise_file_limit();"
+        "print(r.getrlimit(r.RLIMIT_NOFILE))"
+    )
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    assert done.stdout == "(300, 300)\n"
+
+
 def test_rates_queue_and_time(sdxl):
     with (
         serving.running(sdxl, rate=0.001, burst=3) as found,
@@ -672,8 +694,6 @@ def test_long_prompts_can_be_refused(sdxl):
 
 def test_the_application_travels_to_workers(sdxl):
     import pickle
-
-    from handheld_export.serve.settings import Settings
 
     settings = Settings(sdxl, workers=3)
     assert pickle.loads(pickle.dumps(Application(settings))).settings == settings

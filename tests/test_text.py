@@ -106,6 +106,23 @@ def test_token_ids_of_fuzzed_prompts_are_those_of_diffusers():
     assert cut > 100
 
 
+@pytest.mark.parametrize("length", [3, tiny.TOKENS, 99])
+def test_how_a_tokenizer_was_last_used_does_not_matter(sdxl, tmp_path, length):
+    import transformers
+
+    copy = tiny.copied(sdxl, tmp_path / "copy")
+    for name in ("tokenizer", "tokenizer_2"):
+        words = transformers.CLIPTokenizer.from_pretrained(copy / name)
+        words("a", padding="max_length", max_length=length, truncation=True)
+        words.save_pretrained(copy / name)
+        kept = json.loads((copy / name / "tokenizer.json").read_text())
+        assert kept["padding"] and kept["truncation"]
+    wanted, found = (LocalTextEncoder(path).tokenize(PROMPTS) for path in (sdxl, copy))
+    assert found.lengths == wanted.lengths
+    for i in range(2):
+        np.testing.assert_array_equal(found.ids[i], wanted.ids[i])
+
+
 def test_clip_skip_has_an_end(sdxl):
     encoder = LocalTextEncoder(sdxl)
     assert encoder.max_clip_skip == 2

@@ -161,11 +161,13 @@ class LocalTextEncoder:
                     "is missing", path=folder, remedy="fetch the checkpoint again"
                 )
             try:
-                loaded.append(
-                    transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-                )
+                words = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
             except (OSError, ValueError, RuntimeError) as e:
                 raise CheckpointError(f"cannot be loaded: {e}", path=folder) from None
+            # A file keeps how its tokenizer was last used.
+            words.backend_tokenizer.no_truncation()
+            words.backend_tokenizer.no_padding()
+            loaded.append(words)
         return loaded
 
     @cached_property

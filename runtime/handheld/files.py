@@ -107,11 +107,14 @@ _MARK, _RANDOM, _ASIDE = ".handheld-", "????????", ".old"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Hold a folder's lock, which ends with the process; False if another process holds it."""
+def locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Hold a folder's lock, which ends with the process.
+
+    Gives False if another process holds it, or waits until none does.
+    """
     fd = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield True
     except BlockingIOError:
         yield False

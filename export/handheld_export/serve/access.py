@@ -51,7 +51,7 @@ class Tokens:
         self.path = path
         self._names: dict[bytes, tuple[str, datetime | None]] = {}
         self._seen: tuple[int, int, int] | None = None
-        self._names, self._seen = _read_tokens(path), _stamp(path)
+        self._seen, self._names = _stamp(path), _read_tokens(path)
 
     def name(self, token: str) -> str | None:
         """Return whose token it is, None if nobody's."""
@@ -69,14 +69,17 @@ class Tokens:
             self._seen = stamp
             self._names = _read_tokens(self.path)
             _log.info("tokens", extra={"event": "tokens", "count": len(self._names)})
-        except (UsageError, OSError) as error:
+        except UsageError as error:
             if self._seen is not None:
                 _log.error("tokens", extra={"event": "tokens-unreadable", "reason": str(error)})
             self._seen = None
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from None
     return status.st_mtime_ns, status.st_size, status.st_ino
 
 
@@ -84,8 +87,7 @@ def _read_tokens(path: Path) -> dict[bytes, tuple[str, datetime | None]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        message, remedy = describe_os_error(error)
-        raise UsageError(f"cannot read: {message}", path=path, remedy=remedy) from None
+        raise _unreadable(path, error) from None
     except UnicodeDecodeError:
         raise UsageError("is not UTF-8 text", path=path, remedy="write it again") from None
     found = {}
@@ -107,6 +109,11 @@ def _read_tokens(path: Path) -> dict[bytes, tuple[str, datetime | None]]:
             )
         found[bytes.fromhex(match["sha256"])] = (match["name"], expires)
     return found
+
+
+def _unreadable(path: Path, error: OSError) -> UsageError:
+    message, remedy = describe_os_error(error)
+    return UsageError(f"cannot read: {message}", path=path, remedy=remedy)
 
 
 def new_token(path: Path, name: str) -> str:

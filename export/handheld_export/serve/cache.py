@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from handheld.errors import UsageError
 from handheld_export.serve import metrics
 
 Row = Mapping[str, NDArray[Any]]
@@ -84,12 +85,25 @@ class RedisCache:
     url : str
     seconds : int
         After which an entry goes.
+
+    Raises
+    ------
+    UsageError
+        If the URL is not one of Redis.
     """
 
     def __init__(self, url: str, seconds: int) -> None:
         from redis.asyncio import Redis
 
-        self._redis: Any = Redis.from_url(url, socket_timeout=0.25, socket_connect_timeout=0.25)
+        try:
+            self._redis: Any = Redis.from_url(url, socket_timeout=0.25, socket_connect_timeout=0.25)
+        except ValueError:
+            # The URL may hold a password.
+            raise UsageError(
+                "is not the URL of a Redis",
+                field="--redis",
+                remedy="name one like redis://localhost:6379",
+            ) from None
         self._seconds = seconds
         self._again = 0.0
         self._writing: set[asyncio.Task[None]] = set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -128,6 +129,8 @@ def serve_text(
     for path in (tls_cert, tls_key):
         if path is not None and not path.is_file():
             raise UsageError("no such file", path=path, remedy="check the path")
+    if tls_cert is not None and tls_key is not None:
+        _check_pair(tls_cert, tls_key)
     settings = Settings(
         checkpoint=_folder(checkpoint),
         model=name,
@@ -165,9 +168,12 @@ def serve_text(
     if policy is not None and "" not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     from handheld_export.serve.access import Access
+    from handheld_export.serve.cache import RedisCache
     from handheld_export.serve.model import encoder
 
     Access(settings)
+    if settings.redis:
+        RedisCache(settings.redis, settings.redis_seconds)
     _check_device(device)
     found = encoder(settings)
     facts = {
@@ -213,6 +219,19 @@ def _needs_kserve() -> None:
                 f"needs {module}, which is missing",
                 remedy='install with  pip install "handheld[serve]"',
             )
+
+
+def _check_pair(cert: Path, key: Path) -> None:
+    try:
+        # Without a password OpenSSL would ask for one, and wait.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")
+    except OSError as error:
+        raise UsageError(
+            f"no certificate and key can be read from it and {key}: {error.strerror or error}",
+            path=cert,
+            field="--tls-cert",
+            remedy="give a PEM certificate and its key, which needs no password",
+        ) from None
 
 
 def _check_device(device: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from handheld.errors import CheckpointError
-from handheld.files import cache_root, replaced_folder
+from handheld.files import cache_root, locked, output_errors, replaced_folder
 from handheld.text import PromptEmbedding
 from handheld_export.text import LocalTextEncoder, Tokens, embeddings
 
@@ -67,8 +67,7 @@ class OnnxTextEncoder(LocalTextEncoder):
     def _sessions(self) -> list[Any]:
         import onnxruntime
 
-        if not self.folder.is_dir():
-            self._export()
+        self._export_once()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
@@ -79,6 +78,17 @@ class OnnxTextEncoder(LocalTextEncoder):
                 onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             )
         return found
+
+    def _export_once(self) -> None:
+        """Export, unless it was done; workers that start together wait for the first."""
+        if self.folder.is_dir():
+            return
+        parent = self.folder.parent
+        with output_errors(parent):
+            parent.mkdir(parents=True, exist_ok=True)
+            with locked(parent, wait=True):
+                if not self.folder.is_dir():
+                    self._export()
 
     def _export(self) -> None:
         with replaced_folder(self.folder) as folder:

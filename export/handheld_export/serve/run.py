@@ -5,20 +5,26 @@ Imports neither torch nor KServe: a worker's supervisor waits for it to unpickle
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import logging
 import multiprocessing
 import os
+import resource
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
+from uvicorn.loops.auto import auto_loop_factory
 from uvicorn.supervisors import Multiprocess
 
 from handheld.errors import HandheldError, UsageError
@@ -27,6 +33,8 @@ from handheld_export.serve.settings import Settings
 
 HEALTHCHECK_SECONDS = 30
 """A worker that does not answer its supervisor for this long is replaced."""
+_MAX_FILES = 2**16
+_log = logging.getLogger("handheld.serve")
 
 
 class Application:
@@ -41,12 +49,17 @@ class Application:
         self.settings = settings
 
     def __call__(self) -> Any:
-        """Return the application."""
-        from handheld_export.serve.server import application
-
+        """Return the application; exit if there is none, which starting again would not mend."""
         if (parent := multiprocessing.parent_process()) is not None:
             threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
-        return application(self.settings)
+        try:
+            from handheld_export.serve.server import application
+
+            return application(self.settings)
+        except Exception as error:
+            reason = str(error) if isinstance(error, HandheldError) else repr(error)
+            _log.exception("failed", extra={"event": "start-failed", "reason": reason})
+            sys.exit(STARTUP_FAILURE)
 
 
 def _leave_with(parent: Any) -> None:
@@ -81,6 +94,13 @@ class _Supervisor(Multiprocess):
             process.child_conn.close()
 
 
+def tls_loop() -> asyncio.AbstractEventLoop:
+    """Return a loop whose servers wait for a TLS handshake no longer than for a request."""
+    loop: Any = auto_loop_factory()()
+    loop.create_server = partial(loop.create_server, ssl_handshake_timeout=Settings.header_timeout)
+    return loop  # type: ignore[no-any-return]
+
+
 def configuration(settings: Settings, level: str = "info") -> uvicorn.Config:
     """Return uvicorn's configuration of a server."""
     return uvicorn.Config(
@@ -100,6 +120,7 @@ def configuration(settings: Settings, level: str = "info") -> uvicorn.Config:
         timeout_graceful_shutdown=int(settings.drain),
         timeout_worker_healthcheck=HEALTHCHECK_SECONDS,
         backlog=2048,
+        loop="auto" if settings.tls_cert is None else "handheld_export.serve.run:tls_loop",
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,
     )
@@ -121,6 +142,7 @@ def serve(settings: Settings, level: str, on_bound: Callable[[Settings], None]) 
     HandheldError
         If a port is taken, or the encoders cannot be loaded.
     """
+    _raise_file_limit()
     with ExitStack() as held:
         bound = held.enter_context(_bind(settings.host, settings.port, shared=False))
         settings = replace(settings, port=bound.getsockname()[1])
@@ -147,6 +169,14 @@ def serve(settings: Settings, level: str, on_bound: Callable[[Settings], None]) 
             raise HandheldError(
                 "the server did not start", remedy="see the last line of the log"
             ) from None
+
+
+def _raise_file_limit() -> None:
+    """Make room for connections in the TLS handshake, which nothing counts."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _bind(host: str, port: int, *, shared: bool) -> socket.socket:
