@@ -20,7 +20,7 @@ os.environ.setdefault("HANDHELD_QNN", str(cache_root() / "qnn"))
 # A shell starts background jobs deaf to Ctrl-C, and tests and what they start are to hear it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# pytest --hypothesis-profile full: for fuzzing by hand, minutes long.
+# pytest --hypothesis-profile full --timeout 0: for fuzzing by hand, minutes long.
 settings.register_profile(
     "full", max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck)
 )

@@ -401,7 +401,7 @@ def read_all(data):
         return
 
 
-# The full figure:  pytest tests/test_ios.py -k mutated --hypothesis-profile full
+# The full figure:  pytest tests/test_ios.py -k mutated --hypothesis-profile full --timeout 0
 @given(mutated(ENVELOPES))
 def test_mutated_envelopes_give_errors_of_ours(data):
     read_all(data)
