@@ -94,7 +94,7 @@ def main() -> None:
         while "busy" in FAULTS and time.process_time() < 0.2 * (1 + index):
             pass
         if "warms" in FAULTS:
-            time.sleep(0.02 * (time.monotonic() - timed))
+            time.sleep(0.1 * (time.monotonic() - timed))
         took = (time.monotonic() - begin) * 1000
         if "noisy" in FAULTS:
             took *= 1 + index

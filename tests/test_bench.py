@@ -241,10 +241,10 @@ def test_a_sustained_pass_with_its_curve(sample, host, monkeypatch):
     assert timed[-1].t_ms - timed[0].t_ms > 1900
     curve = sustained_curve(sustained, bin_s=0.5)
     assert [t for t, _ in curve][:4] == [0.0, 0.5, 1.0, 1.5]
-    # A phone that gets hot gets slower: here by as much again every tenth of a second.
+    # A phone that gets hot gets slower: here by a tenth of the time that it has run.
     middle = [ms for _, ms in curve][:4]
     assert middle == sorted(middle)
-    assert middle[-1] > 3 * middle[0]
+    assert middle[-1] > 2 * middle[0]
     assert record.summary()["sustained_start_ms"] is not None
     seconds = (sustained.finished - sustained.started).total_seconds()
     assert 3 <= len(sustained.heat) <= seconds / 0.4 + 1
