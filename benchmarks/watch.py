@@ -25,6 +25,8 @@ class Watched:
     peak : int
         Largest sum of resident memory over its processes, in bytes, looked at every 50 ms; pages
         that processes share count in each.
+    peak_once : int
+        The same with pages that processes share counted once, looked at less often.
     marks : dict of int to int
         High-water mark of every process, in bytes, as far as it was seen.
     output, errors : str
@@ -34,6 +36,7 @@ class Watched:
     code: int = 0
     seconds: float = 0.0
     peak: int = 0
+    peak_once: int = 0
     marks: dict[int, int] = field(default_factory=dict)
     output: str = ""
     errors: str = ""
@@ -68,9 +71,14 @@ def run(words: Sequence[str], env: Mapping[str, str] | None = None) -> Watched:
 
 
 def _watch(pid: int, seen: Watched, over: threading.Event) -> None:
+    rounds = 0
     while not over.wait(INTERVAL_S):
         total = 0
-        for one in tree(pid):
+        processes = tree(pid)
+        rounds += 1
+        if rounds % 5 == 0:  # the kernel walks all pages for it
+            seen.peak_once = max(seen.peak_once, sum(map(_proportional, processes)))
+        for one in processes:
             resident, mark = _memory(one)
             total += resident
             if mark:
@@ -105,3 +113,11 @@ def _memory(pid: int) -> tuple[int, int]:
     except OSError:
         pass
     return resident, mark
+
+
+def _proportional(pid: int) -> int:
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        return 0
+    return sum(int(x.split()[1]) * 1024 for x in text.splitlines() if x.startswith("Pss:"))

@@ -35,7 +35,7 @@ def test_segments_run_beside_each_other_while_there_is_room():
     budget = Budget(4 * GB, 700_000_000)
     assert budget.fits([], 9 * GB, 2)  # alone it always may: workers() has seen to it
     assert budget.fits([600_000_000], 600_000_000, 2)
-    assert not budget.fits([600_000_000], 800_000_000, 2)
+    assert not budget.fits([600_000_000], 1_000_000_000, 2)
 
 
 def test_need_grows_with_weights_and_size(tmp_path):

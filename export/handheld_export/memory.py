@@ -12,9 +12,10 @@ from pathlib import Path
 from handheld.errors import UsageError
 from handheld_export.segments import Segment
 
-IDLE = 1_000_000_000
-"""Bytes of a worker between two segments: torch, diffusers and a converter."""
-PER_WEIGHT = {False: 18.0, True: 9.0}
+IDLE = 900_000_000
+"""Bytes of a worker between two segments: torch, diffusers and a converter, without the pages of
+libraries that it shares with the others."""
+PER_WEIGHT = {False: 19.0, True: 10.0}
 """Bytes per weight while a segment is lowered, unquantized or quantized: float32, codes, the
 artifact, and what an engine packs when the artifact is tried."""
 SHARE = 0.6
