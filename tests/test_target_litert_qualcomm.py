@@ -1,0 +1,71 @@
+"""LiteRT compiled for Hexagon: one binary, its facts, its numbers in QNN's simulation."""
+
+from __future__ import annotations
+
+import pytest
+
+import target_cases
+from handheld import qnn
+from handheld.errors import TargetError, UsageError
+from handheld_export import litert, litert_npu, targets
+from handheld_export.targets.litert_qualcomm import LiteRTQualcomm
+
+needs_qnn = pytest.mark.skipif(
+    qnn.missing("litert") is not None, reason=f"needs QNN: {qnn.missing('litert')}"
+)
+
+
+def test_what_is_missing_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("HANDHELD_QNN", str(tmp_path))
+    with pytest.raises(TargetError) as caught:
+        targets.find("litert-qualcomm:SM8650")
+    assert caught.value.remedy == qnn.missing("litert")
+
+
+def test_socs():
+    assert "litert-qualcomm:SM8750" in targets.names()
+    with pytest.raises(UsageError, match="not compiled for 'SM1'"):
+        targets.find("litert-qualcomm:SM1")
+    options = LiteRTQualcomm.for_soc("SM8550").options
+    assert options == {"accelerator": "npu", "soc": "SM8550"}
+
+
+def test_what_is_no_binary(tmp_path):
+    path = tmp_path / "a.tflite"
+    path.write_bytes(litert._sum())
+    with pytest.raises(TargetError, match="not compiled for an NPU"):
+        litert_npu.binary(path)
+    path.write_bytes(b"nothing")
+    with pytest.raises(TargetError, match="not compiled for an NPU"):
+        litert_npu.binary(path)
+
+
+@needs_qnn
+@pytest.mark.slow
+def test_compiled_and_run(tmp_path):
+    module, shapes = target_cases.CASES["resnet and transformer"]()
+    item = target_cases.segment(target_cases.randomize(module), shapes)
+    target = targets.find("litert-qualcomm:SM8650")
+    lowered, db = target_cases.run(target, item, tmp_path / "a.tflite")
+    assert db > 40
+    assert lowered.tools["soc"] == "SM8650"
+    assert lowered.tools["hexagon"] == "75"
+    assert lowered.tools["qnn"] == qnn.find("litert").build
+    with pytest.raises(TargetError, match="is compiled for SM8650, not for SM8750"):
+        LiteRTQualcomm.for_soc("SM8750").load(lowered.path, item.ports)
+    damaged = tmp_path / "damaged.tflite"
+    damaged.write_bytes(lowered.path.read_bytes()[:-1000])
+    with pytest.raises(TargetError, match="holds no whole context binary"):
+        target.load(damaged, item.ports)
+
+
+@needs_qnn
+@pytest.mark.slow
+def test_operators_outside_are_named(tmp_path):
+    module, shapes = target_cases.CASES["convolution"]()
+    item = target_cases.segment(target_cases.randomize(module), shapes)
+    target_cases.quantize(item, lambda *_: ("int8", None))
+    source = tmp_path / "a.tflite"
+    targets.find("litert-cpu").lower(item, source)
+    with pytest.raises(TargetError, match="outside: CONV_2D"):
+        litert_npu.compile_for(qnn.find("litert"), "SM8650", source, tmp_path / "b.tflite")
