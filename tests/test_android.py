@@ -450,6 +450,19 @@ def test_no_harness_for_this_phone(phone, monkeypatch, tmp_path, sample):
         bench.run(sample, device, FAST)
 
 
+@system
+def test_a_harness_of_other_sources(phone, monkeypatch, tmp_path, sample):
+    kits = tmp_path / "kits"
+    shutil.copytree(kit.folder("linux-x86_64"), kits / "linux-x86_64")
+    path = kits / "linux-x86_64" / "kit.json"
+    info = kit.KitInfo.model_validate_json(path.read_bytes())
+    path.write_text(info.model_copy(update={"sources": "0" * 64}).model_dump_json())
+    monkeypatch.setenv("HANDHELD_KITS", str(kits))
+    (device,) = devices.find("android")
+    with pytest.raises(HarnessError, match=r"another version's.*harness build --for linux-x86_64"):
+        bench.run(sample, device, FAST)
+
+
 def test_a_broken_kit(tmp_path, monkeypatch):
     monkeypatch.setenv("HANDHELD_KITS", str(tmp_path))
     assert kit.find("linux-x86_64") is None

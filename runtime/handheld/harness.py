@@ -468,6 +468,7 @@ def _collect(
             {e: p.version.partition("+")[0] for e, p in packages.items()},
             (f"./{loader}", "--library-path", ".", f"./{PROGRAM}"),
             environment,
+            sources_sha256(),
         )
 
 
@@ -525,14 +526,20 @@ def _built(folder: Path) -> HarnessPaths | None:
     return HarnessPaths(library, program, found)
 
 
-def _folder() -> Path:
-    """Return where the harness for these sources and engines belongs."""
+def sources_sha256() -> str:
+    """Return the hash of the harness's sources."""
     digest = hashlib.sha256()
     root = sources()
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         if path.suffix in (".cpp", ".hpp", ".h", ".txt", ".cmake"):
             digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
             digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _folder() -> Path:
+    """Return where the harness for these sources and engines belongs."""
+    digest = hashlib.sha256(sources_sha256().encode())
     digest.update(f"{_compiler()}\0{os.environ.get('CXXFLAGS', '')}\0".encode())
     for engine, package in _packages().items():
         digest.update(f"{engine} {package.version} {package.folder}\0".encode())

@@ -39,6 +39,8 @@ class KitInfo(Model):
     environment: dict[Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$")], str] = {}
     files: dict[FileName, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
     """Name to sha256."""
+    sources: str | None = None
+    """Hash of the sources that it was built from; null if it was made elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def write(
     engines: dict[str, str],
     command: tuple[str, ...],
     environment: dict[str, str],
+    sources: str | None = None,
 ) -> KitInfo:
     """Write ``kit.json`` for the files that are in a folder."""
     files = {
@@ -106,7 +109,12 @@ def write(
         if p.suffix not in (".json", ".txt")
     }
     info = KitInfo(
-        name=name, engines=engines, command=command, environment=environment, files=files
+        name=name,
+        engines=engines,
+        command=command,
+        environment=environment,
+        files=files,
+        sources=sources,
     )
     (target / MARK).write_text(info.model_dump_json(indent=2))
     return info

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from handheld import kit, socs
+from handheld import harness, kit, socs
 from handheld.bundle import MANIFEST, Bundle, references
 from handheld.devices import adb, lock, process
 from handheld.devices.adb import Phone, Server, quote, script
@@ -296,6 +296,12 @@ class AndroidDevice(Device):
             raise HarnessError(
                 f"no harness is built for it ({abi})",
                 remedy=f"run `handheld harness build --for {names[-1]}`",
+            )
+        if found.info.sources not in (None, harness.sources_sha256()):
+            raise HarnessError(
+                "the harness for it was built from another version's sources",
+                path=found.folder,
+                remedy=f"run `handheld harness build --for {found.info.name}`",
             )
         return found
 
