@@ -23,7 +23,7 @@ def installed(monkeypatch):
             raise UsageError(f"target '{name}' is unknown")
         return Ready()
 
-    monkeypatch.setattr(targets, "names", lambda: ["lacking", "one", "two"])
+    monkeypatch.setattr(targets, "one_each", lambda: ["lacking", "one", "two"])
     monkeypatch.setattr(targets, "find", find)
 
 
@@ -50,6 +50,6 @@ def test_all_precisions_are_those_of_each_target(installed):
 
 
 def test_nothing_at_all_is_an_error(installed, monkeypatch):
-    monkeypatch.setattr(targets, "names", lambda: ["lacking"])
+    monkeypatch.setattr(targets, "one_each", lambda: ["lacking"])
     with pytest.raises(TargetError, match="lacks its tools"):
         cli._choose(["all"], ["int8"])

@@ -90,7 +90,7 @@ def test_operators_that_gpus_do_not_take(tmp_path):
     model.operatorCodes[0].builtinCode = schema.BuiltinOperator.BROADCAST_TO
     model.operatorCodes[0].deprecatedBuiltinCode = 127
     path = tmp_path / "a.tflite"
-    path.write_bytes(tflite._packed(model))
+    path.write_bytes(tflite.packed(model))
     with pytest.raises(TargetError, match="GPU delegate does not take BROADCAST_TO"):
         litert.check_gpu(path)
     path.write_bytes(litert._sum())
@@ -102,7 +102,7 @@ def test_more_dimensions_than_gpus_take(tmp_path):
     for tensor in model.subgraphs[0].tensors:
         tensor.shape = [1, 2, 2, 2, 2]
     path = tmp_path / "a.tflite"
-    path.write_bytes(tflite._packed(model))
+    path.write_bytes(tflite.packed(model))
     with pytest.raises(TargetError, match="does not take 5 dimensions"):
         litert.check_gpu(path)
 
