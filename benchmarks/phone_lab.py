@@ -162,14 +162,23 @@ class Trouble:
     """A fault that waits for its moment."""
 
     def __init__(self, make: Callable[[], None], undo: Callable[[], None]) -> None:
-        self.make, self.undo = make, undo
+        self._make, self._undo = make, undo
+        self._lock = threading.Lock()
+        self._over = False
         self.happened = False
 
     def now(self) -> None:
-        """Make it, once."""
-        if not self.happened:
-            self.happened = True
-            self.make()
+        """Make it, once, unless its time is over."""
+        with self._lock:
+            if not self.happened and not self._over:
+                self.happened = True
+                self._make()
+
+    def end(self) -> None:
+        """Put things right; from now on it does not happen."""
+        with self._lock:
+            self._over = True
+        self._undo()
 
     def after(self, seconds: float) -> None:
         """Make it in a while."""
@@ -201,7 +210,7 @@ def _unplug_push(phone: Phone, _: dict[str, str], rng: random.Random) -> Trouble
 
 
 def _unplug_run(phone: Phone, _: dict[str, str], rng: random.Random) -> Trouble:
-    trouble = Trouble(lambda: phone._loop.call_soon_threadsafe(_cut, phone) and None, phone.plug)
+    trouble = Trouble(phone.unplug, phone.plug)
     trouble.after(rng.uniform(0.0, 3.0))
     return trouble
 
@@ -308,7 +317,7 @@ def _once(
     first = fleet.Fleet(table, Path("/"), path).run()
     took = time.monotonic() - start
     phone.state.on_bytes = None
-    trouble.undo()
+    trouble.end()
     before = records.read(path) if path.exists() else []
     whole = {r.id for r in before if r.status == "ok"}
     lab.connect(phone, environment)
