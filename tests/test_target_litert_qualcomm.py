@@ -61,11 +61,14 @@ def test_compiled_and_run(tmp_path):
 
 @needs_qnn
 @pytest.mark.slow
-def test_operators_outside_are_named(tmp_path):
-    module, shapes = target_cases.CASES["convolution"]()
+@pytest.mark.parametrize(
+    ("case", "said"), [("convolution", "0 of 1 .* 0 graphs"), ("resnet", " of .* [1-9] graphs")]
+)
+def test_operators_outside_are_named(tmp_path, case, said):
+    module, shapes = target_cases.CASES[case]()
     item = target_cases.segment(target_cases.randomize(module), shapes)
     target_cases.quantize(item, lambda *_: ("int8", None))
     source = tmp_path / "a.tflite"
     targets.find("litert-cpu").lower(item, source)
-    with pytest.raises(TargetError, match="outside: CONV_2D"):
+    with pytest.raises(TargetError, match=f"{said}; outside: CONV_2D"):
         litert_npu.compile_for(qnn.find("litert"), "SM8650", source, tmp_path / "b.tflite")

@@ -77,24 +77,28 @@ def compile_for(sdk: Sdk, soc: str, source: Path, path: Path) -> None:
         ]
         done = subprocess.run(
             command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            capture_output=True,  # apart: each has its own buffer, and mixed they cut lines in two
             text=True,
             errors="replace",
             check=False,
             env=_environment(sdk, Path(folder)),
         )
-    stats = _STATS.search(done.stdout)
-    if done.returncode or stats is None or not path.is_file():
-        errors = [line for line in done.stdout.splitlines() if "ERROR" in line.upper()]
-        last = errors[-1].strip() if errors else f"exit code {done.returncode}"
-        raise TargetError(f"LiteRT's compiler for Qualcomm's NPUs fails: {last[:300]}")
-    taken, total, graphs = map(int, stats.groups())
+    said = f"{done.stderr}\n{done.stdout}"
+    stats = _STATS.search(said)
+    taken, total, graphs = map(int, stats.groups()) if stats else (0, 0, 0)
+    written = path.is_file() and path.stat().st_size > 0
+    if taken == total and (done.returncode or not written or not total):
+        errors = [line for line in said.splitlines() if "ERROR" in line.upper()]
+        last = errors[-1].strip() if errors else "no error"
+        raise TargetError(
+            f"LiteRT's compiler for Qualcomm's NPUs ends with code {done.returncode}: {last[:300]}"
+        )
     if taken != total or graphs != 1:
-        outside = sorted(tflite.operators(path)[0] - {"CUSTOM"})
+        # With no operator taken, the compiler ends with code 1 and an empty file.
+        left = tflite.operators(path if written else source)[0]
         raise TargetError(
             f"{taken} of {total} operators go to the NPU, in {graphs} graphs; outside: "
-            f"{', '.join(outside) or 'none'}"
+            f"{', '.join(sorted(left - {'CUSTOM'})) or 'none'}"
         )
 
 
