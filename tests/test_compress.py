@@ -372,6 +372,10 @@ def spawn(tmp_path, steps, checkpoint, pictures, work, *flags, processes=1):
     )
 
 
+def seldom_saved(*steps):
+    return tuple(s.replace("save_seconds = 0.001", "save_seconds = 1000") for s in steps)
+
+
 def finish(process):
     said, _ = process.communicate(timeout=500)
     assert process.returncode == 0, said[-3000:]
@@ -409,7 +413,7 @@ def test_a_run_that_was_killed_in_each_of_its_steps_goes_on_to_the_bit(tmp_path,
 
 @pytest.mark.slow
 def test_an_interrupted_run_ends_its_step_and_goes_on_to_the_bit(tmp_path, sdxl, pictures):
-    steps = (recipes.dmd(30).replace("save_seconds = 0.001", "save_seconds = 1000"),)
+    steps = seldom_saved(recipes.dmd(30))
     finish(spawn(tmp_path, steps, sdxl, pictures, "whole"))
     reached = 0
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -434,9 +438,9 @@ def test_an_interrupted_run_ends_its_step_and_goes_on_to_the_bit(tmp_path, sdxl,
 @pytest.mark.parametrize("kind", ["dmd", "quantized"])
 def test_two_processes_train_as_one_does(tmp_path, sdxl, pictures, kind):
     steps = {
-        "dmd": (recipes.dmd(10),),
+        "dmd": seldom_saved(recipes.dmd(10)),
         # At rates that train well: at higher ones a rounding error flips a code and grows.
-        "quantized": (recipes.trim(), recipes.quantize(), recipes.distill(10, lr=2e-5)),
+        "quantized": seldom_saved(recipes.trim(), recipes.quantize(), recipes.distill(10, lr=2e-5)),
     }[kind]
     name = "distill" if kind == "quantized" else kind
     finish(spawn(tmp_path, steps, sdxl, pictures, "one"))

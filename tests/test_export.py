@@ -350,8 +350,8 @@ def test_killed_exports_leave_nothing_wrong(exports, smallest, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_killed_exports_leave_nothing_wrong_ten_times(exports, smallest, tmp_path):
-    kill_at_random(exports, smallest, tmp_path, 10)
+def test_killed_exports_leave_nothing_wrong_five_times(exports, smallest, tmp_path):
+    kill_at_random(exports, smallest, tmp_path, 5)
 
 
 @pytest.mark.slow

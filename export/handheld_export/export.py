@@ -63,6 +63,8 @@ _STUDENT_WEIGHTS = 500_000_000
 _CALIBRATION_RUNS = 3
 _REPEATED = 3
 """Segments of one structure from which on converting it twice for all of them pays."""
+_IMPORTED_ONCE = ["handheld_export.lowering", "handheld_export.rewrites"]
+"""What the server that workers are forked from imports; seconds that each would take of its own."""
 _KEEP = 2_000_000_000
 """Bytes up to which a program's float32 weights stay in memory between its calls."""
 _SAMPLES = "samples"
@@ -636,9 +638,11 @@ def _in_workers(
 ) -> dict[str, dict[str, Any]]:
     weights = {s.id: s.weights for _, s, _ in plan.segments}
     metas: dict[str, dict[str, Any]] = {}
+    context = get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED_ONCE)
     pool = ProcessPoolExecutor(
         workers,
-        mp_context=get_context("spawn"),
+        mp_context=context,
         initializer=lowering.start_worker,
         initargs=(threads,),
     )
