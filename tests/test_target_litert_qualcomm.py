@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import target_cases
 from handheld import qnn
 from handheld.errors import TargetError, UsageError
 from handheld_export import litert, litert_npu, targets
+from handheld_export.quantization import QuantizedWeight, round_to_nearest
 from handheld_export.targets.litert_qualcomm import LiteRTQualcomm
 
 needs_qnn = pytest.mark.skipif(
@@ -57,6 +63,65 @@ def test_compiled_and_run(tmp_path):
     damaged.write_bytes(lowered.path.read_bytes()[:-1000])
     with pytest.raises(TargetError, match="holds no whole context binary"):
         target.load(damaged, item.ports)
+
+
+def samples(item, count=4):
+    generator = torch.Generator().manual_seed(3)
+    more = [
+        [torch.randn(x.shape, generator=generator) for x in item.examples] for _ in range(count - 1)
+    ]
+    return [item.examples, *more]
+
+
+def mixed(name, layer):
+    if name.endswith(("conv1", "to_q")):
+        return ("int2",)
+    if name.endswith(("conv2", "to_v")):
+        return ("int4",)
+    return None if name.endswith("proj_in") else ("int8",)
+
+
+@needs_qnn
+@pytest.mark.slow
+def test_codes_on_calibrated_grids(tmp_path):
+    module, shapes = target_cases.CASES["resnet and transformer"]()
+    item = target_cases.segment(target_cases.randomize(module), shapes)
+    target_cases.quantize(item, mixed)
+    item = replace(item, samples=samples(item))
+    target = targets.find("litert-qualcomm:SM8650")
+    lowered, db = target_cases.run(target, item, tmp_path / "a.tflite")
+    assert db > 40
+    assert (lowered.partitions, lowered.held) == (1, None)
+
+
+@needs_qnn
+@pytest.mark.slow
+def test_without_samples_codes_are_held_in_fp16(tmp_path):
+    module, shapes = target_cases.CASES["convolution"]()
+    item = target_cases.segment(target_cases.randomize(module), shapes)
+    target_cases.quantize(item, lambda *_: ("int4",))
+    target = LiteRTQualcomm.for_soc("SM8750")
+    half, _ = target_cases.run(target, item, tmp_path / "a.tflite")
+    assert half.held == {"int4 as fp16": 2304}
+    item = replace(item, samples=samples(item))
+    lowered, db = target_cases.run(target, item, tmp_path / "b.tflite")
+    assert db > 40
+    assert lowered.tools["hexagon"] == "79"
+    assert target.container(item.module.steps[0].quantized) == "int8"
+    again = target.lower(item, tmp_path / "c.tflite")
+    assert again.path.read_bytes() == lowered.path.read_bytes()
+
+
+@pytest.mark.parametrize("grid", ["int8", "int4"])
+def test_groups_are_refused(grid, tmp_path):
+    layer = nn.Linear(32, 16)
+    item = target_cases.segment(nn.Sequential(layer, target_cases.Tuple()).eval(), [(1, 32)])
+    weight = round_to_nearest(layer.weight.detach().numpy(), grid)
+    scales = np.repeat(weight.scales[:, None], 2, 1)
+    layer.quantized = QuantizedWeight(grid, weight.codes, scales, 16)
+    item = replace(item, samples=samples(item))
+    with pytest.raises(TargetError, match=f"layer '0': {grid} in groups does not run on QNN"):
+        LiteRTQualcomm.for_soc("SM8650").lower(item, tmp_path / "a.tflite")
 
 
 @needs_qnn

@@ -10,7 +10,7 @@ and is written and read one layer at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -139,7 +139,13 @@ def block_scales(scales: NDArray[np.float32]) -> NDArray[np.float16]:
     return rounded.view(np.float32).astype(np.float16)
 
 
-def graft(flatbuffer: bytes, layers: Sequence[Layer], ports: Ports, path: Path) -> None:
+def graft(
+    flatbuffer: bytes,
+    layers: Sequence[Layer],
+    ports: Ports,
+    path: Path,
+    edit: Callable[[Any], None] | None = None,
+) -> None:
     """Write a converted :class:`Open` module with its weights filled in.
 
     Parameters
@@ -151,6 +157,8 @@ def graft(flatbuffer: bytes, layers: Sequence[Layer], ports: Ports, path: Path) 
         Names of the signature's inputs and outputs.
     path : Path
         Where to write.
+    edit : callable, optional
+        Changes the grafted model in place before it is written.
 
     Raises
     ------
@@ -177,7 +185,28 @@ def graft(flatbuffer: bytes, layers: Sequence[Layer], ports: Ports, path: Path) 
     surgery.products()
     surgery.widen()
     surgery.compact()
+    if edit is not None:
+        edit(model)
+        surgery.compact()
     _write(model, [s for group in stored for s in group], path)
+
+
+def code_of(model: Any, op: Any) -> int:
+    """Return which builtin operator an operator is."""
+    entry = model.operatorCodes[op.opcodeIndex]
+    return int(max(entry.builtinCode, entry.deprecatedBuiltinCode))
+
+
+def operator_code(model: Any, builtin: int) -> int:
+    """Return where a model's list of operators has a builtin one, which is added if need be."""
+    for index, entry in enumerate(model.operatorCodes):
+        if max(entry.builtinCode, entry.deprecatedBuiltinCode) == builtin:
+            return index
+    entry = schema.OperatorCodeT()
+    entry.builtinCode = entry.deprecatedBuiltinCode = builtin
+    entry.version = 1
+    model.operatorCodes.append(entry)
+    return len(model.operatorCodes) - 1
 
 
 def _in_order(maps: Sequence[Any], prefix: str) -> list[Any]:
@@ -216,8 +245,7 @@ class _Surgery:
         self.widening: list[Any] = []
 
     def code(self, op: Any) -> int:
-        entry = self.model.operatorCodes[op.opcodeIndex]
-        return int(max(entry.builtinCode, entry.deprecatedBuiltinCode))
+        return code_of(self.model, op)
 
     def fill(self, index: int, layer: Layer) -> list[_Stored]:
         """Put a layer's weight where the graph reads input ``index``."""
@@ -251,7 +279,7 @@ class _Surgery:
         half.type = schema.TensorType.FLOAT16
         self.graph.tensors.append(half)
         op = schema.OperatorT()
-        op.opcodeIndex = self._operator_code(_OPS.DEQUANTIZE)
+        op.opcodeIndex = operator_code(self.model, _OPS.DEQUANTIZE)
         op.inputs, op.outputs = [len(self.graph.tensors) - 1], [tensor]
         op.builtinOptionsType = schema.BuiltinOptions.DequantizeOptions
         op.builtinOptions = schema.DequantizeOptionsT()
@@ -348,18 +376,7 @@ class _Surgery:
             op.inputs = [int(i) for i in op.inputs[:2]]
             op.builtinOptions = options
             op.builtinOptionsType = schema.BuiltinOptions.BatchMatMulOptions
-            op.opcodeIndex = self._operator_code(_OPS.BATCH_MATMUL)
-
-    def _operator_code(self, builtin: int) -> int:
-        codes = self.model.operatorCodes
-        for index, entry in enumerate(codes):
-            if max(entry.builtinCode, entry.deprecatedBuiltinCode) == builtin:
-                return index
-        entry = schema.OperatorCodeT()
-        entry.builtinCode = entry.deprecatedBuiltinCode = builtin
-        entry.version = 1
-        codes.append(entry)
-        return len(codes) - 1
+            op.opcodeIndex = operator_code(self.model, _OPS.BATCH_MATMUL)
 
     def compact(self) -> None:
         """Drop tensors, buffers and operator codes that nothing uses any more."""

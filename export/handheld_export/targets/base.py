@@ -143,7 +143,8 @@ class Target(ABC):
         """Return the grid that holds a weight's codes, wider where no kernel reads its own."""
         shape = weight.codes.shape
         kind = "linear" if len(shape) == 2 else "conv1x1" if shape[2:] == (1, 1) else "conv3x3"
-        return CONTAINERS.get(self.name, {}).get((kind, weight.grid), weight.grid)
+        held = CONTAINERS.get(self.name.partition(":")[0], {})
+        return held.get((kind, weight.grid), weight.grid)
 
     def held(self, weight: QuantizedWeight) -> QuantizedWeight:
         """Return a weight on the grid that holds its codes."""

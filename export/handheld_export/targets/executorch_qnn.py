@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Mapping
 from functools import cache, cached_property
 from pathlib import Path
@@ -20,6 +19,7 @@ from handheld import qnn
 from handheld.errors import TargetError
 from handheld.program import Ports
 from handheld.socs import HEXAGON
+from handheld_export.hexagon import check, counted
 from handheld_export.qnn_process import ARTIFACT, CODES, PROGRAM, SAMPLES, Process
 from handheld_export.quantization import BITS, QuantizedWeight
 from handheld_export.targets.base import Array, Lowered, Runner, SegmentInput, Target
@@ -80,14 +80,14 @@ class ExecuTorchQNN(Target):
         """
         layers = _quantized(segment.module)
         for name, weight in layers.items():
-            _check(name, weight)
+            check(name, weight)
         notes: tuple[str, ...] = ()
         held = None
         if (small := self._too_small(segment)) is not None:
             notes = (
                 f"kept in fp16: quantized residual blocks below 16x16 can come out wrong, {small}",
             )
-            held = _counted(layers)
+            held = counted(layers.values())
             layers = {}
         with tempfile.TemporaryDirectory(prefix="handheld-qnn-") as folder:
             work = Path(folder)
@@ -196,23 +196,6 @@ def binary(path: Path) -> dict[str, str]:
 def _quantized(module: nn.Module) -> dict[str, QuantizedWeight]:
     found = {n: getattr(m, "quantized", None) for n, m in module.named_modules()}
     return {n: w for n, w in found.items() if w is not None}
-
-
-def _counted(layers: Mapping[str, QuantizedWeight]) -> dict[str, int]:
-    counts: Counter[str] = Counter()
-    for weight in layers.values():
-        counts[f"{weight.grid} as fp16"] += weight.codes.size
-    return dict(sorted(counts.items()))
-
-
-def _check(name: str, weight: QuantizedWeight) -> None:
-    if weight.grid == "palette":
-        raise TargetError(f"layer '{name}': palettes do not run on QNN")
-    if weight.group_size is not None:
-        raise TargetError(
-            f"layer '{name}': {weight.grid} in groups does not run on QNN",
-            remedy="give scales per channel",
-        )
 
 
 class _Runner(Runner):

@@ -5,28 +5,33 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from handheld import qnn
 from handheld.errors import TargetError
 from handheld.program import Ports
+from handheld_export.hexagon import check, counted
 from handheld_export.targets.base import Lowered, Runner, SegmentInput, Target
+
+if TYPE_CHECKING:
+    from handheld_export import tflite
 
 
 class LiteRTQualcomm(Target):
     """Lower to a .tflite whose one operator is a context binary of QNN for one SoC.
 
-    The NPU computes in fp16, and weights are float16, whatever grid the student's codes are on:
-    the compiler leaves convolutions with int8 weights, and layers with int4 ones, to the CPU. The
-    binary runs here in QNN's simulation of the NPU; it was not run on hardware.
+    The NPU computes in fp16, or on 16-bit grids that are calibrated on the program's own inputs.
+    There, layers with codes keep them, with the student's scale per output channel, and layers
+    without stay in fp16. The compiler takes int4 and int2 in linear layers; convolutions hold such
+    codes as int8. The binary runs here in QNN's simulation of the NPU; it was not run on hardware.
     """
 
     name: ClassVar[str] = "litert-qualcomm"
     engine: ClassVar[str] = "litert"
     suffix: ClassVar[str] = ".tflite"
-    precisions: ClassVar[tuple[str, ...]] = ("fp16",)
+    precisions: ClassVar[tuple[str, ...]] = ("fp16", "16a8w", "16a4w", "16a2w")
     segment_weights: ClassVar[int] = 200_000_000
     packages: ClassVar[Mapping[str, str]] = {
         "ai-edge-litert": "ai_edge_litert",
@@ -36,6 +41,7 @@ class LiteRTQualcomm(Target):
     }
     extra: ClassVar[str] = "onnx"
     runs_here: ClassVar[bool] = False
+    samples: ClassVar[int] = 16
     socs: ClassVar[tuple[str, ...]] = ("SM8650", "SM8550", "SM8750")
     unproven: ClassVar[str | None] = (
         "litert-qualcomm: run in QNN's simulation of the NPU, not run on hardware"
@@ -64,12 +70,15 @@ class LiteRTQualcomm(Target):
     def lower(self, segment: SegmentInput, path: Path) -> Lowered:
         """Convert a segment, compile it, and read SoC and version back from the binary.
 
+        Without ``samples`` there is nothing to calibrate on, and codes are held in fp16.
+
         Raises
         ------
         TargetError
-            If values leave fp16, or an operator does not go to the NPU.
+            If a layer's grid does not run, values leave fp16, or an operator does not go to the
+            NPU.
         """
-        from handheld_export import litert, litert_npu, tflite
+        from handheld_export import litert, litert_npu, tflite, tflite_static
         from handheld_export.half import fit
         from handheld_export.litert_rewrites import GPU_REPLACEMENTS
         from handheld_export.rewrites import rewrite
@@ -77,18 +86,35 @@ class LiteRTQualcomm(Target):
         module = rewrite(segment.module, GPU_REPLACEMENTS)
         notes = fit(module, segment.examples)
         opened = tflite.Open(module, len(segment.ports.inputs)).eval()
-        opened.layers = [replace(x, quantized=None, half=True) for x in opened.layers]
+        given = [x.quantized for x in opened.layers]
+        on_grids = bool(segment.samples) and any(given)
+        opened.layers = [self._holding(x, on_grids) for x in opened.layers]
         flatbuffer = litert.convert(opened, segment, [x.weight for x in opened.layers])
         assert self.soc is not None
         with tempfile.TemporaryDirectory(prefix="handheld-npu-") as folder:
-            source = Path(folder) / path.name
-            tflite.graft(flatbuffer, opened.layers, segment.ports, source)
+            source, edit = Path(folder) / path.name, None
+            if on_grids:
+                floats = [replace(x, quantized=None) for x in opened.layers]
+                tflite.graft(flatbuffer, floats, segment.ports, source)
+                samples = [[x.numpy() for x in sample] for sample in segment.samples]
+                edit = partial(
+                    tflite_static.quantize, ranges=tflite_static.observe(source, samples)
+                )
+            tflite.graft(flatbuffer, opened.layers, segment.ports, source, edit)
             tflite.check(source, opened.layers)
             litert_npu.compile_for(self._sdk, self.soc, source, path)
         _, _, found = litert_npu.binary(path)
         if (found["soc"], found["qnn"]) != (self.soc, self._sdk.build):
             raise TargetError(f"the binary says {found}, not {self.soc}, {self._sdk.build}")
-        return Lowered(path, 1, self.versions() | found, notes)
+        held = None if on_grids else counted(w for w in given if w is not None)
+        return Lowered(path, 1, self.versions() | found, notes, held=held)
+
+    def _holding(self, layer: tflite.Layer, on_grids: bool) -> tflite.Layer:
+        weight = layer.quantized
+        if weight is None or not on_grids:
+            return replace(layer, quantized=None, half=True)
+        check(layer.name, weight)
+        return replace(layer, quantized=self.held(weight))
 
     def load(self, path: Path, ports: Ports) -> Runner:
         """Open an artifact in QNN's simulation.
