@@ -91,7 +91,7 @@ REPEATED = '{"schema_version": 1, "schema_version": 1}'
         ("{}", "not a manifest of handheld"),
         ('{"schema_version": "1"}', "not a manifest of handheld"),
         ('{"schema_version": true}', "not a manifest of handheld"),
-        ('{"schema_version": 2}', "newer handheld"),
+        ('{"schema_version": 3}', "newer handheld"),
         ('{"schema_version": 0}', "unknown version 0"),
         ('{"schema_version": 1}', "faults"),
         (REPEATED, "occurs twice"),

@@ -73,7 +73,7 @@ def test_jobs_and_events(kind, model):
                 adapter.validate_json(data, strict=True)
 
 
-@pytest.mark.parametrize("case", cases("programs"))
+@pytest.mark.parametrize("case", [*cases("programs"), *cases("half_programs")])
 def test_programs(case):
     program = Program.model_validate_json((GOLDEN / case["file"]).read_bytes(), strict=True)
     tensors = load_file(GOLDEN / case["tensors"])

@@ -696,7 +696,7 @@ def test_bad_manifests(built, copy, inputs, tmp_path):
         return m["sizes"][SIZE]["program"]["tensors"]
 
     for change, words in (
-        (lambda m: m.update(schema_version=2), "schema_version: unknown version 2"),
+        (lambda m: m.update(schema_version=3), "schema_version: unknown version 3"),
         (lambda m: m.pop("schema_version"), "schema_version"),
         (lambda m: m.update(extra=1), "unknown field 'extra'"),
         (lambda m: m.update(artifacts=[]), "artifacts: is empty"),

@@ -87,7 +87,9 @@ def test_memory_plans(built):
             assert case["error"] in json.loads(result.stderr)["message"]
 
 
-@pytest.mark.parametrize("case", INDEX["programs"], ids=lambda c: Path(c["file"]).stem)
+@pytest.mark.parametrize(
+    "case", INDEX["programs"] + INDEX["half_programs"], ids=lambda c: Path(c["file"]).stem
+)
 def test_programs(built, case, tmp_path):
     from handheld.native import Session
 
@@ -100,6 +102,7 @@ def test_programs(built, case, tmp_path):
     def named(kind):
         return {k.removeprefix(f"{kind}."): v for k, v in tensors.items() if k.startswith(kind)}
 
+    manifest["schema_version"] = 2 if case in INDEX["half_programs"] else 1
     manifest["sizes"]["16x8"]["program"] = program
     constants = named("constant")
     manifest["constant_specs"] = {

@@ -200,7 +200,8 @@ void Executor::build(const Manifest& manifest, const Program& program) {
     } else if (auto* affine_op = std::get_if<AffineOp>(&op)) {
       const TensorSpec& spec = placed(affine_op->out).spec;
       AffineStep step{{}, affine_op->bias, spec.dtype, address(affine_op->out), spec.elements()};
-      for (const Term& t : affine_op->terms) step.terms.push_back({floats(t.x), t.scale});
+      for (const Term& t : affine_op->terms)
+        step.terms.push_back({address(t.x), placed(t.x).spec.dtype, t.scale});
       steps_.emplace_back(std::move(step));
     } else if (auto* moments_op = std::get_if<MomentsOp>(&op)) {
       const auto& shape = placed(moments_op->x).spec.shape;
@@ -238,11 +239,7 @@ void Executor::compute(const Step& any) const {
   } else if (auto* pad = std::get_if<FillStep>(&any)) {
     run_fill(*pad);
   } else if (auto* a = std::get_if<AffineStep>(&any)) {
-    if (a->dtype == DType::u8) {
-      affine(a->terms, a->bias, static_cast<uint8_t*>(a->out), a->count);
-    } else {
-      affine(a->terms, a->bias, static_cast<float*>(a->out), a->count);
-    }
+    affine(a->terms, a->bias, a->dtype, a->out, a->count);
   } else if (auto* m = std::get_if<MomentsStep>(&any)) {
     moments(m->x, m->positions, m->channels, m->groups, sums_.data(), shift_.data(), m->out);
   } else if (auto* n = std::get_if<NormalizerStep>(&any)) {

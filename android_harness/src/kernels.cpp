@@ -30,15 +30,33 @@ HH_WIDE void add(float value, float* out, size_t n) {
   for (size_t i = 0; i < n; ++i) out[i] = out[i] + value;
 }
 
+HH_WIDE void widen(const uint16_t* __restrict x, float* __restrict out, size_t n) {
+  for (size_t i = 0; i < n; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(x[i] & 0x7fff) << 13;
+    // Scaling gives subnormals their leading one; infinity and NaN keep the largest exponent.
+    const uint32_t finite = std::bit_cast<uint32_t>(std::bit_cast<float>(bits) * 0x1p112f);
+    const uint32_t magnitude = bits >= 0x0f800000 ? bits | 0x7f800000 : finite;
+    out[i] = std::bit_cast<float>(magnitude | static_cast<uint32_t>(x[i] & 0x8000) << 16);
+  }
+}
+
 uint8_t saturated_u8(float v) {
   float r = std::nearbyintf(v);
   return r >= 255.0f ? 255 : r > 0.0f ? static_cast<uint8_t>(r) : 0;  // NaN compares false: 0
 }
 
+const float* values(const ScaledTensor& t, size_t start, float* wide, size_t n) {
+  if (t.dtype == DType::f32) return static_cast<const float*>(t.x) + start;
+  widen(static_cast<const uint16_t*>(t.x) + start, wide, n);
+  return wide;
+}
+
 void affine_chunk(std::span<const ScaledTensor> terms, float bias, float* out, size_t start,
                   size_t n) {
-  scale_to(terms[0].x + start, terms[0].scale, out, n);
-  for (const ScaledTensor& t : terms.subspan(1)) scale_add(t.x + start, t.scale, out, n);
+  float wide[kChunk];
+  scale_to(values(terms[0], start, wide, n), terms[0].scale, out, n);
+  for (const ScaledTensor& t : terms.subspan(1))
+    scale_add(values(t, start, wide, n), t.scale, out, n);
   add(bias, out, n);
 }
 
@@ -57,19 +75,23 @@ HH_WIDE void sum_squares(const float* __restrict x, size_t positions, size_t cha
     }
 }
 
-uint16_t half_bits(float value) {
-  uint32_t f = std::bit_cast<uint32_t>(value);
-  uint32_t sign = f >> 16 & 0x8000;
-  uint32_t magnitude = f & 0x7fffffff;
-  if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
-  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);
-  if (magnitude < 0x38800000) {
-    // Subnormal: adding 0.5 lets the hardware round to multiples of 2**-24.
-    float shifted = std::bit_cast<float>(magnitude) + 0.5f;
-    return static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000));
-  }
-  uint32_t rounded = magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1);
-  return static_cast<uint16_t>(sign | rounded >> 13);
+// Without branches, so that a loop over it becomes wide.
+inline uint16_t half_bits(float value) {
+  const uint32_t f = std::bit_cast<uint32_t>(value);
+  const uint32_t sign = f >> 16 & 0x8000;
+  const uint32_t magnitude = f & 0x7fffffff;
+  // Subnormal: adding 0.5 lets the hardware round to multiples of 2**-24.
+  const uint32_t subnormal =
+      std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
+  const uint32_t normal = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  uint32_t bits = magnitude < 0x38800000 ? subnormal : normal;
+  bits = magnitude >= 0x477ff000 ? 0x7c00 : bits;
+  bits = magnitude > 0x7f800000 ? 0x7e00 : bits;
+  return static_cast<uint16_t>(sign | bits);
+}
+
+HH_WIDE void narrow(const float* __restrict x, uint16_t* __restrict out, size_t n) {
+  for (size_t i = 0; i < n; ++i) out[i] = half_bits(x[i]);
 }
 
 template <class T>
@@ -84,17 +106,21 @@ void fill_as(T value, void* out, size_t count) {
 
 }  // namespace
 
-void affine(std::span<const ScaledTensor> terms, float bias, float* out, size_t count) {
-  for (size_t i = 0; i < count; i += kChunk)
-    affine_chunk(terms, bias, out + i, i, std::min(kChunk, count - i));
-}
-
-void affine(std::span<const ScaledTensor> terms, float bias, uint8_t* out, size_t count) {
+void affine(std::span<const ScaledTensor> terms, float bias, DType dtype, void* out, size_t count) {
   float chunk[kChunk];
   for (size_t i = 0; i < count; i += kChunk) {
-    size_t n = std::min(kChunk, count - i);
+    const size_t n = std::min(kChunk, count - i);
+    if (dtype == DType::f32) {
+      affine_chunk(terms, bias, static_cast<float*>(out) + i, i, n);
+      continue;
+    }
     affine_chunk(terms, bias, chunk, i, n);
-    for (size_t k = 0; k < n; ++k) out[i + k] = saturated_u8(chunk[k]);
+    if (dtype == DType::f16) {
+      narrow(chunk, static_cast<uint16_t*>(out) + i, n);
+    } else {
+      auto* bytes = static_cast<uint8_t*>(out) + i;
+      for (size_t k = 0; k < n; ++k) bytes[k] = saturated_u8(chunk[k]);
+    }
   }
 }
 

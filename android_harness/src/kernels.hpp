@@ -10,13 +10,13 @@
 namespace hh {
 
 struct ScaledTensor {
-  const float* x;
+  const void* x;
+  DType dtype;  // f32 or f16
   float scale;
 };
 
-// `out` is float or uint8_t.
-void affine(std::span<const ScaledTensor> terms, float bias, float* out, size_t count);
-void affine(std::span<const ScaledTensor> terms, float bias, uint8_t* out, size_t count);
+// `out` is of type f32, f16 or u8.
+void affine(std::span<const ScaledTensor> terms, float bias, DType dtype, void* out, size_t count);
 
 // `sums` is scratch for `channels` numbers, `shift` as well.
 void moments(const float* x, size_t positions, size_t channels, size_t groups, double* sums,

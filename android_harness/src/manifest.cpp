@@ -15,6 +15,7 @@ constexpr uint64_t kMaxManifestBytes = 64 << 20;
 constexpr size_t kMaxSizes = 64;
 constexpr size_t kMaxArtifacts = 4096;
 constexpr const char* kManifest = "manifest.json";
+constexpr int64_t kSchemaVersion = 2;
 
 std::string manifest_path(const std::string& folder) { return folder + "/" + kManifest; }
 
@@ -103,9 +104,10 @@ void check_version(const json::Node& root) {
   if (!version)
     root.fail("schema_version: is not a manifest of handheld: there is no version number");
   int64_t number = version->integer(INT64_MIN, INT64_MAX);
-  if (number != 1)
-    version->fail("unknown version " + std::to_string(number) + ", this harness reads version 1" +
-                  (number > 1 ? " (upgrade handheld)" : ""));
+  if (number < 1 || number > kSchemaVersion)
+    version->fail("unknown version " + std::to_string(number) + ", this harness reads up to " +
+                  std::to_string(kSchemaVersion) +
+                  (number > kSchemaVersion ? " (upgrade handheld)" : ""));
 }
 
 }  // namespace

@@ -178,12 +178,14 @@ class Computed {
 
   Results operator()(const AffineOp& op) const {
     const TensorSpec& out = declared_.at(op.out);
-    if (out.dtype != DType::f32 && out.dtype != DType::u8)
-      throw Mismatch{"an affine result is float32 or uint8"};
+    auto floating = [](DType d) { return d == DType::f32 || d == DType::f16; };
+    if (!floating(out.dtype) && out.dtype != DType::u8)
+      throw Mismatch{"an affine result is float32, float16 or uint8"};
     for (const Term& term : op.terms) {
       const TensorSpec& x = known_.at(term.x);
-      if (x.shape != out.shape || x.dtype != DType::f32)
-        throw Mismatch{"term '" + term.x + "' does not have the result's shape in float32"};
+      if (x.shape != out.shape || !floating(x.dtype))
+        throw Mismatch{"term '" + term.x +
+                       "' does not have the result's shape in float32 or float16"};
     }
     return {{op.out, out}};
   }

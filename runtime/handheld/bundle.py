@@ -341,7 +341,7 @@ def parse_manifest(data: bytes, path: str | Path = MANIFEST) -> Manifest:
             field="schema_version",
             remedy="upgrade: pip install --upgrade handheld",
         )
-    if version < SCHEMA_VERSION:
+    if version < 1:
         raise BundleError(
             f"unknown version {version}", path=path, field="schema_version", remedy=_AGAIN
         )

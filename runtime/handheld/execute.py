@@ -193,7 +193,7 @@ def _affine(op: Affine, tensors: Mapping[str, Array], spec: TensorSpec) -> Array
         if spec.dtype == "uint8":
             rounded = np.clip(np.rint(total), 0.0, 255.0)
             return np.where(np.isnan(rounded), np.float32(0), rounded).astype(np.uint8)
-    return total
+        return total.astype(spec.dtype, copy=False)
 
 
 def _sum(x: NDArray[np.float64], groups: int) -> NDArray[np.float64]:

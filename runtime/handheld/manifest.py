@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
-from handheld.program import Extent, Model, Name, Ports, Program, Seed, TensorSpec
+from handheld.program import Extent, Model, Name, Ports, Program, Seed, TensorSpec, halves
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
+"""The newest that is read. Bundles are written in the oldest that can say what they are."""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -159,7 +160,8 @@ class Provenance(Model):
 class Manifest(Model):
     """The manifest of a bundle."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1, 2] = 1
+    """2 where a program computes with float16."""
     model: ModelInfo
     target: str
     precision: str
@@ -173,6 +175,13 @@ class Manifest(Model):
     verification: Verification = Verification()
     licence: str | None = None
     provenance: Provenance = Provenance()
+
+    @model_validator(mode="after")
+    def _old_enough(self) -> Self:
+        for name, size in self.sizes.items():
+            if self.schema_version < 2 and halves(size.program):
+                raise ValueError(f"schema_version 1 has no float16 in affine, as size {name} has")
+        return self
 
     @property
     def sha256(self) -> str:

@@ -15,7 +15,7 @@ fused multiply-add, so every implementation gives the same bits.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -30,6 +30,8 @@ Offset = Annotated[int, Field(ge=0, le=2**31)]
 Axis = Annotated[int, Field(ge=0, le=5)]
 Binary32 = Annotated[float, Field(ge=-3.4028234663852886e38, le=3.4028234663852886e38)]
 """A number within the range of binary32, to which it is rounded before use."""
+MOST_OPS: Final = 16_384
+"""Operations that the harness takes."""
 
 
 class Model(BaseModel):
@@ -127,9 +129,10 @@ class Term(Model):
 class Affine(Model):
     """``out = ((scale0*x0 + scale1*x1) + ...) + bias``, elementwise in binary32.
 
-    All operands have the shape of ``out``. Scales and bias are rounded to binary32 first.
-    The bias is always added. If ``out`` is uint8 the result is rounded half to even and
-    saturated to 0..255; NaN becomes 0.
+    All operands have the shape of ``out`` and are float32 or float16, which is widened first.
+    Scales and bias are rounded to binary32 first. The bias is always added. If ``out`` is
+    float16 the result is rounded half to even, to infinity where it leaves the type. If it is
+    uint8 the result is rounded half to even and saturated to 0..255; NaN becomes 0.
     """
 
     op: Literal["affine"] = "affine"
@@ -218,6 +221,22 @@ def writes(op: Op) -> tuple[str, ...]:
             return (op.mean, op.rstd)
         case _:
             return (op.out,)
+
+
+def decoded(program: Program) -> str:
+    """Return the name of the tensor that the picture is rounded from."""
+    rounded = (op for op in program.ops if isinstance(op, Affine))
+    return next(op.terms[0].x for op in rounded if op.out == program.outputs["picture"])
+
+
+def halves(program: Program) -> bool:
+    """Return whether a program computes with float16, which version 1 of manifests did not."""
+
+    def half(name: str) -> bool:
+        return name in program.tensors and program.tensors[name].dtype == "float16"
+
+    sums = (op for op in program.ops if isinstance(op, Affine))
+    return any(half(name) for op in sums for name in (*reads(op), *writes(op)))
 
 
 def check(
@@ -353,13 +372,13 @@ def _results(
             return {op.out: _resized(first, op.axis, total)}
         case Affine():
             out = declared[op.out]
-            if out.dtype not in ("float32", "uint8"):
-                raise _MismatchError("an affine result is float32 or uint8")
+            if out.dtype not in ("float32", "float16", "uint8"):
+                raise _MismatchError("an affine result is float32, float16 or uint8")
             for term in op.terms:
                 x = known[term.x]
-                if x.shape != out.shape or x.dtype != "float32":
+                if x.shape != out.shape or x.dtype not in ("float32", "float16"):
                     raise _MismatchError(
-                        f"term '{term.x}' does not have the result's shape in float32"
+                        f"term '{term.x}' does not have the result's shape in float32 or float16"
                     )
             return {op.out: out}
         case Moments():
