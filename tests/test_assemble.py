@@ -39,17 +39,19 @@ class Setup:
         self.segments = {
             "unet": group(graph, 10**6),
             "embedding": group(embedding, 10**6, "embedding") if embedding else [],
-            "decoder": group(decoder, 10**6),
         }
+        segments = group(decoder, 10**6)
         steps = sampling.plan(BETAS, sampler, chosen)
         self.program, self.constants = assemble(
             **self.segments,
+            decode=lambda draft, z: draft.calls(segments, "", {"latent": z}),
             steps=steps,
             embedded=time_embeddings(checkpoint.unet, graph, chosen),
             size_ids=time_ids(graph, self.size) if embedding else None,
             guidance=guidance,
             latent_scale=(SCALE, 0.0),
         )
+        self.segments["decoder"] = segments
         every = [s for line in self.segments.values() for s in line]
         self.pairs = [(s, checkpoint.component(s.graph.component)) for s in every]
         self.ports = {s.id: s.ports for s in every}

@@ -6,8 +6,9 @@ the step is a constant, so every step calls the same artifacts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from handheld_export.sampling import Step
 from handheld_export.segments import Graph, Segment
 
 Array = NDArray[np.float32]
+LATENT: Final = "latent"
+"""The tensor that the decoder is given."""
 
 
 @dataclass
@@ -52,6 +55,10 @@ class Draft:
         if name in self.constants:
             return TensorSpec(shape=self.constants[name].shape)
         return self.tensors[name]
+
+    def picture(self, decoded: str) -> str:
+        """Append the rounding of what a decoder gives to a picture."""
+        return self.affine("picture", (decoded, 127.5), bias=127.5, dtype="uint8")
 
     def calls(self, segments: Sequence[Segment], prefix: str, names: dict[str, str]) -> str:
         """Append calls of a component's segments; return the name of the result.
@@ -123,7 +130,7 @@ def assemble(
     *,
     unet: Sequence[Segment],
     embedding: Sequence[Segment],
-    decoder: Sequence[Segment],
+    decode: Callable[[Draft, str], str],
     steps: Sequence[Step],
     embedded: dict[int, Array],
     size_ids: Array | None,
@@ -134,8 +141,10 @@ def assemble(
 
     Parameters
     ----------
-    unet, embedding, decoder : sequences of Segment
+    unet, embedding : sequences of Segment
         ``embedding`` is empty for models without added embeddings.
+    decode : callable
+        Appends the decoder to the draft, given the latent's name; returns the result's.
     steps : sequence of Step
     embedded : dict
         From :func:`time_embeddings`.
@@ -207,9 +216,9 @@ def assemble(
         if step.x0 is not None:
             before = draft.affine(f"{at}x0", (x, step.x0[0]), (eps, step.x0[1]))
         x = draft.affine(f"{at}latent", *((values[k], s) for k, s in step.terms.items()))
-    z = draft.affine("latent", (x, latent_scale[0]), bias=latent_scale[1])
-    decoded = draft.calls(decoder, "", {"latent": z})
-    picture = draft.affine("picture", (decoded, 127.5), bias=127.5, dtype="uint8")
+    z = draft.affine(LATENT, (x, latent_scale[0]), bias=latent_scale[1])
+    decoded = decode(draft, z)
+    picture = draft.picture(decoded)
     program = Program(
         inputs=tuple(draft.inputs),
         tensors=draft.tensors,

@@ -81,6 +81,13 @@ def export(
     calibrate: Annotated[
         bool, typer.Option(help="Fix the activation grids of convolutions by calibration.")
     ] = False,
+    decoder_bands: Annotated[
+        float | None,
+        typer.Option(
+            help="Decode in bands whose largest tensor has this many MB, 8 for example, so that "
+            "memory does not grow with whole pictures in float32."
+        ),
+    ] = None,
     jobs: Annotated[
         int | None,
         typer.Option("--jobs", "-j", help="Most worker processes; all cores if not given."),
@@ -105,8 +112,8 @@ def export(
     """  # noqa: D301
     quiet()
     chosen, absent = _choose(target or ["litert-cpu"], precision or ["int8"])
-    for name, value in (("jobs", jobs), ("memory", memory)):
-        if value is not None and value < 1:
+    for name, value in (("jobs", jobs), ("memory", memory), ("decoder-bands", decoder_bands)):
+        if value is not None and not value > 0:
             raise UsageError(f"--{name} {value} is not positive")
     if output is None and not dry_run:
         raise UsageError("no place for the bundle", remedy="give one with --output")
@@ -132,6 +139,7 @@ def export(
             seed=seed,
             references=references,
             calibrate=calibrate,
+            decoder_bands=decoder_bands,
         )
         if dry_run:
             results.append({"target": name, "precision": level} | plan_segments(source, options))

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, cast
@@ -48,13 +48,13 @@ from handheld.manifest import (
     Verification,
 )
 from handheld.precision import find as find_precision
-from handheld.program import Call, Program, TensorSpec, check
-from handheld_export import lowering, measure, sampling, targets
-from handheld_export.assemble import assemble, time_embeddings, time_ids
+from handheld.program import MOST_OPS, Call, Program, TensorSpec, check, decoded, halves
+from handheld_export import bands, lowering, measure, sampling, targets
+from handheld_export.assemble import LATENT, Draft, assemble, time_embeddings, time_ids
 from handheld_export.checkpoint import Checkpoint, Component, read_json
 from handheld_export.memory import Budget, need, trim
 from handheld_export.quantization import ActivationRange
-from handheld_export.reference import TorchArtifacts
+from handheld_export.reference import TorchArtifacts, decode
 from handheld_export.segments import Segment
 from handheld_export.targets.base import Target
 
@@ -94,6 +94,9 @@ class Options:
     calibrate : bool
         Fix the activation grids of int8 convolutions by calibration, where the student has
         no ranges. Without it XNNPACK finds a grid for every picture, which is more accurate.
+    decoder_bands : float or None
+        Decode in bands of rows whose largest float32 tensor has this many MB (10^6 bytes); None
+        decodes whole pictures. See :mod:`handheld_export.bands`.
     """
 
     target: str
@@ -109,6 +112,7 @@ class Options:
     seed: int = 0
     references: bool = False
     calibrate: bool = False
+    decoder_bands: float | None = None
 
 
 @dataclass
@@ -284,6 +288,11 @@ def _plan(checkpoint: Checkpoint, options: Options) -> _Plan:
             f"target '{target.name}' does not run precision '{options.precision}'",
             remedy=f"choose from {', '.join(target.precisions)}",
         )
+    if options.decoder_bands is not None and not target.bands:
+        raise UsageError(
+            f"target '{target.name}' does not decode in bands",
+            remedy="leave out --decoder-bands, or export for litert-cpu",
+        )
     settings = checkpoint.settings
     factor = _downsampling(checkpoint.vae)
     native = settings.get("size") or checkpoint.unet.config.get("sample_size", 64) * factor
@@ -296,7 +305,7 @@ def _plan(checkpoint: Checkpoint, options: Options) -> _Plan:
     segments = [
         (line, segment, checkpoint.component(segment.graph.component))
         for line in ("embedding", "unet", "decoder")
-        for segment in parts.cut(line, target, options.precision)
+        for segment in parts.cut(line, target, options.precision, options.decoder_bands)
     ]
     by_line = {
         line: [s for at, s, _ in segments if at == line]
@@ -314,17 +323,28 @@ def _plan(checkpoint: Checkpoint, options: Options) -> _Plan:
         guidance = float(settings.get("guidance", 1.0))
     vae = checkpoint.vae.config
     scale = 1.0 / float(vae.get("scaling_factor") or 1.0)
+
+    def decoder(draft: Draft, z: str) -> str:
+        if options.decoder_bands is None:
+            return draft.calls(by_line["decoder"], "", {"latent": z})
+        return bands.write(draft, bands.passes(parts.decoder, options.decoder_bands), z)
+
     embedded = time_embeddings(checkpoint.unet, parts.unet, sorted({s.timestep for s in steps}))
     program, constants = assemble(
         unet=by_line["unet"],
         embedding=by_line["embedding"],
-        decoder=by_line["decoder"],
+        decode=decoder,
         steps=steps,
         embedded=embedded,
         size_ids=time_ids(parts.unet, (height, width)) if parts.embedding else None,
         guidance=guidance,
         latent_scale=(scale, float(vae.get("shift_factor") or 0.0)),
     )
+    if len(program.ops) > MOST_OPS:
+        raise UsageError(
+            f"the program has {len(program.ops)} operations, a harness takes {MOST_OPS}",
+            remedy="give a larger --decoder-bands, or fewer steps",
+        )
     check(
         program,
         {s.id: s.ports for _, s, _ in segments},
@@ -457,11 +477,10 @@ class _Result:
     """uint8 [1, H, W, 3]"""
     calls: list[Mapping[str, Array]]
     """Results of the calls, by port; only the last one's unless all were asked for."""
-
-    @property
-    def decoded(self) -> Array:
-        """What the decoder gave, float32 [1, H, W, 3]."""
-        return next(iter(self.calls[-1].values()))
+    decoded: Array
+    """What the decoder gave, float32 [1, H, W, 3]."""
+    latent: Array
+    """What it was given, float32 [1, h, w, C]."""
 
 
 def _reference(
@@ -497,6 +516,13 @@ def _reference(
             inputs = texts.inputs[i % len(texts.inputs)]
             _run(plan, artifacts, inputs, plan.options.seed + i)
     artifacts.close()
+    if plan.options.decoder_bands is not None:
+        # Bands are a way to run the decoder, so they are measured, not taken as the truth.
+        whole = lowering.lines(plan.checkpoint, plan.latent, _tokens(plan.checkpoint)).cut(
+            "decoder", plan.target, plan.options.precision
+        )
+        picture, values = decode(whole, plan.checkpoint.vae, result.latent)
+        result = replace(result, picture=picture, decoded=values)
     if not np.isfinite(result.decoded).all():
         raise CheckpointError(
             "the reference picture has values that are not finite",
@@ -550,8 +576,10 @@ def _run(
         calls.append(results)
         return results
 
-    outputs = execute(plan.program, plan.constants, inputs, watched, seed=seed)
-    return _Result(outputs["picture"], calls)
+    watched_too = {"decoded": decoded(plan.program), "latent": LATENT}
+    program = plan.program.model_copy(update={"outputs": plan.program.outputs | watched_too})
+    outputs = execute(program, plan.constants, inputs, watched, seed=seed)
+    return _Result(outputs["picture"], calls, outputs["decoded"], outputs["latent"])
 
 
 # --- lowering ----------------------------------------------------------------------------
@@ -609,6 +637,7 @@ def _lower_all(
                 cache=str(store),
                 threads=threads,
                 shared=str(root / "structures") if repeated else None,
+                bands=plan.options.decoder_bands,
             ),
         )
     if tasks:
@@ -797,6 +826,7 @@ def _manifest(
         )
     card = plan.checkpoint.settings
     return Manifest(
+        schema_version=2 if halves(plan.program) else 1,
         model=ModelInfo(
             id=plan.checkpoint.name,
             checkpoint_sha256=plan.checkpoint.sha256,
@@ -841,13 +871,16 @@ def _macs(plan: _Plan) -> dict[str, int]:
     except CheckpointError:  # segments take a little more than the counting knows
         return {}
     result = {}
+    calls = Counter(op.artifact for op in plan.program.ops if isinstance(op, Call))
     for _, segment, _ in plan.segments:
         prefixes = tuple(f"{p}." for p in segment.prefixes)
-        result[segment.id] = sum(
+        macs = sum(
             layer.macs
             for layer in counted[segment.graph.component]
             if f"{layer.name}.".startswith(prefixes)
         )
+        banded = segment.graph.component == "decoder"
+        result[segment.id] = macs // calls[segment.id] if banded else macs
     return result
 
 

@@ -31,6 +31,7 @@ from handheld.errors import TargetError
 from handheld.files import sha256_file
 from handheld.precision import find as find_precision
 from handheld_export import measure, targets, workspace
+from handheld_export.bands import passes
 from handheld_export.checkpoint import Checkpoint, Component
 from handheld_export.memory import trim
 from handheld_export.quantization import ActivationRange, QuantizedWeight
@@ -103,6 +104,8 @@ class Task:
     """Folder for what segments of this structure share."""
     samples: tuple[str, ...] = ()
     """Files of inputs to calibrate on."""
+    bands: float | None = None
+    """MB of the decoder's bands; see :func:`handheld_export.bands.passes`."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +125,12 @@ class Lines:
             return []
         return group(graph, most_weights, line, across_blocks=across_blocks)
 
-    def cut(self, line: str, target: Target, precision: str) -> list[Segment]:
-        """Segments of one graph by a target's policy."""
+    def cut(
+        self, line: str, target: Target, precision: str, bands: float | None = None
+    ) -> list[Segment]:
+        """Segments of one graph by a target's policy, or a decoder's passes over bands."""
+        if line == "decoder" and bands is not None:
+            return [step.segment for step in passes(self.decoder, bands)]
         most = target.most_weights(precision)
         return self.segments(line, most, across_blocks=target.across_blocks)
 
@@ -232,7 +239,8 @@ def _lower(task: Task) -> dict[str, Any]:
     checkpoint = _open(task.checkpoint)
     target = targets.find(task.target)
     parts = lines(checkpoint, task.latent, task.tokens)
-    segment = next(s for s in parts.cut(task.line, target, task.precision) if s.id == task.segment)
+    cut = parts.cut(task.line, target, task.precision, task.bands)
+    segment = next(s for s in cut if s.id == task.segment)
     component = checkpoint.component(segment.graph.component)
     example = load_file(task.example)
     inputs = [torch.from_numpy(example[f"in.{n}"]) for n in segment.inputs]

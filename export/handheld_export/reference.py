@@ -17,7 +17,10 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from handheld.execute import execute
 from handheld.precision import Precision
+from handheld.program import Program
+from handheld_export.assemble import LATENT, Draft
 from handheld_export.checkpoint import Component
 from handheld_export.quantization import ActivationRange
 from handheld_export.segments import Segment, SegmentModule, layers, materialize, release
@@ -162,6 +165,34 @@ class TorchArtifacts:
         # its segment is filled in.
         if not layer._forward_hooks:
             layer.register_forward_hook(hook)
+
+
+def decode(segments: Sequence[Segment], vae: Component, latent: Array) -> tuple[Array, Array]:
+    """Decode a latent with diffusers' modules.
+
+    Parameters
+    ----------
+    segments : sequence of Segment
+        Of a whole decoder.
+    vae : Component
+    latent : float32 ndarray [1, h, w, C]
+
+    Returns
+    -------
+    picture : uint8 ndarray [1, H, W, 3]
+    decoded : float32 ndarray [1, H, W, 3]
+    """
+    draft = Draft()
+    z = draft.input(LATENT, latent.shape, role="latent")
+    result = draft.calls(segments, "", {"latent": z})
+    outputs = {"decoded": result, "picture": draft.picture(result)}
+    program = Program(
+        inputs=tuple(draft.inputs), tensors=draft.tensors, ops=tuple(draft.ops), outputs=outputs
+    )
+    artifacts = TorchArtifacts([(s, vae) for s in segments])
+    values = execute(program, {}, {z: latent}, artifacts)
+    artifacts.close()
+    return values["picture"], values["decoded"]
 
 
 def _widen(value: float) -> float:

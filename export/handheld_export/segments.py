@@ -393,7 +393,7 @@ def unet_graph(
     context = component.config.get("cross_attention_dim", 1280)
     if isinstance(context, list):
         context = context[0]
-    graph = _finish(
+    graph = finish(
         "unet",
         model,
         line.units,
@@ -411,7 +411,7 @@ def unet_graph(
         line.add("add_embedding", _AddEmbedding(model.add_embedding), "pooled", "time_ids")
         time_ids = 6 * component.config["addition_time_embed_dim"]
         pooled = component.config["projection_class_embeddings_input_dim"] - time_ids
-        embedding = _finish(
+        embedding = finish(
             "unet",
             model,
             line.units,
@@ -444,7 +444,7 @@ def decoder_graph(component: Component, latent: tuple[int, int]) -> Graph:
     line = _Line()
     output = walk(model, line)
     channels = model.config.latent_channels
-    graph = _finish("decoder", model, line.units, {"latent": (1, channels, *latent)}, output)
+    graph = finish("decoder", model, line.units, {"latent": (1, channels, *latent)}, output)
     used = tuple(p for u in graph.units for p in u.prefixes)
     check_weights(
         component,
@@ -495,13 +495,14 @@ def _tiny_decoder(model: Any, line: _Line) -> str:
     return x
 
 
-def _finish(
+def finish(
     component: str,
     model: nn.Module,
     units: list[Unit],
     inputs: dict[str, tuple[int, ...]],
     output: str,
 ) -> Graph:
+    """Write units down as a graph, with the shapes of all tensors."""
     values = {n: torch.empty(s, device="meta") for n, s in inputs.items()}
     with torch.no_grad():
         for unit in units:

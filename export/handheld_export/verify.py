@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ from handheld.manifest import Manifest, Verification
 from handheld.models import checkpoint as find_model
 from handheld.numerics_gates import Gate
 from handheld.precision import find as find_precision
-from handheld.program import Call, Program
+from handheld.program import Call, Program, decoded, halves
 from handheld_export import lowering, measure, targets
+from handheld_export.assemble import LATENT
 from handheld_export.checkpoint import Checkpoint
 from handheld_export.export import Runners
-from handheld_export.reference import TorchArtifacts
+from handheld_export.reference import TorchArtifacts, decode
 
 Array = NDArray[Any]
 _CallFunction = Callable[[str, Mapping[str, Array]], Mapping[str, Array]]
@@ -198,10 +200,20 @@ class _Verification:
             a.id: numerics_gates.gate(a.weights, manifest.precision, manifest.target, gates)
             for a in manifest.artifacts
         }
-        self.gate = numerics_gates.gate(
-            numerics_gates.weights_of(manifest), manifest.precision, manifest.target, gates
-        )
         self.program = manifest.sizes[manifest.reference.size].program
+        # Tensors that are kept in half precision cost the whole as much as such arithmetic.
+        half = manifest.precision == "fp32" and halves(self.program)
+        self.gate = numerics_gates.gate(
+            numerics_gates.weights_of(manifest),
+            "fp16" if half else manifest.precision,
+            manifest.target,
+            gates,
+        )
+        outputs = self.program.outputs | {"decoded": decoded(self.program)}
+        if _bands(manifest) is not None:
+            outputs["latent"] = LATENT
+        self.watched = self.program.model_copy(update={"outputs": outputs})
+        self.whole: Callable[[Array], tuple[Array, Array]] | None = None
         self.seed = manifest.reference.seed
         self.constants = bundle.constants()
         self.stored = bundle.reference()
@@ -234,6 +246,8 @@ class _Verification:
         try:
             found = path or find_model(self.manifest.model.id)
             self.torch = _torch(self.bundle, found)
+            if _bands(self.manifest) is not None:
+                self.whole = _whole(self.bundle, found)
             if rounds:
                 self.student = _torch(self.bundle, found, student=True)
         except (UsageError, CheckpointError) as error:
@@ -291,16 +305,12 @@ class _Verification:
         return self.student if self.gate.against == "student" and self.student else self.torch
 
     def _run(self, call: _CallFunction, inputs: Mapping[str, Array]) -> tuple[Array, Array]:
-        """Return what the last call gave, and the picture."""
-        last: list[Array] = []
+        """Return what the decoder gave, and the picture."""
+        outputs = self._outputs(call, inputs)
+        return outputs["decoded"], outputs["picture"]
 
-        def watched(artifact: str, args: Mapping[str, Array]) -> Mapping[str, Array]:
-            results = call(artifact, args)
-            last[:] = results.values()
-            return results
-
-        outputs = execute(self.program, self.constants, inputs, watched, seed=self.seed)
-        return last[0], outputs["picture"]
+    def _outputs(self, call: _CallFunction, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        return execute(self.watched, self.constants, inputs, call, seed=self.seed)
 
     def _forced(self, other: Mapping[str, Array]) -> tuple[dict[str, _Found], Array, Array]:
         """Give every call the reference's tensors."""
@@ -322,8 +332,11 @@ class _Verification:
         def _differs(name: str) -> bool:
             return other[name] is not self.inputs[name]
 
-        decoded, picture = self._run(forced, self.inputs)
-        return found, decoded, picture
+        outputs = self._outputs(forced, self.inputs)
+        if self.whole is not None:
+            picture, values = self.whole(outputs["latent"])
+            return found, values, picture
+        return found, outputs["decoded"], outputs["picture"]
 
     def _compare(
         self,
@@ -429,6 +442,29 @@ def _other_text(
     return prompt or "random embeddings", changed
 
 
+def _bands(manifest: Manifest) -> float | None:
+    bands = manifest.provenance.options.get("decoder_bands")
+    return float(bands) if isinstance(bands, int | float) else None
+
+
+def _lines(bundle: Bundle, checkpoint: Checkpoint) -> lowering.Lines:
+    """Build the graphs that a bundle was made from."""
+    reference = bundle.manifest.reference
+    assert reference is not None
+    program = bundle.manifest.sizes[reference.size].program
+    noise_input = next(i.name for i in program.inputs if i.role == "noise")
+    _, h, w, _ = program.tensors[noise_input].shape
+    return lowering.lines(checkpoint, (h, w), bundle.manifest.text.tokens)
+
+
+def _whole(bundle: Bundle, path: Path) -> Callable[[Array], tuple[Array, Array]]:
+    """Return what decodes a latent without bands, in torch."""
+    checkpoint = Checkpoint(path)
+    target = targets.find(bundle.manifest.target)
+    segments = _lines(bundle, checkpoint).cut("decoder", target, bundle.manifest.precision)
+    return partial(decode, segments, checkpoint.vae)
+
+
 def _torch(bundle: Bundle, path: Path, *, student: bool = False) -> TorchArtifacts:
     checkpoint = Checkpoint(path)
     manifest: Manifest = bundle.manifest
@@ -438,17 +474,12 @@ def _torch(bundle: Bundle, path: Path, *, student: bool = False) -> TorchArtifac
             path=path,
             remedy="give the right one with --checkpoint",
         )
-    reference = manifest.reference
-    program = manifest.sizes[reference.size].program if reference else None
-    assert program is not None
-    noise_input = next(i.name for i in program.inputs if i.role == "noise")
-    _, h, w, _ = program.tensors[noise_input].shape
-    lines = lowering.lines(checkpoint, (h, w), manifest.text.tokens)
+    lines = _lines(bundle, checkpoint)
     target = targets.find(manifest.target)
     pairs = [
         (s, checkpoint.component(s.graph.component))
         for line in ("embedding", "unet", "decoder")
-        for s in lines.cut(line, target, manifest.precision)
+        for s in lines.cut(line, target, manifest.precision, _bands(manifest))
     ]
     have, want = {s.id: s.ports for s, _ in pairs}, {a.id: a.ports for a in manifest.artifacts}
     if have != want:

@@ -92,6 +92,8 @@ class Target(ABC):
     across_blocks: ClassVar[bool] = False
     """Whether units of different blocks join, for engines that like few artifacts."""
 
+    bands: ClassVar[bool] = False
+    """Whether decoders in bands (:mod:`handheld_export.bands`) were tried on it."""
     options: Mapping[str, str] = {}
     """What the engine must be told to run an artifact; see :class:`~handheld.manifest.Artifact`."""
     packages: ClassVar[Mapping[str, str]] = {}

@@ -26,6 +26,7 @@ class LiteRTCPU(Target):
     suffix: ClassVar[str] = ".tflite"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8", "int4", "int4g32", "int2")
     segment_weights: ClassVar[int] = 80_000_000
+    bands: ClassVar[bool] = True
     packages: ClassVar[Mapping[str, str]] = {
         "ai-edge-litert": "ai_edge_litert",
         "litert-torch": "litert_torch",

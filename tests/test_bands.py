@@ -1,0 +1,208 @@
+"""A decoder in bands gives what diffusers' decoder gives."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from handheld.bundle import Bundle
+from handheld.counting import count_decoder
+from handheld.errors import UsageError
+from handheld.execute import activation_bytes, execute
+from handheld.native import Session
+from handheld.program import Call, Program, TensorSpec, check
+from handheld.protocol import Job
+from handheld_export.assemble import Draft
+from handheld_export.bands import passes, write
+from handheld_export.checkpoint import Checkpoint
+from handheld_export.export import Options, export
+from handheld_export.measure import psnr_db, snr_db
+from handheld_export.reference import TorchArtifacts
+from handheld_export.segments import decoder_graph
+from handheld_export.verify import verify
+
+LATENT = (6, 4)
+VAES = {
+    "attention": tiny.KL,
+    "no attention": tiny.KL | {"mid_block_add_attention": False},
+    "no post_quant_conv": tiny.KL | {"use_post_quant_conv": False, "use_quant_conv": False},
+    "more of all": tiny.KL
+    | {
+        "block_out_channels": (32, 32, 64),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "layers_per_block": 2,
+        "norm_num_groups": 8,
+    },
+    "one resolution": tiny.SMALLEST_KL,
+}
+
+
+class Decoder:
+    def __init__(self, folder, config, megabytes, storage="float16", latent=LATENT):
+        self.model = tiny.vae(**config)
+        component = tiny.component(self.model, folder)
+        self.passes = passes(decoder_graph(component, latent), megabytes)
+        draft = Draft()
+        z = draft.input("latent", (1, *latent, 4), role="latent")
+        result = write(draft, self.passes, z, storage)
+        self.program = Program(
+            inputs=tuple(draft.inputs),
+            tensors=draft.tensors,
+            ops=tuple(draft.ops),
+            outputs={"decoded": result},
+        )
+        self.constants = draft.constants
+        self.pairs = [(p.segment, component) for p in self.passes]
+        ports = {s.id: s.ports for s, _ in self.pairs}
+        check(
+            self.program, ports, {n: TensorSpec(shape=v.shape) for n, v in self.constants.items()}
+        )
+
+    def run(self, latent):
+        artifacts = TorchArtifacts(self.pairs)
+        outputs = execute(self.program, self.constants, {"latent": latent}, artifacts)
+        artifacts.close()
+        return outputs["decoded"]
+
+    def whole(self, latent):
+        with torch.no_grad():
+            z = torch.from_numpy(latent).permute(0, 3, 1, 2)
+            return self.model.decode(z).sample.permute(0, 2, 3, 1).numpy()
+
+
+def latent(size=LATENT, scale=1.0, seed=0):
+    values = np.random.default_rng(seed).standard_normal((1, *size, 4), dtype=np.float32)
+    return values * np.float32(scale)
+
+
+@pytest.mark.parametrize("megabytes", [1e-9, 0.01, 1e9])
+@pytest.mark.parametrize("name", VAES)
+def test_bands_of_any_height_equal_the_whole_picture(name, megabytes, tmp_path):
+    decoder = Decoder(tmp_path, VAES[name], megabytes, "float32")
+    z = latent()
+    assert snr_db(decoder.whole(z), decoder.run(z)) > 100
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_storage_in_half_precision_costs_little(name, tmp_path):
+    decoder = Decoder(tmp_path, VAES[name], 1e-9)
+    z = latent()
+    assert snr_db(decoder.whole(z), decoder.run(z)) > 55
+
+
+def test_sums_beyond_half_precision_are_kept(tmp_path):
+    decoder = Decoder(tmp_path, tiny.KL, 0.01)
+    z = latent(scale=5e5)
+    whole = decoder.whole(z)
+    with torch.no_grad():
+        first = decoder.model.decoder.conv_in(torch.from_numpy(z).permute(0, 3, 1, 2))
+    assert first.abs().max() > 65504
+    assert snr_db(whole, decoder.run(z)) > 50
+
+
+def test_bands_of_one_resolution_are_alike_and_divide_those_before(tmp_path):
+    decoder = Decoder(tmp_path, VAES["more of all"], 0.02, latent=(6, 8))
+    convolutions = [p for p in decoder.passes if p.halo]
+    assert [p.bands for p in convolutions] == sorted(p.bands for p in convolutions)
+    for before, after in pairwise(convolutions):
+        assert after.bands % before.bands == 0
+    for step in decoder.passes:
+        rows = step.segment.ports.inputs["x"]
+        assert step.shape[0] == step.bands * rows.shape[1]
+        assert rows.nbytes <= 20_000
+
+
+def test_every_artifact_is_called_once_per_band(tmp_path):
+    decoder = Decoder(tmp_path, tiny.KL, 0.01)
+    calls = Counter(op.artifact for op in decoder.program.ops if isinstance(op, Call))
+    assert calls == {p.segment.id: p.bands for p in decoder.passes}
+    assert max(calls.values()) > 1
+
+
+def test_memory_is_that_of_two_tensors_in_half_precision(tmp_path):
+    decoder = Decoder(tmp_path, VAES["no attention"], 0.05, latent=(64, 64))
+    channels, pixels = 32, 128 * 128
+    assert activation_bytes(decoder.program) < 2 * (2 * channels * pixels) + 400_000
+
+
+def test_what_is_no_such_decoder_is_refused_by_name(tmp_path):
+    component = tiny.component(tiny.vae(**tiny.TINY), tmp_path / "tiny")
+    with pytest.raises(UsageError, match="the decoder is AutoencoderTiny"):
+        passes(decoder_graph(component, LATENT), 1)
+    graph = decoder_graph(tiny.component(tiny.vae(**tiny.KL), tmp_path / "kl"), LATENT)
+    graph.model.decoder.up_blocks[0].resnets[0].conv1.padding_mode = "reflect"
+    with pytest.raises(UsageError, match=r"'decoder\.up_blocks\.0\.resnets\.0'"):
+        passes(graph, 1)
+
+
+def test_a_target_that_does_not_draw_bands_is_refused(tmp_path):
+    source = Checkpoint(tiny.write_checkpoint(tmp_path / "c", tiny.SMALLEST, tiny.KL, text=False))
+    options = Options(target="executorch-xnnpack", precision="fp32", decoder_bands=1.0)
+    with pytest.raises(UsageError, match="'executorch-xnnpack' does not decode in bands"):
+        export(source, options, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bands")
+    tiny.write_checkpoint(folder / "tiny", tiny.SMALLEST, tiny.KL, text=False)
+    options = Options(
+        target="litert-cpu",
+        precision="fp32",
+        width=16,
+        height=12,
+        steps=1,
+        guidance=1.0,
+        decoder_bands=0.02,
+    )
+    export(Checkpoint(folder / "tiny"), options, folder / "bundle")
+    return Bundle.open(folder / "bundle"), folder / "tiny"
+
+
+@pytest.mark.slow
+def test_an_export_is_compared_with_the_whole_picture(bundle):
+    opened, source = bundle
+    manifest = opened.manifest
+    assert manifest.schema_version == 2
+    assert 55 < manifest.verification.snr_db < 100
+    report = verify(opened, source)
+    assert report.passed
+    assert report.end_to_end.snr_db == pytest.approx(manifest.verification.snr_db, abs=1)
+
+
+@pytest.mark.slow
+def test_the_harness_draws_bands_resident_streamed_and_within_a_budget(bundle, tmp_path):
+    opened, _ = bundle
+    size = next(iter(opened.manifest.sizes))
+    stored = opened.reference()
+    inputs = {n.removeprefix("input."): v for n, v in stored.items() if n.startswith("input.")}
+    pictures = set()
+    for options in ({}, {"residency": "stream"}, {"memory_budget": 40_000_000}):
+        job = Job(bundle=str(opened.path), size=size, cache=str(tmp_path), **options)
+        with Session(job) as session:
+            for name, value in inputs.items():
+                session.set_input(name, value)
+            session.run()
+            picture = session.output("picture", (1, 12, 16, 3), np.uint8)
+        pictures.add(picture.tobytes())
+        assert psnr_db(stored["picture"], picture) > 45
+    assert len(pictures) == 1
+
+
+@pytest.mark.slow
+def test_macs_of_bands_add_up_to_those_of_the_picture(bundle):
+    opened, source = bundle
+    program = next(iter(opened.manifest.sizes.values())).program
+    calls = Counter(op.artifact for op in program.ops if isinstance(op, Call))
+    found = {a.id: a.macs * calls[a.id] for a in opened.manifest.artifacts}
+    whole = count_decoder(Checkpoint(source).vae.config, (6, 8))
+    want = sum(layer.macs for layer in whole)
+    decoder = sum(n for name, n in found.items() if name.startswith("decoder"))
+    assert decoder == pytest.approx(want, rel=0.02)
