@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,9 @@ from handheld.errors import UsageError
 from handheld.precision import find as find_precision
 from handheld_export.reference import TorchArtifacts
 from handheld_export.segments import (
+    _untouched,
     decoder_graph,
+    forget_floats,
     group,
     layers,
     materialize,
@@ -241,3 +245,29 @@ def test_chunks_across_blocks(parts):
         assert all(c.weights <= most for c in chunks)
         assert len(chunks) <= -(-total // most) + 1
         assert len({u.block for u in chunks[0].units}) > 1
+
+
+def test_forgotten_floats_keep_their_shape_and_take_no_memory(tmp_path):
+    component = tiny.component(tiny.unet(**tiny.SDXL), tmp_path)
+    graph, _ = unet_graph(component, (8, 8), tiny.TOKENS)
+    (segment, *_) = group(graph, 10**9)
+    quantized = materialize(segment, component, find_precision("int8"))
+    before = {n: layer.weight.detach().clone() for n, layer in layers(segment)}
+    forget_floats(segment)
+    for name, layer in layers(segment):
+        assert layer.weight.shape == before[name].shape
+        kept = torch.equal(layer.weight, before[name])
+        assert kept == (name not in quantized)
+        assert kept or not layer.weight.any()
+    release(segment)
+
+
+def test_zeros_that_nobody_writes_take_no_memory():
+    def resident():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("VmRSS"))
+
+    before = resident()
+    zeros = [_untouched(torch.Size((1024, 4096))) for _ in range(8)]
+    assert resident() - before < 4 * 8 * 1024 * 4096 / 4
+    assert all(z.shape == (1024, 4096) for z in zeros)

@@ -371,3 +371,25 @@ def test_large_convolutions_need_no_transposition(inputs: int, tmp_path: Path) -
     np.testing.assert_array_equal(codes.transpose(0, 3, 1, 2), module.module.quantized.codes)
     model = schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0)
     assert len(model.subgraphs[0].operators) == 1
+
+
+def test_the_artifact_does_not_depend_on_floats_of_coded_layers(tmp_path: Path) -> None:
+    module, examples = _make("transformer")
+    module = _quantized(module, INT4, INT8)
+    TARGET.lower(_segment(module, examples), tmp_path / "a.tflite")
+    assert not TARGET.reads_floats
+    for layer in module.modules():
+        if getattr(layer, "quantized", None) is not None:
+            layer.weight = nn.Parameter(torch.zeros_like(layer.weight), requires_grad=False)
+    TARGET.lower(_segment(module, examples), tmp_path / "b.tflite")
+    assert (tmp_path / "a.tflite").read_bytes() == (tmp_path / "b.tflite").read_bytes()
+
+
+def test_weights_are_taken_out_of_an_opened_module() -> None:
+    module = Tokens(nn.Linear(64, 32), nn.Linear(32, 64)).eval()
+    x = torch.randn(1, 4, 64)
+    (wanted,) = module(x)
+    opened = tflite.Open(module, 1)
+    assert all(layer.weight.numel() == 1 for layer in module.layers)
+    (given,) = opened(x, *(layer.weight for layer in opened.layers))
+    assert torch.equal(given, wanted)

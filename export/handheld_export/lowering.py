@@ -40,6 +40,7 @@ from handheld_export.segments import (
     Segment,
     SegmentModule,
     decoder_graph,
+    forget_floats,
     group,
     layers,
     materialize,
@@ -252,6 +253,9 @@ def _lower(task: Task) -> dict[str, Any]:
         module = SegmentModule(segment).eval()
         with torch.no_grad():
             student = [np.ascontiguousarray(v.numpy()) for v in module(*inputs)]
+        if not target.reads_floats:
+            forget_floats(segment)
+            trim()
         storage = _storage(segment, quantized)
 
         entry = Path(task.cache) / task.key
@@ -268,6 +272,7 @@ def _lower(task: Task) -> dict[str, Any]:
             except TargetError as e:
                 message = f"segment '{segment.id}': {e.message}"
                 raise TargetError(message, remedy=e.remedy) from e
+            trim()  # an engine that is given used pages would not be seen to take any
             runner = target.load(lowered.path, segment.ports)
             outputs, wanted = workspace.measure(lambda: runner(*(x.numpy() for x in inputs)))
             reference = [example[f"out.{n}"] for n in segment.outputs]

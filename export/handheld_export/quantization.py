@@ -134,12 +134,12 @@ class QuantizedWeight:
         """Return the float32 weight, in the codes' shape."""
         if self.codebook is not None:
             return self.codebook[self.codes].astype(np.float32)
-        codes = self.codes.astype(np.float32)
+        values = self.codes.astype(np.float32)
         if self.group_size is None:
-            return codes * self.scales.reshape(-1, *([1] * (codes.ndim - 1)))
-        out, groups = self.scales.shape
-        flat = codes.reshape(out, groups, self.group_size)
-        return (flat * self.scales[:, :, None]).reshape(codes.shape)
+            values *= self.scales.reshape(-1, *([1] * (values.ndim - 1)))
+        else:
+            values.reshape(*self.scales.shape, self.group_size)[...] *= self.scales[:, :, None]
+        return values
 
     def rows(self, start: int, stop: int) -> QuantizedWeight:
         """Return the part that makes output channels ``start`` to ``stop``."""

@@ -11,6 +11,7 @@ one segment.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -670,6 +671,21 @@ def materialize(
         if name in component.activation_ranges:
             layer_module.activation_range = component.activation_ranges[name]  # type: ignore[assignment]
     return quantized
+
+
+def forget_floats(segment: Segment) -> None:
+    """Drop the float weights of layers that carry codes; empty ones of their shape stay."""
+    for _, layer in layers(segment):
+        if getattr(layer, "quantized", None) is not None:
+            layer.weight = nn.Parameter(_untouched(layer.weight.shape), requires_grad=False)
+
+
+def _untouched(shape: torch.Size) -> Tensor:
+    """Return zeros that take no memory until somebody writes; malloc may recycle used pages."""
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return torch.frombuffer(mmap.mmap(-1, 4 * shape.numel(), private), dtype=torch.float32).view(
+        shape
+    )
 
 
 def release(segment: Segment) -> None:

@@ -76,6 +76,7 @@ class Open(nn.Module):
     Parameters
     ----------
     module : torch.nn.Module
+        Its weights are taken out of it: the converter would copy them, read or not.
     inputs : int
         Number of the module's own inputs.
     """
@@ -98,6 +99,7 @@ class Open(nn.Module):
             self.layers.append(
                 Layer(source, layer.weight.detach(), getattr(layer, "quantized", None))
             )
+            layer.weight = nn.Parameter(torch.zeros(()), requires_grad=False)
 
     def forward(self, *tensors: Tensor) -> Any:
         """Run the module with the given weights."""

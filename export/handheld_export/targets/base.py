@@ -104,6 +104,9 @@ class Target(ABC):
     """What verification here cannot show, where :meth:`load` is not the engine itself."""
     needs_ranges: ClassVar[bool] = False
     """Whether quantized layers need calibrated activation ranges."""
+    reads_floats: ClassVar[bool] = True
+    """Whether :meth:`lower` reads the dequantized weights of layers that carry codes. If not, it
+    gets zeros: float32 is most of what a segment takes in memory."""
     runs_here: ClassVar[bool] = True
     """Whether loaded artifacts run in this process, so that their memory can be measured."""
     samples: ClassVar[int] = 0

@@ -27,6 +27,7 @@ class LiteRTCPU(Target):
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8", "int4", "int4g32", "int2")
     segment_weights: ClassVar[int] = 80_000_000
     bands: ClassVar[bool] = True
+    reads_floats: ClassVar[bool] = False
     packages: ClassVar[Mapping[str, str]] = {
         "ai-edge-litert": "ai_edge_litert",
         "litert-torch": "litert_torch",
