@@ -102,27 +102,9 @@ def plan(
     UsageError
         If not even streaming fits; it names the least budget that does.
     """
-    fixed = PROCESS_BYTES + activations + max((a.workspace for a in artifacts), default=0)
-    # Packing, which the first run ever does, and loading see the original and its copy.
-    copying = 2 * max((a.bytes for a in artifacts), default=0) if packed else 0
-    loading = [a.bytes if packed else 2 * a.bytes for a in artifacts]
 
     def peak(stays: Sequence[bool], prefetch: bool) -> int:
-        held = [a.bytes + LOADED_BYTES for a, stay in zip(artifacts, stays, strict=True) if stay]
-        spare = [x - a.bytes for x, a, stay in zip(loading, artifacts, stays, strict=True) if stay]
-        room = max(spare, default=0)
-        upcoming: int | None = None
-        following: int | None = None  # the streamed artifact after `upcoming` that is another
-        for call in reversed(calls):
-            if stays[call]:
-                continue
-            if call != upcoming:
-                following, upcoming = upcoming, call
-            room = max(room, loading[call] + LOADED_BYTES)
-            if prefetch and following is not None:
-                both = artifacts[call].bytes + loading[following] + 2 * LOADED_BYTES
-                room = max(room, both)
-        return fixed + max(sum(held) + room, copying)
+        return peak_bytes(stays, prefetch, activations, packed, artifacts, calls)
 
     stays = [False] * len(artifacts)
     prefetch = peak(stays, True) <= budget
@@ -148,6 +130,44 @@ def plan(
         peak_bytes=peak(stays, prefetch),
         budget_bytes=budget,
     )
+
+
+def peak_bytes(
+    stays: Sequence[bool],
+    prefetch: bool,
+    activations: int,
+    packed: bool,
+    artifacts: Sequence[Weights],
+    calls: Sequence[int],
+) -> int:
+    """Return the most that a process takes where some artifacts stay; see :func:`plan`.
+
+    Parameters
+    ----------
+    stays : sequence of bool
+        Of each artifact; the others are streamed.
+    prefetch : bool
+        Whether the next streamed artifact is loaded while one runs.
+    """
+    fixed = PROCESS_BYTES + activations + max((a.workspace for a in artifacts), default=0)
+    # Packing, which the first run ever does, and loading see the original and its copy.
+    copying = 2 * max((a.bytes for a in artifacts), default=0) if packed else 0
+    loading = [a.bytes if packed else 2 * a.bytes for a in artifacts]
+    held = [a.bytes + LOADED_BYTES for a, stay in zip(artifacts, stays, strict=True) if stay]
+    spare = [x - a.bytes for x, a, stay in zip(loading, artifacts, stays, strict=True) if stay]
+    room = max(spare, default=0)
+    upcoming: int | None = None
+    following: int | None = None  # the streamed artifact after `upcoming` that is another
+    for call in reversed(calls):
+        if stays[call]:
+            continue
+        if call != upcoming:
+            following, upcoming = upcoming, call
+        room = max(room, loading[call] + LOADED_BYTES)
+        if prefetch and following is not None:
+            both = artifacts[call].bytes + loading[following] + 2 * LOADED_BYTES
+            room = max(room, both)
+    return fixed + max(sum(held) + room, copying)
 
 
 def plan_bundle(manifest: Manifest, size: str, budget: int, *, packed: bool = True) -> MemoryPlan:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.resources import files
@@ -210,22 +210,32 @@ def unet_bytes(shape: Shape, target: str | None = None, other_bits: int = 32) ->
     other_bits : int
         Of biases, norms and layers that stay in float.
     """
-    return _bytes(shape.layers, shape.grids, target, other_bits)
+    return stored_bytes(shape.layers, shape.grids, target, other_bits)
 
 
 def decoder_bytes(shape: Shape, target: str | None = None, other_bits: int = 32) -> int:
-    """Return the bytes of the decoder's parameters, its convolutions in int8."""
-    grids: dict[str, Stored] = {
+    """Return the bytes of the decoder's parameters; see :func:`decoder_grids`."""
+    return stored_bytes(shape.decoder_layers, decoder_grids(shape), target, other_bits)
+
+
+def decoder_grids(shape: Shape) -> dict[str, Stored]:
+    """Return the grids of the decoder's layers: int8, or none where the U-Net has none."""
+    if not shape.grids:
+        return {}
+    return {
         x.name: Stored("int8")
         for x in shape.decoder_layers
         if len(x.shape) > 1 and not x.name.endswith(("conv_in", "conv_out", "post_quant_conv"))
     }
-    return _bytes(shape.decoder_layers, grids, target, other_bits)
 
 
-def _bytes(
-    layers: list[Layer], grids: Mapping[str, Stored], target: str | None, other_bits: int
+def stored_bytes(
+    layers: Sequence[Layer],
+    grids: Mapping[str, Stored],
+    target: str | None = None,
+    other_bits: int = 32,
 ) -> int:
+    """Return the bytes of layers' parameters; see :func:`unet_bytes`."""
     wider = CONTAINERS.get(target or "", {})
     total = 0.0
     for layer in layers:

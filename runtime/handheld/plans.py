@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 from pydantic import Field, ValidationError
 
-from handheld import counting, planning, precision
+from handheld import counting, cutting, planning, precision
 from handheld.bundle import describe_validation
 from handheld.counting import Layer
 from handheld.errors import UsageError
@@ -24,6 +26,37 @@ LITERT_LAYER_BYTES = 220
 """Operators and tensors around one layer; measured on critter's students (150 to 500)."""
 SEGMENT_BYTES = 64 * 10**6
 """Of one artifact, the size that the exporter aims at."""
+
+
+OFF: Final = 0.10
+"""How far a run's peak may lie from the plan's; what is closer to a budget is not decided."""
+Verdict = Literal["fits", "close", "too much"]
+
+
+class Engine(Model):
+    """What an engine takes in memory besides weights and tensors, fitted to runs.
+
+    Parameters
+    ----------
+    process_bytes : int
+        The harness and the engine's libraries.
+    artifact_bytes, layer_bytes : int
+        Of each loaded artifact, and of each of its layers.
+    source : str
+        Where the figures are from.
+    """
+
+    process_bytes: int = Field(gt=0)
+    artifact_bytes: int = Field(ge=0)
+    layer_bytes: int = Field(ge=0)
+    source: str = Field(min_length=1)
+
+
+@cache
+def engines() -> Mapping[str, Engine]:
+    """Return what is known of engines, by target."""
+    text = (files("handheld") / "engine_memory.toml").read_text(encoding="utf-8")
+    return {name: Engine.model_validate(row) for name, row in tomllib.loads(text).items()}
 
 
 class Rate(Model):
@@ -101,13 +134,55 @@ def at_precision(shape: Shape, name: str) -> Shape:
     return replace(shape, grids=grids)
 
 
+def peak_bytes(shape: Shape, target: str) -> dict[str, int] | None:
+    """Estimate the peak memory of a run, with packed weights on disk.
+
+    The model is cut as an export cuts it. Resident, all artifacts are there, and the workspace of
+    the hungriest. Streamed, it is one artifact at a time: what is fetched ahead is only mapped.
+
+    Returns
+    -------
+    dict or None
+        Bytes by residency; None where nothing is known of the target's engine.
+    """
+    engine = engines().get(target)
+    if engine is None:
+        return None
+    most = cutting.MOST_WEIGHTS[target]
+    unet = cutting.group(cutting.units(shape.layers), most)
+    decoder = cutting.group(cutting.units(shape.decoder_layers), most)
+    between = 4 * max(cutting.held_between(unet), cutting.held_between(decoder))
+    loaded, workspaces = [], []
+    for parts, grids in ((unet, shape.grids), (decoder, planning.decoder_grids(shape))):
+        for part in parts:
+            layers = [x for unit in part for x in unit.layers]
+            nbytes = planning.stored_bytes(layers, grids, target)
+            if target == "litert-cpu":
+                nbytes += _litert([x for x in layers if x.name in grids], len(layers))
+            loaded.append(nbytes + engine.artifact_bytes + engine.layer_bytes * len(layers))
+            workspaces.append(4 * _window(layers))
+    fixed = engine.process_bytes + between
+    return {
+        "resident": fixed + sum(loaded) + max(workspaces),
+        "stream": fixed + max(map(sum, zip(loaded, workspaces, strict=True))),
+    }
+
+
+def verdict(peak: int, least: int, budget: int) -> Verdict:
+    """Say whether a run stays within a budget; "close" where an estimate cannot tell."""
+    if least > budget or (1 - OFF) * peak > budget:
+        return "too much"
+    return "fits" if (1 + OFF) * peak <= budget else "close"
+
+
 def file_bytes(shape: Shape, target: str) -> tuple[int, int]:
     """Return the bytes of the U-Net's and the decoder's files on a target."""
     unet, decoder = planning.unet_bytes(shape, target), planning.decoder_bytes(shape, target)
     if target != "litert-cpu":
         return unet, decoder
     coded = [x for x in shape.layers if x.name in shape.grids]
-    decoded = [x for x in shape.decoder_layers if len(x.shape) > 1]
+    grids = planning.decoder_grids(shape)
+    decoded = [x for x in shape.decoder_layers if x.name in grids]
     return unet + _litert(coded, len(shape.layers)), decoder + _litert(
         decoded, len(shape.decoder_layers)
     )
@@ -153,19 +228,20 @@ def row(
     Returns
     -------
     dict
-        Bytes, MACs, ``seconds`` (an estimate, or None) and ``exceeds`` by residency (None without
-        a budget). Peaks are lower bounds: engines' own copies and the process come on top, so that
-        a budget can be known to be exceeded and never known to be kept.
+        Bytes, MACs and ``seconds`` (an estimate, or None). By residency: ``peak_bytes``, an
+        estimate; ``least_peak_bytes``, what weights and tensors alone take; and, with a budget,
+        ``verdict`` and ``exceeds``, which says whether even the least is too much.
     """
     unet, decoder = file_bytes(shape, target)
     activations = activation_bytes(shape)
-    # Streaming holds one artifact while the next is fetched.
-    streamed = min(unet + decoder, 2 * min(SEGMENT_BYTES, max(unet, decoder)))
+    # The next artifact is mapped while one runs, and its pages come with its own run.
+    streamed = min(SEGMENT_BYTES, max(unet, decoder))
     peaks = {"resident": unet + decoder + activations, "stream": streamed + activations}
     unet_figures = counting.summary(shape.layers)
     decoder_figures = counting.summary(shape.decoder_layers)
     macs = unet_figures["macs"] * shape.steps + decoder_figures["macs"]
     rate = rates.targets.get(target) if rates else None
+    estimated = peak_bytes(shape, target)
     return {
         "target": target,
         "width": shape.latent[1] * _scale(shape),
@@ -180,6 +256,11 @@ def row(
         "decoder_bytes": decoder,
         "activation_bytes": activations,
         "least_peak_bytes": peaks,
+        "peak_bytes": estimated,
+        "peak_source": engines()[target].source if estimated else None,
+        "verdict": {k: verdict(p, peaks[k], budget) for k, p in estimated.items()}
+        if estimated and budget is not None
+        else None,
         "seconds": macs / (rate.gmacs_per_second * 1e9) if rate else None,
         "rate_source": rate.source if rate else None,
         "exceeds": {k: v > budget for k, v in peaks.items()} if budget is not None else None,

@@ -121,7 +121,7 @@ def _print(report: dict[str, Any]) -> None:
         pad_edge=False,
     )
     names = ("model", "size", "target", "params\nM", "GMACs a\npicture", "bits", "U-Net\nMB",
-             "decoder\nMB", "activa-\ntions MB", "peak MB >=\nresident", "peak MB >=\nstreamed",
+             "decoder\nMB", "activa-\ntions MB", "peak MB\nresident", "peak MB\nstreamed",
              "seconds")  # fmt: skip
     for i, name in enumerate(names):
         table.add_column(name, justify="left" if i < 3 else "right", no_wrap=True)
@@ -148,8 +148,8 @@ def _print(report: dict[str, Any]) -> None:
     for note in dict.fromkeys(n for r in report["rows"] for n in r["notes"]):
         console.print(f"estimate: {note}", highlight=False)
     console.print(
-        "Peaks are lower bounds, not held against runs at full size: what engines copy and the "
-        "process itself come on top, and a budget is at best not exceeded.",
+        "Peaks are estimates, fitted to runs of small models and not held against full size; "
+        "within 10 % of a budget they are close to it, and say no more.",
         highlight=False,
     )
     for source in dict.fromkeys(r["rate_source"] for r in report["rows"] if r["rate_source"]):
@@ -157,41 +157,52 @@ def _print(report: dict[str, Any]) -> None:
 
 
 def _verdict(row: dict[str, Any], residency: str) -> str:
-    text = megabytes(row["least_peak_bytes"][residency])
-    if row["exceeds"] is None:
-        return text
-    return f"{text} {'too much' if row['exceeds'][residency] else 'may fit'}"
+    if row["peak_bytes"] is None:
+        return "unknown"
+    text = megabytes(row["peak_bytes"][residency])
+    return text if row["verdict"] is None else f"{text} {row['verdict'][residency]}"
 
 
-_COLOURS = {"unet_bytes": "#4878a8", "decoder_bytes": "#e0a040", "activation_bytes": "#70a870"}
+_COLOURS = {
+    "unet_bytes": "#4878a8",
+    "decoder_bytes": "#e0a040",
+    "activation_bytes": "#70a870",
+    "engine_bytes": "#a0a0a0",
+}
 
 
 def picture(rows: list[dict[str, Any]], budget: float | None) -> str:
     """Draw resident memory as stacked bars, and the budget in MB as a line, in SVG."""
     left, width, step = 230, 560, 26
-    largest = max([r["least_peak_bytes"]["resident"] for r in rows] + [(budget or 0) * 1e6])
+    peaks = [
+        max((r[k] or {"resident": 0})["resident"] for k in ("peak_bytes", "least_peak_bytes"))
+        for r in rows
+    ]
+    largest = max([*peaks, (budget or 0) * 1e6])
     height = step * len(rows) + 50
     parts = []
     for i, r in enumerate(rows):
         y, x = 30 + step * i, float(left)
         label = f"{r['model']} {r['width']}x{r['height']} {r['target']}"
         parts.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{escape(label)}</text>')
+        rest = peaks[i] - r["least_peak_bytes"]["resident"]
         for key, colour in _COLOURS.items():
-            w = width * r[key] / largest
-            title = f"{key.removesuffix('_bytes')}: {megabytes(r[key])} MB"
+            nbytes = rest if key == "engine_bytes" else r[key]
+            w = width * nbytes / largest
+            title = f"{key.removesuffix('_bytes')}: {megabytes(nbytes)} MB"
             parts.append(
                 f'<rect x="{x:.1f}" y="{y}" width="{w:.1f}" height="18" fill="{colour}">'
                 f"<title>{title}</title></rect>"
             )
             x += w
-        total = megabytes(r["least_peak_bytes"]["resident"])
+        total = megabytes(peaks[i])
         parts.append(f'<text x="{x + 6:.1f}" y="{y + 13}">{total} MB</text>')
     if budget:
         x = left + width * budget * 1e6 / largest
         parts.append(
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="22" y2="{height - 16}" stroke="#c03030"/>'
         )
-    legend = "Resident, at least: U-Net (blue), decoder (yellow), activations (green)"
+    legend = "Resident, estimated: U-Net (blue), decoder (yellow), activations (green), rest (grey)"
     legend += f"; budget {budget:g} MB (red)" if budget else ""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 110}" height="{height}" '
