@@ -2,8 +2,8 @@
 
     python benchmarks/plan_against_runs.py
 
-Exports each stack for litert-cpu at its own size and runs it resident and streamed. The plan must be
-within 2 % of the files and within 10 % of the peaks.
+Exports each stack for litert-cpu at its own size and runs it resident and streamed. The plan must
+be within 2 % of the files and within 10 % of the peaks.
 """
 
 from __future__ import annotations
