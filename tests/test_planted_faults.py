@@ -219,3 +219,49 @@ def test_wrong_engine_version(bundle, checkpoint):
     assert not report.passed
     assert not found(report)
     assert report.problems[0].startswith("unet.00.down_blocks.0: made for engine version 7.1")
+
+
+@pytest.mark.parametrize("kind", ["ExecuTorchQNN", "LiteRTQualcomm"])
+def test_blockwise_convolution_on_qnn(kind, tmp_path):
+    """QNN compiles blockwise 3x3 convolutions, and they come out wrong without a word."""
+    from importlib import import_module
+
+    import target_cases
+    from handheld.errors import TargetError
+    from handheld_export.quantization import QuantizedWeight, round_to_nearest
+
+    layer = torch.nn.Conv2d(32, 16, 3, padding=1)
+    line = target_cases.Line(layer).eval()
+    item = target_cases.segment(line, [(1, 16, 16, 32)])
+    weight = round_to_nearest(layer.weight.detach().numpy(), "int4")
+    blocks = np.repeat(weight.scales[:, None], 2, 1)
+    layer.quantized = QuantizedWeight("int4", weight.codes, blocks, 16)
+    name = {"ExecuTorchQNN": "executorch_qnn", "LiteRTQualcomm": "litert_qualcomm"}[kind]
+    module = import_module(f"handheld_export.targets.{name}")
+    target = getattr(module, kind).for_soc("SM8650")
+    given = replace(item, samples=[item.examples])
+    with pytest.raises(TargetError, match=r"layer 'steps\.0': int4 in groups does not run on QNN"):
+        target.lower(given, tmp_path / f"a{target.suffix}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["executorch-qnn:SM8650", "litert-qualcomm:SM8650"])
+def test_quantized_resnet_on_a_small_picture_on_qnn(name, tmp_path):
+    """Such blocks came out wrong at 8x8: they are kept in fp16, or right; a wrong one is seen."""
+    import target_cases
+
+    if lacking := targets_missing(name):
+        pytest.skip(lacking)
+    module, shapes = target_cases.CASES["resnet with shortcut"]()
+    item = target_cases.segment(target_cases.randomize(module), shapes)
+    target_cases.quantize(item, lambda *_: ("int8",))
+    item = replace(item, samples=[item.examples])
+    target = targets.find(name)
+    lowered, db = target_cases.run(target, item, tmp_path / f"a{target.suffix}")
+    assert db > 40
+    conv = item.module.steps[0].conv1
+    put(conv, scales=2 * conv.quantized.scales)
+    with torch.no_grad():
+        (expected,) = item.module(*item.examples)
+    (result,) = target.load(lowered.path, item.ports)(*(x.numpy() for x in item.examples))
+    assert target_cases.snr_db(expected.numpy(), result) < 25

@@ -19,9 +19,10 @@ import target_cases
 from handheld import qnn
 from handheld.errors import TargetError, UsageError
 from handheld_export import targets
+from handheld_export.hexagon import facts
 from handheld_export.qnn_process import Process
 from handheld_export.quantization import QuantizedWeight, round_to_nearest
-from handheld_export.targets.executorch_qnn import ExecuTorchQNN, binary
+from handheld_export.targets.executorch_qnn import ExecuTorchQNN
 from target_cases import CASES, Tuple, attach, quantize, randomize, segment
 
 here = pytest.mark.skipif(
@@ -106,7 +107,11 @@ def test_other_files_are_refused(target, tmp_path):
     with pytest.raises(TargetError, match="no context binary of QNN"):
         target.load(path, None)
     path.write_bytes(b"..soc_type=SM8750;arch=79;..v2.49.40.260810104044.")
-    assert binary(path) == {"soc": "SM8750", "hexagon": "79", "qnn": "2.49.40.260810104044"}
+    assert facts(path.read_bytes(), path) == {
+        "soc": "SM8750",
+        "hexagon": "79",
+        "qnn": "2.49.40.260810104044",
+    }
     with pytest.raises(TargetError, match="compiled for SM8750, not for SM8650"):
         target.load(path, None)
 

@@ -2,11 +2,133 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache, cached_property
+from pathlib import Path
+from typing import ClassVar, Final
 
+from handheld import qnn
 from handheld.errors import TargetError
+from handheld.program import Ports
+from handheld.socs import HEXAGON
+from handheld_export.qnn_process import Process
 from handheld_export.quantization import QuantizedWeight
+from handheld_export.targets.base import Array, Runner, Target
+
+_SOC: Final = re.compile(rb"soc_type=(SM\d+);arch=(\d+);")
+_BUILD: Final = re.compile(rb"v(\d+\.\d+\.\d+\.\d{12})")
+
+
+def facts(data: bytes, path: Path) -> dict[str, str]:
+    """Read SoC, Hexagon architecture and QNN's version from what holds a context binary.
+
+    Raises
+    ------
+    TargetError
+        If they are not in it.
+    """
+    soc, build = _SOC.search(data), _BUILD.search(data)
+    if soc is None or build is None:
+        raise TargetError("is no context binary of QNN", path=path)
+    return {"soc": soc[1].decode(), "hexagon": soc[2].decode(), "qnn": build[1].decode()}
+
+
+@cache
+def process(sdk: qnn.Sdk, purpose: str) -> Process:
+    """Return the one process for a purpose: starting it takes longer than most requests.
+
+    What compiles must not have run anything, because it is copied for every segment.
+    """
+    return Process(sdk)
+
+
+class Simulated(Runner):
+    """An artifact in QNN's simulation of the NPU.
+
+    Parameters
+    ----------
+    process : Process
+    path : Path
+    """
+
+    def __init__(self, process: Process, path: Path) -> None:
+        self._process = process
+        self._handle = process.load(path)
+
+    def __call__(self, *inputs: Array) -> tuple[Array, ...]:
+        _, results = self._process({"do": "run", "handle": self._handle}, inputs)
+        return tuple(results)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handle"):
+            self._process.drop(self._handle)
+
+
+class HexagonTarget(Target):
+    """A target whose artifacts hold one context binary for one SoC."""
+
+    converter: ClassVar[str]
+    """Of :data:`handheld.qnn.RELEASES`: whose QNN compiles and simulates."""
+    runs_here: ClassVar[bool] = False
+    samples: ClassVar[int] = 16
+    socs: ClassVar[tuple[str, ...]] = ("SM8650", "SM8550", "SM8750")
+
+    def caveat(self) -> str | None:
+        """Return what verification here cannot show."""
+        name = self.name.partition(":")[0]
+        return f"{name}: run in QNN's simulation of the NPU, not run on hardware"
+
+    def missing(self) -> str | None:
+        """Return one line that says what to install, or None if all is there."""
+        return super().missing() or qnn.missing(self.converter)
+
+    @cached_property
+    def sdk(self) -> qnn.Sdk:
+        """QNN's libraries.
+
+        Raises
+        ------
+        TargetError
+            If they are not laid out.
+        """
+        sdk = qnn.find(self.converter)
+        if sdk is None:
+            raise TargetError(f"target '{self.name}' lacks QNN", remedy=qnn.missing(self.converter))
+        return sdk
+
+    def facts(self, path: Path) -> dict[str, str]:
+        """Return ``soc``, ``hexagon`` and ``qnn`` as an artifact's binary says them."""
+        return facts(path.read_bytes(), path)
+
+    def made(self, path: Path) -> dict[str, str]:
+        """Return the facts of an artifact that was just compiled.
+
+        Raises
+        ------
+        TargetError
+            If they are not those of this target.
+        """
+        found = self.facts(path)
+        arch = str(HEXAGON[self.soc or ""])
+        wanted = {"soc": self.soc, "hexagon": arch, "qnn": self.sdk.build}
+        if found != wanted:
+            raise TargetError(f"the binary says {found}, not {wanted}", path=path)
+        return found
+
+    def load(self, path: Path, ports: Ports) -> Runner:
+        """Open an artifact in QNN's simulation.
+
+        Raises
+        ------
+        TargetError
+            If it is for another SoC.
+        """
+        soc = self.facts(path)["soc"]
+        if soc != self.soc:
+            raise TargetError(f"is compiled for {soc}, not for {self.soc}", path=path)
+        return Simulated(process(self.sdk, "run"), path)
 
 
 def check(name: str, weight: QuantizedWeight) -> None:

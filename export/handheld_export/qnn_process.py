@@ -5,7 +5,8 @@ in two versions side by side, and end the process where something is wrong. So t
 exporter itself. Requests come by standard input and answers go out by standard output, one at a
 time: a line of JSON, then the bytes of the arrays that it lists.
 
-On x86-64 the artifacts run in QNN's own simulation of the NPU.
+On x86-64 the artifacts run in QNN's own simulation of the NPU: programs of ExecuTorch in its
+runtime, files of LiteRT and ONNX in onnxruntime, whose provider for QNN lies among QNN's libraries.
 """
 
 from __future__ import annotations
@@ -157,8 +158,34 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 # --- inside ------------------------------------------------------------------------------
 
 
+_Run = Callable[[list[Array]], list[Array]]
+
+
+def _program(path: Path) -> _Run:
+    import torch
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(path)
+    method = program.load_method("forward")
+    assert method is not None
+
+    def run(arrays: list[Array], _: Any = program) -> list[Array]:
+        return [r.numpy() for r in method.execute([torch.from_numpy(a) for a in arrays])]
+
+    return run
+
+
+def _context(path: Path) -> _Run:
+    from handheld_export import litert_npu, qnn_onnx
+
+    source = litert_npu.as_onnx(path) if path.suffix == ".tflite" else path
+    session = qnn_onnx.session(source)
+    names = [x.name for x in session.get_inputs()]
+    return lambda arrays: list(session.run(None, dict(zip(names, arrays, strict=True))))
+
+
 def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
-    loaded: dict[int, Any] = {}
+    loaded: dict[int, _Run] = {}
 
     def lower(header: dict[str, Any], _: list[Array]) -> tuple[dict[str, Any], list[Array]]:
         from handheld_export import qnn_lowering
@@ -166,19 +193,19 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
         qnn_lowering.preload()
         return _forked(lambda: qnn_lowering.lower(Path(header["folder"]), header["soc"])), []
 
-    def load(header: dict[str, Any], _: list[Array]) -> tuple[dict[str, Any], list[Array]]:
-        from executorch.runtime import Runtime
+    def compile_onnx(header: dict[str, Any], _: list[Array]) -> tuple[dict[str, Any], list[Array]]:
+        from handheld_export import qnn_onnx
 
-        program = Runtime.get().load_program(header["path"])
-        loaded[header["handle"]] = program, program.load_method("forward")
+        source, path = Path(header["source"]), Path(header["path"])
+        return _forked(lambda: qnn_onnx.compile_for(header["soc"], source, path)), []
+
+    def load(header: dict[str, Any], _: list[Array]) -> tuple[dict[str, Any], list[Array]]:
+        path = Path(header["path"])
+        loaded[header["handle"]] = (_program if path.suffix == ".pte" else _context)(path)
         return {}, []
 
     def run(header: dict[str, Any], arrays: list[Array]) -> tuple[dict[str, Any], list[Array]]:
-        import torch
-
-        method = loaded[header["handle"]][1]
-        results = method.execute([torch.from_numpy(a) for a in arrays])
-        return {}, [np.ascontiguousarray(r.numpy()) for r in results]
+        return {}, loaded[header["handle"]](arrays)
 
     def drop(header: dict[str, Any], _: list[Array]) -> tuple[dict[str, Any], list[Array]]:
         loaded.pop(header["handle"], None)
@@ -186,6 +213,7 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
 
     operations: dict[str, Callable[..., tuple[dict[str, Any], list[Array]]]] = {
         "lower": lower,
+        "compile": compile_onnx,
         "load": load,
         "run": run,
         "drop": drop,
@@ -197,7 +225,7 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
             return
         try:
             answer, results = operations[header["do"]](header, arrays)
-        except Exception as error:  # executorch raises whatever it likes
+        except Exception as error:  # engines raise whatever they like
             _send(answers, {"error": _line(error)})
         else:
             _send(answers, answer, results)
@@ -224,7 +252,7 @@ def _forked(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if pid == 0:
         try:
             told = {"answer": work()}
-        except Exception as error:  # executorch raises whatever it likes
+        except Exception as error:  # engines raise whatever they like
             told = {"error": {"line": _line(error)}}
         with os.fdopen(writing, "w") as out:
             json.dump(told, out)

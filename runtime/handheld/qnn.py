@@ -86,7 +86,8 @@ class Sdk:
 
     def environment(self) -> dict[str, str]:
         """Return the environment of a process that is to load QNN."""
-        paths = [str(self.libraries), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+        paths = [str(self.root / place) for place in _PLACES.values()]
+        paths += filter(None, [os.environ.get("LD_LIBRARY_PATH")])
         return {
             **os.environ,
             "QNN_SDK_ROOT": str(self.root),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping
-from functools import cache, cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,22 +13,17 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from handheld import qnn
 from handheld.errors import TargetError
-from handheld.program import Ports
-from handheld.socs import HEXAGON
-from handheld_export.hexagon import check, counted
-from handheld_export.qnn_process import ARTIFACT, CODES, PROGRAM, SAMPLES, Process
+from handheld_export.hexagon import HexagonTarget, check, counted, process
+from handheld_export.qnn_process import ARTIFACT, CODES, PROGRAM, SAMPLES
 from handheld_export.quantization import BITS, QuantizedWeight
-from handheld_export.targets.base import Array, Lowered, Runner, SegmentInput, Target
+from handheld_export.targets.base import Lowered, SegmentInput
 
 _LEAST_SIDE = 16
 """Quantized residual blocks on smaller pictures have been seen to come out wrong."""
-_FIELD = re.compile(rb"soc_type=(SM\d+);arch=(\d+);")
-_BUILD = re.compile(rb"v(\d+\.\d+\.\d+\.\d{12})")
 
 
-class ExecuTorchQNN(Target):
+class ExecuTorchQNN(HexagonTarget):
     """Lower to a .pte that holds one QNN context binary for one SoC.
 
     The NPU computes in fp16, or on 16-bit grids that are calibrated on the program's own inputs.
@@ -46,29 +39,11 @@ class ExecuTorchQNN(Target):
     segment_weights: ClassVar[int] = 400_000_000  # far below the 2 GB that QNN takes per graph
     packages: ClassVar[Mapping[str, str]] = {"executorch": "executorch", "pydot": "pydot"}
     extra: ClassVar[str] = "qnn"
-    runs_here: ClassVar[bool] = False
-    samples: ClassVar[int] = 16
-    socs: ClassVar[tuple[str, ...]] = ("SM8650", "SM8550", "SM8750")
-    unproven: ClassVar[str | None] = (
-        "executorch-qnn: run in QNN's simulation of the NPU, not run on hardware"
-    )
-
-    def missing(self) -> str | None:
-        """Return one line that says what to install, or None if all is there."""
-        return super().missing() or qnn.missing("executorch")
+    converter: ClassVar[str] = "executorch"
 
     def versions(self) -> dict[str, str]:
         """Return QNN's version, which that of the phone's libraries must match, and the tools'."""
-        return {"qnn": self._sdk.build} | super().versions()
-
-    @cached_property
-    def _sdk(self) -> qnn.Sdk:
-        sdk = qnn.find("executorch")
-        if sdk is None:
-            raise TargetError(
-                f"target '{self.name}' lacks its tools", remedy=qnn.missing("executorch")
-            )
-        return sdk
+        return {"qnn": self.sdk.build} | super().versions()
 
     def lower(self, segment: SegmentInput, path: Path) -> Lowered:
         """Compile a segment and read SoC and version back from the binary.
@@ -92,7 +67,7 @@ class ExecuTorchQNN(Target):
         with tempfile.TemporaryDirectory(prefix="handheld-qnn-") as folder:
             work = Path(folder)
             self._write(work, segment, layers)
-            answer, _ = _process(self._sdk, "lower")(
+            answer, _ = process(self.sdk, "lower")(
                 {"do": "lower", "folder": folder, "soc": self.soc}
             )
             if answer["outside"] or answer["partitions"] != 1:
@@ -102,11 +77,7 @@ class ExecuTorchQNN(Target):
                     f"{outside}"
                 )
             shutil.move(work / ARTIFACT, path)
-        found = binary(path)
-        wanted = {"soc": self.soc, "hexagon": str(HEXAGON[self.soc or ""]), "qnn": self._sdk.build}
-        if found != wanted:
-            raise TargetError(f"the binary says {found}, not {wanted}", path=path)
-        return Lowered(path, 1, self.versions() | found, notes, held=held)
+        return Lowered(path, 1, self.versions() | self.made(path), notes, held=held)
 
     def _too_small(self, segment: SegmentInput) -> str | None:
         """Return which quantized convolution works on too small a picture."""
@@ -155,58 +126,7 @@ class ExecuTorchQNN(Target):
                 stored[f"{name}.bits"] = torch.tensor(BITS[weight.grid])
             save_file(stored, work / CODES)
 
-    def load(self, path: Path, ports: Ports) -> Runner:
-        """Open an artifact in QNN's simulation.
-
-        Raises
-        ------
-        TargetError
-            If it is for another SoC.
-        """
-        soc = binary(path)["soc"]
-        if soc != self.soc:
-            raise TargetError(f"is compiled for {soc}, not for {self.soc}", path=path)
-        return _Runner(_process(self._sdk, "run"), path)
-
-
-@cache
-def _process(sdk: qnn.Sdk, _: str) -> Process:
-    """Return the one process for a purpose: starting it takes longer than most requests.
-
-    What compiles must not have run anything, because it is copied for every segment.
-    """
-    return Process(sdk)
-
-
-def binary(path: Path) -> dict[str, str]:
-    """Read SoC, Hexagon architecture and QNN's version from a context binary.
-
-    Raises
-    ------
-    TargetError
-        If they are not in it.
-    """
-    data = path.read_bytes()
-    fields, build = _FIELD.search(data), _BUILD.search(data)
-    if fields is None or build is None:
-        raise TargetError("is no context binary of QNN", path=path)
-    return {"soc": fields[1].decode(), "hexagon": fields[2].decode(), "qnn": build[1].decode()}
-
 
 def _quantized(module: nn.Module) -> dict[str, QuantizedWeight]:
     found = {n: getattr(m, "quantized", None) for n, m in module.named_modules()}
     return {n: w for n, w in found.items() if w is not None}
-
-
-class _Runner(Runner):
-    def __init__(self, process: Process, path: Path) -> None:
-        self._process = process
-        self._handle = process.load(path)
-
-    def __call__(self, *inputs: Array) -> tuple[Array, ...]:
-        _, results = self._process({"do": "run", "handle": self._handle}, inputs)
-        return tuple(results)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_handle"):
-            self._process.drop(self._handle)

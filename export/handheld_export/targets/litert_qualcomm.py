@@ -5,21 +5,18 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from handheld import qnn
-from handheld.errors import TargetError
-from handheld.program import Ports
-from handheld_export.hexagon import check, counted
-from handheld_export.targets.base import Lowered, Runner, SegmentInput, Target
+from handheld_export.hexagon import HexagonTarget, check, counted
+from handheld_export.targets.base import Lowered, SegmentInput
 
 if TYPE_CHECKING:
     from handheld_export import tflite
 
 
-class LiteRTQualcomm(Target):
+class LiteRTQualcomm(HexagonTarget):
     """Lower to a .tflite whose one operator is a context binary of QNN for one SoC.
 
     The NPU computes in fp16, or on 16-bit grids that are calibrated on the program's own inputs.
@@ -40,32 +37,22 @@ class LiteRTQualcomm(Target):
         "onnxruntime": "onnxruntime",
     }
     extra: ClassVar[str] = "onnx"
-    runs_here: ClassVar[bool] = False
-    samples: ClassVar[int] = 16
-    socs: ClassVar[tuple[str, ...]] = ("SM8650", "SM8550", "SM8750")
-    unproven: ClassVar[str | None] = (
-        "litert-qualcomm: run in QNN's simulation of the NPU, not run on hardware"
-    )
+    converter: ClassVar[str] = "litert"
 
     @property
     def options(self) -> Mapping[str, str]:  # type: ignore[override]
         """What the engine must be told: the NPU, and of which SoC."""
         return {"accelerator": "npu", "soc": self.soc or ""}
 
-    def missing(self) -> str | None:
-        """Return one line that says what to install, or None if all is there."""
-        return super().missing() or qnn.missing("litert")
-
     def versions(self) -> dict[str, str]:
         """Return LiteRT's version, the tools' and QNN's."""
-        return super().versions() | {"qnn": self._sdk.build}
+        return super().versions() | {"qnn": self.sdk.build}
 
-    @cached_property
-    def _sdk(self) -> qnn.Sdk:
-        sdk = qnn.find("litert")
-        if sdk is None:
-            raise TargetError(f"target '{self.name}' lacks QNN", remedy=qnn.missing("litert"))
-        return sdk
+    def facts(self, path: Path) -> dict[str, str]:
+        """Return ``soc``, ``hexagon`` and ``qnn`` as an artifact's binary says them."""
+        from handheld_export import litert_npu
+
+        return litert_npu.binary(path)[2]
 
     def lower(self, segment: SegmentInput, path: Path) -> Lowered:
         """Convert a segment, compile it, and read SoC and version back from the binary.
@@ -102,12 +89,9 @@ class LiteRTQualcomm(Target):
                 )
             tflite.graft(flatbuffer, opened.layers, segment.ports, source, edit)
             tflite.check(source, opened.layers)
-            litert_npu.compile_for(self._sdk, self.soc, source, path)
-        _, _, found = litert_npu.binary(path)
-        if (found["soc"], found["qnn"]) != (self.soc, self._sdk.build):
-            raise TargetError(f"the binary says {found}, not {self.soc}, {self._sdk.build}")
+            litert_npu.compile_for(self.sdk, self.soc, source, path)
         held = None if on_grids else counted(w for w in given if w is not None)
-        return Lowered(path, 1, self.versions() | found, notes, held=held)
+        return Lowered(path, 1, self.versions() | self.made(path), notes, held=held)
 
     def _holding(self, layer: tflite.Layer, on_grids: bool) -> tflite.Layer:
         weight = layer.quantized
@@ -115,18 +99,3 @@ class LiteRTQualcomm(Target):
             return replace(layer, quantized=None, half=True)
         check(layer.name, weight)
         return replace(layer, quantized=self.held(weight))
-
-    def load(self, path: Path, ports: Ports) -> Runner:
-        """Open an artifact in QNN's simulation.
-
-        Raises
-        ------
-        TargetError
-            If it is for another SoC.
-        """
-        from handheld_export import litert_npu
-
-        soc = litert_npu.binary(path)[2]["soc"]
-        if soc != self.soc:
-            raise TargetError(f"is compiled for {soc}, not for {self.soc}", path=path)
-        return litert_npu.Simulated(self._sdk, path, ports)
