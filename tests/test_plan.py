@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from handheld import planning, plans, recipes
+from handheld import cutting, planning, plans, recipes
 from handheld.cli import run
 
 
@@ -35,12 +35,34 @@ def test_stacks_sizes_and_targets_side_by_side(capsys, tmp_path):
     assert len(bars) == 1 + 4 * len(found)
 
 
-def test_litert_files_are_as_large_as_measured():
-    # Measured: the bundle of critter's stack 1 for litert-cpu, in 12 files.
-    shape = recipes.shape_after(
-        recipes.builtin("stack1", "critter"), planning.architecture("models/critter")
-    )
-    assert sum(plans.file_bytes(shape, "litert-cpu")) == pytest.approx(17_781_216, rel=0.002)
+@pytest.mark.parametrize(
+    ("stack", "target", "size"),
+    [
+        ("stack1", "litert-cpu", 17.78),
+        ("stack2", "litert-cpu", 12.4),
+        ("stack3", "litert-cpu", 14.5),
+        (None, "litert-cpu", 100.6),
+        ("stack1", "executorch-xnnpack", 17.4),
+        ("stack2", "executorch-xnnpack", 12.2),
+        ("stack3", "executorch-xnnpack", 17.0),
+        (None, "executorch-xnnpack", 100.7),
+    ],
+)
+def test_files_are_as_large_as_measured(stack, target, size):
+    # Measured, in MB: README.md, by `make demo`.
+    shape = planning.architecture("models/critter")
+    if stack:
+        shape = recipes.shape_after(recipes.builtin(stack, "critter"), shape)
+    assert sum(plans.file_bytes(shape, target)) == pytest.approx(size * 1e6, rel=0.01)
+
+
+def test_artifacts_of_full_size_are_as_large_as_measured():
+    # Measured, in bytes: artifacts unet.01, unet.03 and unet.13 of benchmarks/full_size.py.
+    shape = recipes.shape_after(recipes.builtin("stack1", "sdxl"), planning.architecture("sdxl"))
+    parts = cutting.group(cutting.units(shape.layers), 80_000_000)
+    for index, size in ((1, 40_165_120), (3, 35_458_880), (13, 49_802_880)):
+        layers = [x for unit in parts[index + 1] for x in unit.layers]
+        assert plans._file(layers, shape.grids, "litert-cpu") == pytest.approx(size, rel=0.001)
 
 
 @pytest.mark.parametrize(
