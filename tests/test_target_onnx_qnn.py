@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("onnxscript")
@@ -12,6 +14,8 @@ from torch import nn
 import target_cases
 from handheld import qnn
 from handheld.errors import TargetError
+from handheld_export import onnx_static
+from handheld_export.quantization import round_to_nearest
 from handheld_export.targets.onnx_qnn import ONNXQNN
 
 needs_qnn = pytest.mark.skipif(
@@ -76,3 +80,51 @@ def test_operators_outside_are_named(tmp_path):
     item = target_cases.segment(Sine(), [(1, 4, 4, 8)])
     with pytest.raises(TargetError, match="outside: Sinh"):
         ONNXQNN.for_soc("SM8650").lower(item, tmp_path / "a.onnx")
+
+
+@needs_qnn
+@pytest.mark.slow
+def test_codes_on_calibrated_grids(tmp_path):
+    def mixed(name, layer):
+        return None if name.endswith("proj_in") else ("int4",) if "to_q" in name else ("int8",)
+
+    module, shapes = target_cases.CASES["resnet and transformer"]()
+    item = target_cases.segment(target_cases.randomize(module), shapes)
+    target_cases.quantize(item, mixed)
+    item = replace(item, samples=[item.examples, [1.2 * x for x in item.examples]])
+    lowered, db = target_cases.run(ONNXQNN.for_soc("SM8650"), item, tmp_path / "a.onnx")
+    assert db > 40
+    assert (lowered.partitions, lowered.held) == (1, None)
+
+
+def test_groups_are_refused(tmp_path):
+    layer = nn.Linear(32, 16)
+    item = target_cases.segment(nn.Sequential(layer, target_cases.Tuple()).eval(), [(1, 32)])
+    layer.quantized = round_to_nearest(layer.weight.detach().numpy(), "int4", 16)
+    with pytest.raises(TargetError, match="layer '0': int4 in groups does not run on QNN"):
+        ONNXQNN.for_soc("SM8650").lower(replace(item, samples=[item.examples]), tmp_path / "a.onnx")
+
+
+def test_codes_that_do_not_arrive_are_found():
+    from onnx import TensorProto, helper, numpy_helper
+
+    layer = nn.Linear(4, 2)
+    layer.quantized = round_to_nearest(layer.weight.detach().numpy(), "int8")
+    module = nn.Sequential(layer)
+    onnx_static.replace(module, lambda *_: None)
+    codes, scales = layer.quantized.codes.T.copy(), layer.quantized.scales
+    node = helper.make_node("DequantizeLinear", ["0.codes", "0.scales"], ["w"], axis=1)
+    made = helper.make_tensor_value_info("w", TensorProto.FLOAT, [4, 2])
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [],
+        [made],
+        [numpy_helper.from_array(codes, "0.codes"), numpy_helper.from_array(scales, "0.scales")],
+    )
+    model = helper.make_model(graph)
+    onnx_static.check(model, module)
+    codes[1, 1] += 1
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(codes, "0.codes"))
+    with pytest.raises(TargetError, match="layer '0': the graph holds other codes or scales"):
+        onnx_static.check(model, module)

@@ -87,6 +87,7 @@ def compile_for(soc: str, source: Path, path: Path) -> dict[str, Any]:
         "soc_model": str(_SOC_MODEL[soc]),
         "htp_arch": str(HEXAGON[soc]),
         "enable_htp_fp16_precision": "1",
+        "offload_graph_io_quantization": "0",  # at the ends, too, what converts is the NPU
         "htp_graph_finalization_optimization_mode": "3",
     }
     entries = {

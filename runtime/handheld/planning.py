@@ -66,6 +66,11 @@ CONTAINERS: Mapping[str, Mapping[tuple[str, str], Grid]] = {
         ("conv1x1", "int4"): "int8",
         ("conv1x1", "int2"): "int8",
     },
+    "onnx-qnn": {
+        (kind, grid): "int8"
+        for kind in ("linear", "conv3x3", "conv1x1")
+        for grid in ("int4", "int2")
+    },
     "executorch-xnnpack": {
         ("linear", "int2"): "int4",
         ("conv1x1", "int2"): "int4",

@@ -7,21 +7,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from handheld_export.hexagon import HexagonTarget, counted, process
+from handheld_export.hexagon import HexagonTarget, check, counted, process
 from handheld_export.targets.base import Lowered, SegmentInput
 
 
 class ONNXQNN(HexagonTarget):
     """Lower to an ONNX graph of one EPContext node, which holds a context binary for one SoC.
 
-    The NPU computes in fp16, and weights are float16, whatever grid the student's codes are on. The
-    binary runs here in QNN's simulation of the NPU; it was not run on hardware.
+    The NPU computes in fp16, or on 16-bit grids that are calibrated on the program's own inputs.
+    There, layers with codes keep them, as int8, with the student's scale per output channel, and
+    layers without stay in fp16. The binary runs here in QNN's simulation of the NPU; it was not run
+    on hardware.
     """
 
     name: ClassVar[str] = "onnx-qnn"
     engine: ClassVar[str] = "onnx"
     suffix: ClassVar[str] = ".onnx"
-    precisions: ClassVar[tuple[str, ...]] = ("fp16",)
+    precisions: ClassVar[tuple[str, ...]] = ("fp16", "16a8w")
     segment_weights: ClassVar[int] = 100_000_000  # twice in memory while it is compiled, in float32
     packages: ClassVar[Mapping[str, str]] = {
         "onnxruntime": "onnxruntime",
@@ -30,7 +32,6 @@ class ONNXQNN(HexagonTarget):
     }
     extra: ClassVar[str] = "onnx"
     converter: ClassVar[str] = "litert"
-    samples: ClassVar[int] = 0
 
     @property
     def options(self) -> Mapping[str, str]:  # type: ignore[override]
@@ -44,22 +45,40 @@ class ONNXQNN(HexagonTarget):
     def lower(self, segment: SegmentInput, path: Path) -> Lowered:
         """Export a segment, compile it, and read SoC and version back from the binary.
 
+        Without ``samples`` there is nothing to calibrate on, and codes are held in fp16.
+
         Raises
         ------
         TargetError
-            If values leave fp16, or an operator does not go to the NPU.
+            If a layer's grid does not run, values leave fp16, or an operator does not go to the
+            NPU.
         """
-        from handheld_export import onnx
+        import onnx as onnx_format
+
+        from handheld_export import onnx, onnx_static
         from handheld_export.half import fit
         from handheld_export.rewrites import quantized_of, rewrite
 
         module = rewrite(segment.module)
         notes = fit(module, segment.examples)
         coded = [w for layer in module.modules() if (w := quantized_of(layer)) is not None]
-        ports = segment.ports
+        on_grids = bool(segment.samples and coded)
+        if on_grids:
+            onnx_static.replace(module, check)
+        inputs, outputs = list(segment.ports.inputs), list(segment.ports.outputs)
         with tempfile.TemporaryDirectory(prefix="handheld-npu-") as folder:
             source = Path(folder) / path.name
-            onnx.lower(module, segment.examples, list(ports.inputs), list(ports.outputs), source)
+            onnx.lower(module, segment.examples, inputs, outputs, source)
+            if on_grids:
+                model = onnx_format.load(str(source))
+                samples = [
+                    dict(zip(inputs, (x.numpy() for x in sample), strict=True))
+                    for sample in segment.samples
+                ]
+                onnx_static.quantize(model, onnx_static.observe(model, samples))
+                onnx_static.check(model, module)
+                onnx_format.save_model(model, str(source))
             request = {"do": "compile", "source": str(source), "path": str(path), "soc": self.soc}
             process(self.sdk, "lower")(request)
-        return Lowered(path, 1, self.versions() | self.made(path), notes, held=counted(coded))
+        held = None if on_grids else counted(coded)
+        return Lowered(path, 1, self.versions() | self.made(path), notes, held=held)
