@@ -222,12 +222,31 @@ def snr(a: Array, b: Array) -> float:
 
 
 def picture(path: Path, whole: Array, banded: Array) -> None:
-    """Write whole picture, picture in bands, and their difference 16 times as strong."""
+    """Write the middle of the whole picture, of the one in bands, and 16 times their difference."""
     from PIL import Image
 
+    whole, banded = (np.ascontiguousarray(_middle(p)) for p in (whole, banded))
     apart = np.clip(128 + 16 * (banded.astype(int) - whole.astype(int)), 0, 255).astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate([whole, banded, apart], axis=1), "RGB").save(path)
+
+
+def _middle(pixels: Array) -> Array:
+    """Return the middle half of the columns: bands are rows."""
+    width = pixels.shape[1]
+    return pixels[:, width // 4 : width - width // 4]
+
+
+def in_torch(source: Path, z: Array) -> Array:
+    """Return what diffusers' decoder gives in float32, [H, W, 3]."""
+    from handheld_export.checkpoint import Checkpoint
+    from handheld_export.reference import decode
+    from handheld_export.segments import decoder_graph, group
+
+    vae = Checkpoint(source).vae
+    segments = group(decoder_graph(vae, (z.shape[1], z.shape[2])), 80_000_000)
+    values: Array = decode(segments, vae, z)[1][0]
+    return values
 
 
 def main() -> int:
@@ -257,6 +276,7 @@ def main() -> int:
     summary: dict[str, Any] = {"command": sys.argv, "versions": versions(), "runs": []}
     for size in arguments.size or ["512x512"]:
         z = latent(size)
+        exact = in_torch(source, z)
         ways: list[float | None] = [None] if arguments.whole else []
         ways += arguments.bands or [8.0]
         whole: tuple[Array, Array] | None = None
@@ -270,6 +290,7 @@ def main() -> int:
                 figures = {"size": size, "bands_mb": bands, "job": job}
                 timing = {"threads": arguments.threads, "iterations": arguments.iterations}
                 figures |= run(bundle, z, {**job, **timing}, folder, stages)
+                figures["torch_snr_db"] = snr(exact, drawn[0])
                 if whole is not None:
                     figures["snr_db"] = snr(whole[0], drawn[0])
                     figures["whole_seams"] = seams(whole[0], borders(bundle))

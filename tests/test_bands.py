@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,8 +23,8 @@ from handheld_export.bands import passes, write
 from handheld_export.checkpoint import Checkpoint
 from handheld_export.export import Options, export
 from handheld_export.measure import psnr_db, snr_db
-from handheld_export.reference import TorchArtifacts
-from handheld_export.segments import decoder_graph
+from handheld_export.reference import TorchArtifacts, decode
+from handheld_export.segments import decoder_graph, group
 from handheld_export.verify import verify
 
 LATENT = (6, 4)
@@ -205,4 +206,35 @@ def test_macs_of_bands_add_up_to_those_of_the_picture(bundle):
     whole = count_decoder(Checkpoint(source).vae.config, (6, 8))
     want = sum(layer.macs for layer in whole)
     decoder = sum(n for name, n in found.items() if name.startswith("decoder"))
-    assert decoder == pytest.approx(want, rel=0.02)
+    assert decoder == pytest.approx(want, rel=1e-3)
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    import decoder
+
+    return decoder
+
+
+def test_a_planted_seam_is_seen(benchmark):
+    rows = [8 * i for i in range(1, 64)]
+    values = np.cumsum(np.full((512, 4, 3), 0.01, np.float32), axis=0)
+    assert benchmark.seams(values, rows) == pytest.approx(1, abs=0.01)
+    for row in rows[::2]:
+        values[row : row + 8] += 0.02
+    assert benchmark.seams(values, rows) > 1.5
+
+
+@pytest.mark.slow
+def test_the_decoder_alone_gives_what_diffusers_gives(bundle, benchmark, tmp_path):
+    opened, source = bundle
+    alone = benchmark.alone(opened, tmp_path / "alone")
+    assert {a.component for a in alone.manifest.artifacts} == {"decoder"}
+    assert [i.role for i in next(iter(alone.manifest.sizes.values())).program.inputs] == ["latent"]
+    z = latent((6, 8))
+    vae = Checkpoint(source).vae
+    whole = decode(group(decoder_graph(vae, (6, 8)), 10**9), vae, z)
+    values, picture = benchmark.draw(alone, z, tmp_path)
+    assert snr_db(whole[1][0], values) > 55
+    assert psnr_db(whole[0][0], picture) > 45

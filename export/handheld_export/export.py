@@ -874,10 +874,11 @@ def _macs(plan: _Plan) -> dict[str, int]:
     calls = Counter(op.artifact for op in plan.program.ops if isinstance(op, Call))
     for _, segment, _ in plan.segments:
         prefixes = tuple(f"{p}." for p in segment.prefixes)
+        units = {u.name for u in segment.units}  # attention's products have no weights
         macs = sum(
             layer.macs
             for layer in counted[segment.graph.component]
-            if f"{layer.name}.".startswith(prefixes)
+            if f"{layer.name}.".startswith(prefixes) or layer.name in units
         )
         banded = segment.graph.component == "decoder"
         result[segment.id] = macs // calls[segment.id] if banded else macs
