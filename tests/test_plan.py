@@ -57,8 +57,9 @@ def test_files_are_as_large_as_measured(stack, target, size):
 
 
 def test_artifacts_of_full_size_are_as_large_as_measured():
-    # Measured, in bytes: artifacts unet.01, unet.03 and unet.13 of benchmarks/full_size.py.
+    # Measured, in bytes: all artifacts, and three of them; benchmarks/full_size.py.
     shape = recipes.shape_after(recipes.builtin("stack1", "sdxl"), planning.architecture("sdxl"))
+    assert sum(plans.file_bytes(shape, "litert-cpu")) == pytest.approx(1_502_413_248, rel=0.001)
     parts = cutting.group(cutting.units(shape.layers), 80_000_000)
     for index, size in ((1, 40_165_120), (3, 35_458_880), (13, 49_802_880)):
         layers = [x for unit in parts[index + 1] for x in unit.layers]
