@@ -88,13 +88,16 @@ def test_codes_on_calibrated_grids(tmp_path):
     def mixed(name, layer):
         return None if name.endswith("proj_in") else ("int4",) if "to_q" in name else ("int8",)
 
-    module, shapes = target_cases.CASES["resnet and transformer"]()
-    item = target_cases.segment(target_cases.randomize(module), shapes)
-    target_cases.quantize(item, mixed)
-    item = replace(item, samples=[item.examples, [1.2 * x for x in item.examples]])
-    lowered, db = target_cases.run(ONNXQNN.for_soc("SM8650"), item, tmp_path / "a.onnx")
-    assert db > 40
-    assert (lowered.partitions, lowered.held) == (1, None)
+    module, (_, *rest) = target_cases.CASES["resnet and transformer"]()
+    target_cases.randomize(module)
+    for side, on_grids in ((16, True), (8, False)):
+        item = target_cases.segment(module, [(1, side, side, 96), *rest])
+        target_cases.quantize(item, mixed)
+        item = replace(item, samples=[item.examples, [1.2 * x for x in item.examples]])
+        lowered, db = target_cases.run(ONNXQNN.for_soc("SM8650"), item, tmp_path / f"{side}.onnx")
+        assert db > 40
+        assert (lowered.partitions, lowered.held is None) == (1, on_grids)
+        assert any("conv1' at 8x8" in note for note in lowered.notes) is not on_grids
 
 
 def test_groups_are_refused(tmp_path):

@@ -9,15 +9,21 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import ClassVar, Final
 
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
 from handheld import qnn
 from handheld.errors import TargetError
 from handheld.program import Ports
 from handheld.socs import HEXAGON
 from handheld_export.qnn_process import Process
 from handheld_export.quantization import QuantizedWeight
-from handheld_export.targets.base import Array, Runner, Target
+from handheld_export.targets.base import Array, Runner, SegmentInput, Target
 
 _SOC: Final = re.compile(rb"soc_type=(SM\d+);arch=(\d+);")
+_LEAST_SIDE: Final = 16
+"""Quantized residual blocks on smaller pictures have been seen to come out wrong."""
 _BUILD: Final = re.compile(rb"v(\d+\.\d+\.\d+\.\d{12})")
 
 
@@ -154,3 +160,40 @@ def counted(weights: Iterable[QuantizedWeight]) -> dict[str, int]:
     for weight in weights:
         counts[f"{weight.grid} as fp16"] += weight.codes.size
     return dict(sorted(counts.items()))
+
+
+def too_small(segment: SegmentInput) -> str | None:
+    """Tell whether a quantized 3x3 convolution works on too small a picture for the NPU's grids.
+
+    Returns
+    -------
+    str or None
+        A note that names the first of them.
+    """
+    found: list[str] = []
+
+    def watch(name: str, conv: nn.Conv2d) -> RemovableHandle:
+        def look(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            h, w = inputs[0].shape[-2:]
+            if min(h, w) < _LEAST_SIDE:
+                found.append(f"layer '{name}' at {h}x{w}")
+
+        return conv.register_forward_pre_hook(look)
+
+    hooks = [
+        watch(name, layer)
+        for name, layer in segment.module.named_modules()
+        if isinstance(layer, nn.Conv2d)
+        and layer.kernel_size != (1, 1)
+        and getattr(layer, "quantized", None) is not None
+    ]
+    try:
+        with torch.no_grad():
+            segment.module(*segment.examples)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not found:
+        return None
+    side = f"{_LEAST_SIDE}x{_LEAST_SIDE}"
+    return f"kept in fp16: quantized residual blocks below {side} can come out wrong, {found[0]}"

@@ -11,16 +11,12 @@ from typing import ClassVar
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from handheld.errors import TargetError
-from handheld_export.hexagon import HexagonTarget, check, counted, process
+from handheld_export.hexagon import HexagonTarget, check, counted, process, too_small
 from handheld_export.qnn_process import ARTIFACT, CODES, PROGRAM, SAMPLES
 from handheld_export.quantization import BITS, QuantizedWeight
 from handheld_export.targets.base import Lowered, SegmentInput
-
-_LEAST_SIDE = 16
-"""Quantized residual blocks on smaller pictures have been seen to come out wrong."""
 
 
 class ExecuTorchQNN(HexagonTarget):
@@ -58,10 +54,8 @@ class ExecuTorchQNN(HexagonTarget):
             check(name, weight)
         notes: tuple[str, ...] = ()
         held = None
-        if (small := self._too_small(segment)) is not None:
-            notes = (
-                f"kept in fp16: quantized residual blocks below 16x16 can come out wrong, {small}",
-            )
+        if (small := too_small(segment)) is not None:
+            notes = (small,)
             held = counted(layers.values())
             layers = {}
         with tempfile.TemporaryDirectory(prefix="handheld-qnn-") as folder:
@@ -78,33 +72,6 @@ class ExecuTorchQNN(HexagonTarget):
                 )
             shutil.move(work / ARTIFACT, path)
         return Lowered(path, 1, self.versions() | self.made(path), notes, held=held)
-
-    def _too_small(self, segment: SegmentInput) -> str | None:
-        """Return which quantized convolution works on too small a picture."""
-        found: list[str] = []
-
-        def watch(name: str, conv: nn.Conv2d) -> RemovableHandle:
-            def look(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-                h, w = inputs[0].shape[-2:]
-                if min(h, w) < _LEAST_SIDE:
-                    found.append(f"layer '{name}' at {h}x{w}")
-
-            return conv.register_forward_pre_hook(look)
-
-        hooks = [
-            watch(name, layer)
-            for name, layer in segment.module.named_modules()
-            if isinstance(layer, nn.Conv2d)
-            and layer.kernel_size != (1, 1)
-            and getattr(layer, "quantized", None) is not None
-        ]
-        try:
-            with torch.no_grad():
-                segment.module(*segment.examples)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return found[0] if found else None
 
     def _write(
         self, work: Path, segment: SegmentInput, layers: Mapping[str, QuantizedWeight]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from handheld_export.hexagon import HexagonTarget, check, counted, process
+from handheld_export.hexagon import HexagonTarget, check, counted, process, too_small
 from handheld_export.targets.base import Lowered, SegmentInput
 
 
@@ -59,10 +59,13 @@ class ONNXQNN(HexagonTarget):
         from handheld_export.half import fit
         from handheld_export.rewrites import quantized_of, rewrite
 
+        small = too_small(segment) if segment.samples else None
         module = rewrite(segment.module)
         notes = fit(module, segment.examples)
+        if small is not None:
+            notes = (*notes, small)
         coded = [w for layer in module.modules() if (w := quantized_of(layer)) is not None]
-        on_grids = bool(segment.samples and coded)
+        on_grids = bool(segment.samples and coded and small is None)
         if on_grids:
             onnx_static.replace(module, check)
         inputs, outputs = list(segment.ports.inputs), list(segment.ports.outputs)
