@@ -344,10 +344,6 @@ def kill_at_random(exports, smallest, tmp_path, moments):
     assert not left_over(folder)
 
 
-def test_killed_exports_leave_nothing_wrong(exports, smallest, tmp_path):
-    kill_at_random(exports, smallest, tmp_path, 2)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_killed_exports_leave_nothing_wrong_five_times(exports, smallest, tmp_path):

@@ -230,7 +230,7 @@ def _append_many(path):
 
 def test_several_writers(tmp_path):
     path = tmp_path / "runs.jsonl"
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=_append_many, args=(path,)) for _ in range(3)]
     for worker in workers:
         worker.start()

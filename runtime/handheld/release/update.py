@@ -337,15 +337,11 @@ class _Site:
             try:
                 response = self._pool.request("GET", where, preload_content=False)
                 try:
-                    if response.status != 200:
-                        raise ReleaseError(f"the server answers {response.status}", path=where)
-                    data = bytes(response.read(limit + 1))
+                    data, whole = _answer(response, where, limit)
                 finally:
-                    response.release_conn()
-                wanted = response.headers.get("Content-Length")
-                if wanted is not None and not re.fullmatch(r"[0-9]{1,18}", wanted):
-                    raise ReleaseError("the server gives no sensible length", path=where)
-                if wanted is None or len(data) >= min(int(wanted), limit + 1):
+                    # What is unread would be taken for the next answer.
+                    response.close()
+                if whole:
                     return data
             except urllib3.exceptions.HTTPError as error:
                 if attempt == _TRIES - 1:
@@ -356,6 +352,17 @@ class _Site:
                         remedy="run it again; what has come stays",
                     ) from None
         raise ReleaseError("ends too early", path=where, remedy="run it again; what has come stays")
+
+
+def _answer(response: Any, where: str, limit: int) -> tuple[bytes, bool]:
+    """Read an answer up to one byte more than ``limit``, and tell whether that is all of it."""
+    if response.status != 200:
+        raise ReleaseError(f"the server answers {response.status}", path=where)
+    wanted = response.headers.get("Content-Length")
+    if wanted is not None and not re.fullmatch(r"[0-9]{1,18}", wanted):
+        raise ReleaseError("the server gives no sensible length", path=where)
+    data = bytes(response.read(limit + 1))
+    return data, wanted is None or len(data) >= min(int(wanted), limit + 1)
 
 
 def _trusted(
