@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from ctypes.util import find_library
 from pathlib import Path
 
 import ai_edge_litert.schema_py_generated as schema
@@ -72,7 +73,10 @@ def test_weights_are_float16(lowered):
 
 @pytest.mark.slow
 @pytest.mark.system
-@pytest.mark.skipif(not DRIVER.is_file(), reason="needs chromium's Vulkan driver (apt: chromium)")
+@pytest.mark.skipif(
+    not DRIVER.is_file() or find_library("vulkan") is None,
+    reason="needs Vulkan with chromium's driver (apt: chromium libvulkan1)",
+)
 def test_webgpu_takes_all(lowered):
     paths = [str(done.path) for done, _, _ in lowered.values()]
     env = {**os.environ, "VK_DRIVER_FILES": str(DRIVER)}

@@ -26,12 +26,14 @@ def case(tmp_path_factory):
     module = target_cases.randomize(target_cases.Line(*convolutions))
     item = target_cases.segment(module, [(1, 6, 10, 8)])
     target_cases.quantize(item, lambda name, _: ("int8",) if name == "steps.0" else None)
+    with torch.no_grad():
+        (expected,) = item.module(*item.examples)  # before its weights are taken out
     opened = tflite.Open(item.module, 1).eval()
     opened.layers = [replace(x, half=x.quantized is None) for x in opened.layers]
     flatbuffer = litert.convert(opened, item, [x.weight for x in opened.layers])
     path = tmp_path_factory.mktemp("static") / "float.tflite"
     tflite.graft(flatbuffer, [replace(x, quantized=None) for x in opened.layers], item.ports, path)
-    return item, opened.layers, flatbuffer, path
+    return item, opened.layers, flatbuffer, path, expected
 
 
 def run(path, x):
@@ -45,7 +47,7 @@ def run(path, x):
 
 @pytest.mark.slow
 def test_codes_stay_and_values_are_on_grids(case, tmp_path):
-    item, layers, flatbuffer, floats = case
+    item, layers, flatbuffer, floats, expected = case
     samples = [[item.examples[0].numpy()], [item.examples[0].numpy() * 1.5]]
     ranges = tflite_static.observe(floats, samples)
     path = tmp_path / "a.tflite"
@@ -63,14 +65,12 @@ def test_codes_stay_and_values_are_on_grids(case, tmp_path):
         if t.type == schema.TensorType.INT16 and list(t.shape) == [1, 6, 10, 8]
     )
     assert scale == pytest.approx(1.5 * float(item.examples[0].abs().max()) / 32767)
-    with torch.no_grad():
-        (expected,) = item.module(*item.examples)
     assert snr_db(expected.numpy(), run(path, item.examples[0].numpy())) > 60
 
 
 @pytest.mark.slow
 def test_a_bias_that_leaves_32_bits_is_named(case, tmp_path):
-    item, layers, flatbuffer, floats = case
+    item, layers, flatbuffer, floats, _ = case
     ranges = tflite_static.observe(floats, [[item.examples[0].numpy() * 0]])
     edit = partial(tflite_static.quantize, ranges=ranges)
     with pytest.raises(TargetError, match=r"layer 'steps\.0': its bias leaves 32 bits"):
@@ -79,6 +79,6 @@ def test_a_bias_that_leaves_32_bits_is_named(case, tmp_path):
 
 @pytest.mark.slow
 def test_values_that_are_not_finite_are_told(case):
-    item, _, _, floats = case
+    item, _, _, floats, _ = case
     with pytest.raises(TargetError, match="not finite"):
         tflite_static.observe(floats, [[np.full(item.examples[0].shape, np.nan)]])
