@@ -22,9 +22,9 @@ from handheld_export.quantization import QuantizedWeight
 from handheld_export.targets.base import Array, Runner, SegmentInput, Target
 
 _SOC: Final = re.compile(rb"soc_type=(SM\d+);arch=(\d+);")
+_BUILD: Final = re.compile(rb"v(\d+\.\d+\.\d+\.\d{12})")
 _LEAST_SIDE: Final = 16
 """Quantized residual blocks on smaller pictures have been seen to come out wrong."""
-_BUILD: Final = re.compile(rb"v(\d+\.\d+\.\d+\.\d{12})")
 
 
 def facts(data: bytes, path: Path) -> dict[str, str]:

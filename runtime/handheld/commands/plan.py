@@ -148,7 +148,7 @@ def _print(report: dict[str, Any]) -> None:
     for note in dict.fromkeys(n for r in report["rows"] for n in r["notes"]):
         console.print(f"estimate: {note}", highlight=False)
     console.print(
-        "Peaks are estimates, fitted to runs of small models and not held against full size; "
+        "Peaks are estimates, fitted to runs of small models, and were low at full size; "
         "within 10 % of a budget they are close to it, and say no more.",
         highlight=False,
     )
