@@ -6,6 +6,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 # Compiling 30,000 files takes two minutes; Python compiles those that it imports.
 export PIP_NO_COMPILE := 1
+# Where that is forbidden, as in many containers, each process would compile all of torch again.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Files that say when, and in how many seconds, the environment was installed.
 INSTALLED := .venv/.installed
