@@ -64,11 +64,10 @@ def export(
 ) -> Bundle:
     """Export a bundle, and return its decoder alone."""
     name = f"{precision}-{size}" + ("-whole" if bands is None else f"-bands{bands:g}")
-    width, height = size.split("x")
     words = [
         *(sys.executable, "-m", "handheld", "export", str(source), "-o", str(folder / name)),
         *("--target", "litert-cpu", "--precision", precision, "--json"),
-        *("--width", width, "--height", height),
+        *("--size", size),
         *(() if bands is None else ("--decoder-bands", str(bands))),
     ]
     with stages(f"exporting {name}") as end, (folder / "export.log").open("ab") as log:

@@ -70,11 +70,10 @@ def export(
     """Export a bundle with an empty cache, and again from the cache."""
     output = folder / "bundles" / f"{source.name}-{target}-{size}"
     cache = folder / "cache" / output.name
-    width, height = size.split("x")
     words = [
         *(sys.executable, "-m", "handheld", "export", str(source), "-o", str(output), "--json"),
         *("--target", target, "--precision", precision, "--memory", str(memory)),
-        *("--width", width, "--height", height),
+        *("--size", size),
     ]
     figures: dict[str, Any] = {"checkpoint": source.name, "target": target, "size": size}
     shutil.rmtree(cache, ignore_errors=True)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import runpy
 import shutil
 import stat
 import zipfile
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save
+from safetensors.numpy import save, save_file
 
 import samples
 from handheld import archive
@@ -91,7 +92,7 @@ REPEATED = '{"schema_version": 1, "schema_version": 1}'
         ("{}", "not a manifest of handheld"),
         ('{"schema_version": "1"}', "not a manifest of handheld"),
         ('{"schema_version": true}', "not a manifest of handheld"),
-        ('{"schema_version": 3}', "newer handheld"),
+        ('{"schema_version": 4}', "newer handheld"),
         ('{"schema_version": 0}', "unknown version 0"),
         ('{"schema_version": 1}', "faults"),
         (REPEATED, "occurs twice"),
@@ -171,6 +172,18 @@ PROGRAM = ("sizes", "16x8", "program")
         (("reference", "size"), "1x1", "reference.size", "no size"),
         (("verification", "snr_db"), 1e999, "verification.snr_db", "finite"),
         (("model",), KeyError, "model", "required"),
+        (
+            ("artifacts", 0, "parts"),
+            [{"path": "artifacts/unet.0.tflite", "sha256": "0" * 64, "bytes": 18}],
+            None,
+            "schema_version 1 has no parts of a LiteRT file",
+        ),
+        (
+            ("references",),
+            [samples.content()[0].reference.model_dump(mode="json")],
+            None,
+            "schema_version 1 has no references of several sizes",
+        ),
     ],
 )
 def test_each_fault_names_its_field(folder, path, value, field, message):
@@ -197,6 +210,79 @@ def test_all_faults_at_once(folder):
 
     edit(folder, lambda tree: tree.update({f"x{i}": i for i in range(20)}))
     assert "and 13 more" in str(error_of(folder))
+
+
+@pytest.fixture
+def sized(folder):
+    """A bundle of two sizes with a reference for each, whose artifacts have a part in common."""
+    several_sizes = runpy.run_path(str(Path(__file__).parent / "golden" / "make.py"))
+    wide = bundles.load_tensors(folder / "reference.safetensors")
+    wide["picture"] = np.zeros((1, 8, 24, 3), np.uint8)
+    save_file(wide, folder / "reference.24x8.safetensors")
+    (folder / "artifacts" / "weights").write_bytes(b"shared")
+
+    def change(tree):
+        several_sizes["several_sizes"](tree)
+        part = samples.ref("artifacts/weights", b"shared").model_dump()
+        for artifact in tree["artifacts"]:
+            artifact["parts"] = [part]
+        data = (folder / "reference.24x8.safetensors").read_bytes()
+        file = samples.ref("reference.24x8.safetensors", data).model_dump()
+        more = {"file": file, "size": "24x8", "verification": {"psnr_db": 31.0}}
+        tree["references"] = [tree["reference"] | more]
+
+    edit(folder, change)
+    return folder
+
+
+def test_several_sizes(sized):
+    opened = Bundle.open(sized)
+    manifest = opened.manifest
+    assert opened.size()[0] == manifest.default_size == "16x8"
+    assert [a.id for a in manifest.called("24x8")] == ["unet.0.24x8"]
+    assert manifest.segment("unet.0.24x8") == manifest.segment("unet.0") == "unet.0"
+    assert opened.reference("24x8")["picture"].shape == (1, 8, 24, 3)
+    assert opened.reference()["picture"].shape == (1, 8, 16, 3)
+    assert manifest.verification_of("24x8").psnr_db == 31.0
+    assert manifest.verification_of("16x8") == manifest.verification
+    # Files that two artifacts have in common are there once.
+    assert manifest.nbytes == 18 + 6
+    on_disk = sum(p.stat().st_size for p in sized.rglob("*") if p.is_file())
+    assert opened.nbytes == on_disk - (sized / "manifest.json").stat().st_size
+    with pytest.raises(UsageError) as e:
+        opened.size("64x64")
+    assert "no size '64x64'" in str(e.value)
+    assert "it has '16x8', '24x8'" in str(e.value)
+
+
+def test_a_reference_of_another_size(sized):
+    edit(sized, set_at(("references", 0, "file", "path"), "reference.safetensors"))
+    assert "contradicts reference.file" in str(error_of(sized))
+
+    def other(tree):
+        tree["references"][0]["file"] = tree["reference"]["file"]
+
+    edit(sized, other)
+    error = error_of(sized)
+    assert error.field == "references[0].file"
+    assert "tensor 'picture' is uint8[1, 8, 16, 3], the manifest says uint8[1, 8, 24, 3]" in str(
+        error
+    )
+
+
+def test_too_many_sizes(folder):
+    def change(tree):
+        (size,) = tree["sizes"].values()
+        tree["sizes"] |= {f"{8 * i + 8}x8": size for i in range(65)}
+
+    edit(folder, change)
+    assert "at most 64" in str(error_of(folder))
+
+
+def test_mutated_manifests_of_several_sizes_never_crash(sized):
+    outcomes = fuzzed(sized, 800)
+    assert outcomes["refused"] > 400
+    assert outcomes["valid"] > 4
 
 
 def test_two_artifacts_with_one_id(folder):
@@ -558,11 +644,12 @@ def mutate(tree, rng):
         node[key] = rng.choice(ODD)
 
 
-def test_mutated_manifests_never_crash(folder):
+def fuzzed(folder, count):
+    """Change a manifest in many ways; return how often it opened and how often not."""
     original = (folder / "manifest.json").read_bytes()
     rng = random.Random(0)
     outcomes = {"valid": 0, "refused": 0}
-    for i in range(2000):
+    for i in range(count):
         if i % 4 == 3:
             data = bytearray(original)
             for _ in range(rng.randint(1, 4)):
@@ -581,6 +668,11 @@ def test_mutated_manifests_never_crash(folder):
         else:
             assert len(bundle.sha256) == 64
             outcomes["valid"] += 1
+    return outcomes
+
+
+def test_mutated_manifests_never_crash(folder):
+    outcomes = fuzzed(folder, 2000)
     assert outcomes["refused"] > 1000
     assert outcomes["valid"] > 20
 

@@ -128,6 +128,42 @@ def test_other_options_share_artifacts(exports, smallest):
     assert "call.0." not in " ".join(bundle.reference())
 
 
+def test_sizes_share_weights_and_are_what_they_are_alone(exports, smallest):
+    alone = exports.of(smallest, "litert-cpu")[0]
+    sizes = ((8, 8), (16, 8))
+    both, count = exports.run(smallest, target="litert-cpu", precision="fp32", sizes=sizes)
+    segments = [a.id for a in alone.manifest.artifacts]
+    # Those of the first size are in the cache, and one has no picture in it.
+    assert count == {"lowered": len(segments) - 1, "cached": len(segments) + 1}
+    manifest = both.manifest
+    assert (manifest.schema_version, list(manifest.sizes)) == (3, ["8x8", "16x8"])
+    assert both.size() == ("8x8", manifest.sizes["8x8"])
+    assert manifest.segment("embedding.00.add_embedding.16x8") == "embedding.00.add_embedding"
+    for size in manifest.sizes:
+        called = manifest.called(size)
+        assert [manifest.segment(a.id) for a in called] == segments
+        assert {a.id for a in called if a.id in segments} == {"embedding.00.add_embedding"}
+        assert all(len(a.parts) == 1 for a in called if a.id not in segments)
+        assert manifest.verification_of(size).snr_db >= 70
+    assert manifest.verification == alone.manifest.verification
+    weights = {p for a in manifest.artifacts for p in a.parts}
+    assert len(weights) == len(segments) - 1
+    graphs = sum(a.file.bytes for a in manifest.artifacts if a.parts)
+    assert manifest.nbytes - graphs <= alone.manifest.nbytes
+    constants = both.constants()
+    ids = {n.rpartition(".")[2]: v for n, v in constants.items() if n.startswith("time_ids")}
+    assert set(ids) == set(manifest.sizes)
+    assert np.array_equal(ids["8x8"], alone.constants()["time_ids"])
+    assert not np.array_equal(ids["8x8"], ids["16x8"])
+    first, wide = both.reference(), both.reference("16x8")
+    assert np.array_equal(first["picture"], alone.reference()["picture"])
+    assert wide["picture"].shape == (1, 8, 16, 3)
+    assert np.array_equal(first["input.prompt_embeds"], wide["input.prompt_embeds"])
+    again, count = exports.run(smallest, target="litert-cpu", precision="fp32", sizes=sizes)
+    assert count["lowered"] == 0
+    assert (again.path / "manifest.json").read_bytes() == (both.path / "manifest.json").read_bytes()
+
+
 def entry(exports, bundle, start):
     """The cache entry of a bundle's artifact."""
     wanted = next(a.file.sha256 for a in bundle.manifest.artifacts if a.id.startswith(start))
@@ -195,7 +231,9 @@ def test_bad_options(exports, smallest, tmp_path):
         ({"precision": "int3"}, "precision 'int3' is unknown"),
         ({"sampler": "euler"}, "sampler 'euler' is unknown"),
         ({"steps": 0, "timesteps": (5, 9)}, "do not fall"),
-        ({"width": 4}, "leaves 8..8192"),
+        ({"sizes": ((4, 8),)}, "leaves 8..8192"),
+        ({"sizes": ((16, 8), (8, 8), (16, 8))}, "16x8 is given twice"),
+        ({"sizes": tuple((8 * i + 8, 8) for i in range(65))}, "a bundle holds 64"),
     ):
         with pytest.raises(UsageError, match=what):
             exports.run(smallest, tmp_path / "out", **good | options)

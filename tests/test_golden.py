@@ -43,7 +43,7 @@ def test_the_bundle():
     assert Bundle.open(GOLDEN / "bundle").sha256 == INDEX["bundle"]["sha256"]
 
 
-@pytest.mark.parametrize("case", cases("manifests"))
+@pytest.mark.parametrize("case", cases("manifests") + cases("sizes_manifests"))
 def test_manifests(case, tmp_path):
     folder = tmp_path / "bundle"
     shutil.copytree(GOLDEN / "bundle", folder)
@@ -119,7 +119,7 @@ def native(program, job, tmp_path):
     return done.returncode, json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("case", cases("manifests"))
+@pytest.mark.parametrize("case", cases("manifests") + cases("sizes_manifests"))
 def test_manifests_in_the_harness(program, case, tmp_path):
     folder = tmp_path / "bundle"
     shutil.copytree(GOLDEN / "bundle", folder)

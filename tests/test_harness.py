@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.skipif(
 )
 if importlib.util.find_spec("executorch") is not None:
     import harness_bundles as hb
+    import tflites
 
 SIZE = "24x16"
 EVENT = TypeAdapter(AnyEvent)
@@ -872,10 +874,102 @@ print(json.dumps(seen))
 """
 
 
-def test_mutated_manifests_never_crash(built, copy):
-    folder, _ = copy
+@pytest.fixture(scope="module")
+def sized(tmp_path_factory):
+    """Bundles of three sizes: whose files share weights, and whose are whole."""
+    folder = tmp_path_factory.mktemp("sized")
+    shared = tflites.write(folder / "shared", tflites.together(folder / "files"))
+    alone = {w: (path,) for w, path in tflites.alone(folder / "files").items()}
+    return shared.path, tflites.write(folder / "alone", alone).path
+
+
+def drawn(built, tmp_path, bundle, width, **changes):
+    """Draw a picture; return its hash and what became of packed weights."""
+    given = {"bundle": str(bundle), "size": f"{width}x{tflites.HEIGHT}", "seed": 3, **changes}
+    status, events = run(built, tmp_path, given)
+    assert status == 0, events[-1]
+    return picture(events), next(e.cache for e in events if e.event == "load")
+
+
+@pytest.mark.parametrize("residency", ["resident", "stream"])
+def test_sizes_that_share_weights_draw_the_same_bits(built, sized, tmp_path, residency):
+    shared, alone = sized
+    cache = str(tmp_path / "cache")
+    seen = []
+    for width in tflites.SIZES:
+        given = {"residency": residency, "cache": cache}
+        first, state = drawn(built, tmp_path, shared, width, **given)
+        again, _ = drawn(built, tmp_path, shared, width, **given)
+        without, _ = drawn(built, tmp_path, shared, width)
+        whole, _ = drawn(built, tmp_path, alone, width, residency=residency)
+        assert first == again == without == whole
+        seen.append((first, state))
+    assert len({one for one, _ in seen}) == len(tflites.SIZES)
+    # What the first size packed serves the others, and is there once.
+    assert [state for _, state in seen] == ["built", "hit", "hit"]
+    assert len(list(Path(cache).rglob("*.packed"))) == 1
+
+
+def test_a_size_that_is_not_there(built, sized, tmp_path):
+    code, message = refused(built, tmp_path, {"bundle": str(sized[0]), "size": "64x64"})
+    assert code == "job"
+    assert "no size '64x64' (it has 16x8, 24x8, 8x8)" in message
+
+
+def spoiled(sized, tmp_path, change):
+    """A copy of the bundle whose manifest says what its files are, after a change."""
+    folder = tmp_path / "spoiled"
+    shutil.copytree(sized[0], folder)
+    change(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for artifact in manifest["artifacts"]:
+        for file in (artifact["file"], *artifact["parts"]):
+            data = (folder / file["path"]).read_bytes()
+            file |= {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def cut(name, bytes):
+    def change(folder):
+        path = folder / "artifacts" / name
+        path.write_bytes(path.read_bytes()[:bytes])
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes", "code", "expected"),
+    [
+        ("unet.weights", 0, "bundle", "is empty"),
+        ("unet.weights", 1000, "engine", "LiteRT cannot"),
+        ("unet.24x8.tflite", 5000, "bundle", "no multiple of a page"),
+        ("unet.24x8.tflite", 0, "bundle", "no multiple of a page"),
+    ],
+)
+def test_parts_that_do_not_continue_a_file(built, sized, tmp_path, name, bytes, code, expected):
+    folder = spoiled(sized, tmp_path, cut(name, bytes))
+    told, message = refused(built, tmp_path, {"bundle": str(folder), "size": "24x8"})
+    assert (told, expected in message) == (code, True), message
+
+
+def test_packed_weights_are_not_those_of_other_scales(built, sized, tmp_path):
+    """The same weights under graphs that scale them otherwise are packed apart."""
+    shared, _ = sized
+    cache = str(tmp_path / "cache")
+    assert drawn(built, tmp_path, shared, 24, cache=cache)[1] == "built"
+    files = tflites.together(tmp_path / "files", scale=2e-3)
+    other = tflites.write(tmp_path / "other", files).path
+    weights = [b / "artifacts" / "unet.weights" for b in (shared, other)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    found, state = drawn(built, tmp_path, other, 24, cache=cache)
+    assert state == "built"
+    assert found == drawn(built, tmp_path, other, 24)[0]
+
+
+def fuzzed(built, folder, size, count):
     result = subprocess.run(
-        [sys.executable, "-c", FUZZ, built.library, folder, SIZE, "2000"],
+        [sys.executable, "-c", FUZZ, built.library, folder, size, str(count)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -884,5 +978,18 @@ def test_mutated_manifests_never_crash(built, copy):
     assert result.returncode == 0, result.stderr
     seen = json.loads(result.stdout.splitlines()[-1])
     assert seen["1"] == 0, result.stdout
+    return seen
+
+
+def test_mutated_manifests_of_several_sizes_never_crash(built, sized, tmp_path):
+    folder = Path(shutil.copytree(sized[0], tmp_path / "copy"))
+    seen = fuzzed(built, folder, "24x8", 1000)
+    assert seen["0"] > 25
+    assert seen["2"] > 250
+
+
+def test_mutated_manifests_never_crash(built, copy):
+    folder, _ = copy
+    seen = fuzzed(built, folder, SIZE, 2000)
     assert seen["0"] > 50
     assert seen["2"] > 500

@@ -27,8 +27,9 @@ struct Port {
 struct ArtifactInfo {
   std::string id;
   std::string path;
-  std::string sha256;
+  std::string sha256;   // by which packed weights are known
   std::vector<Port> inputs, outputs;
+  std::string weights;  // of a LiteRT file: the file that continues it, if there is one
 };
 
 struct EngineOptions {

@@ -170,7 +170,7 @@ class LiteRtModel final : public hh::Model {
   LiteRtModel(const ArtifactInfo& info, Environment environment, const std::string& options,
               std::shared_ptr<Shared> shared)
       : info_(info),
-        file_(info_.path, "bundle"),
+        file_(info_.path, info_.weights, "bundle"),
         shared_(std::move(shared)),
         workspace_(shared_ ? &shared_->pool : nullptr) {
     const Workspace::Scope scope(shared_ ? &workspace_ : nullptr);
@@ -331,10 +331,10 @@ class LiteRtEngine final : public Engine {
     if (auto hit = cache->find(info.sha256)) return use(std::move(*hit), CacheState::hit);
     const auto turn = cache->wait(info.sha256);
     if (auto hit = cache->find(info.sha256)) return use(std::move(*hit), CacheState::hit);
-    struct stat st{};
-    stat(info.path.c_str(), &st);
-    const std::string temporary =
-        cache->begin(info.sha256, info.id, static_cast<uint64_t>(st.st_size));
+    uint64_t bytes = 0;
+    for (const std::string& path : {info.path, info.weights})
+      if (struct stat st{}; stat(path.c_str(), &st) == 0) bytes += static_cast<uint64_t>(st.st_size);
+    const std::string temporary = cache->begin(info.sha256, info.id, bytes);
     std::unique_ptr<LiteRtModel> model;
     try {
       model = make(temporary, nullptr);

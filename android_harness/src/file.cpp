@@ -62,14 +62,40 @@ std::string read_file(const std::string& path, uint64_t limit, const char* code)
   return text;
 }
 
+static std::byte* map(const std::string& path, const Fd& fd, uint64_t size, std::byte* at) {
+  void* p = ::mmap(at, size, PROT_READ, MAP_PRIVATE | (at ? MAP_FIXED : 0), fd.get(), 0);
+  if (p == MAP_FAILED) throw Error("memory", path + ": cannot map: " + errno_text(errno));
+  return static_cast<std::byte*>(p);
+}
+
 Mapping::Mapping(const std::string& path, const char* code) {
   uint64_t size = 0;
   Fd fd = open_plain(path, code, size);
   if (size == 0) return;
-  void* p = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, fd.get(), 0);
-  if (p == MAP_FAILED) throw Error("memory", path + ": cannot map: " + errno_text(errno));
-  data_ = static_cast<const std::byte*>(p);
+  data_ = map(path, fd, size, nullptr);
   size_ = size;
+}
+
+Mapping::Mapping(const std::string& path, const std::string& more, const char* code)
+    : Mapping(path, code) {
+  if (more.empty()) return;
+  const auto page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
+  uint64_t size = 0, behind = 0;
+  Fd first = open_plain(path, code, size), second = open_plain(more, code, behind);
+  if (size != size_ || size == 0 || size % page != 0)
+    throw Error(code, path + ": has " + std::to_string(size) + " bytes, no multiple of a page of " +
+                          std::to_string(page) + ", so " + more + " cannot continue it");
+  if (behind == 0) throw Error(code, more + ": is empty");
+  if (behind > SIZE_MAX - size) throw Error("memory", more + ": cannot map: too large");
+  // Both go into a range that is kept for them, so that nothing else is in their way.
+  void* range = ::mmap(nullptr, size + behind, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                       -1, 0);
+  if (range == MAP_FAILED) throw Error("memory", more + ": cannot map: " + errno_text(errno));
+  ::munmap(const_cast<std::byte*>(data_), size_);
+  data_ = static_cast<const std::byte*>(range);
+  size_ = size + behind;
+  map(path, first, size, static_cast<std::byte*>(range));
+  map(more, second, behind, static_cast<std::byte*>(range) + size);
 }
 
 Mapping::~Mapping() {

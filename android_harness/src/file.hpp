@@ -32,6 +32,8 @@ std::string read_file(const std::string& path, uint64_t limit, const char* code)
 class Mapping {
  public:
   Mapping(const std::string& path, const char* code);
+  // With another file behind it, unless `more` is empty. The first must end where a page does.
+  Mapping(const std::string& path, const std::string& more, const char* code);
   Mapping(const Mapping&) = delete;
   Mapping& operator=(const Mapping&) = delete;
   ~Mapping();

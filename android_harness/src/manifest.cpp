@@ -15,7 +15,7 @@ constexpr uint64_t kMaxManifestBytes = 64 << 20;
 constexpr size_t kMaxSizes = 64;
 constexpr size_t kMaxArtifacts = 4096;
 constexpr const char* kManifest = "manifest.json";
-constexpr int64_t kSchemaVersion = 2;
+constexpr int64_t kSchemaVersion = 3;
 
 std::string manifest_path(const std::string& folder) { return folder + "/" + kManifest; }
 
@@ -99,7 +99,7 @@ void check_picture(const Manifest& manifest, const Size& size, const std::string
   }
 }
 
-void check_version(const json::Node& root) {
+int64_t check_version(const json::Node& root) {
   auto version = root.find("schema_version");
   if (!version)
     root.fail("schema_version: is not a manifest of handheld: there is no version number");
@@ -108,6 +108,15 @@ void check_version(const json::Node& root) {
     version->fail("unknown version " + std::to_string(number) + ", this harness reads up to " +
                   std::to_string(kSchemaVersion) +
                   (number > kSchemaVersion ? " (upgrade handheld)" : ""));
+  return number;
+}
+
+// A LiteRT file is whole, or continued by one more.
+void check_parts(const json::Node& node, const Artifact& artifact, int64_t version) {
+  if (artifact.engine != "litert" || artifact.parts.empty()) return;
+  if (version < 3)
+    node.fail("schema_version " + std::to_string(version) + " has no parts of a LiteRT file");
+  if (artifact.parts.size() > 1) node.at("parts").fail("a LiteRT file is continued by one part");
 }
 
 }  // namespace
@@ -131,6 +140,20 @@ const Artifact* Manifest::artifact(const std::string& id) const {
   return nullptr;
 }
 
+std::string Manifest::packed_sha256(const Artifact& artifact) const {
+  if (artifact.engine != "litert" || artifact.parts.empty()) return artifact.file.sha256;
+  // Weights are packed by what the graphs say of them, which those that share them agree on.
+  std::set<std::string> graphs;
+  for (const Artifact& other : artifacts)
+    if (other.engine == artifact.engine && other.parts.size() == 1 &&
+        other.parts.front().path == artifact.parts.front().path)
+      graphs.insert(other.file.sha256);
+  Sha256 hash;
+  hash.update(artifact.parts.front().sha256.data(), artifact.parts.front().sha256.size());
+  for (const std::string& graph : graphs) hash.update(graph.data(), graph.size());
+  return hash.hex();
+}
+
 Manifest read_manifest(const std::string& folder) {
   struct stat st {};
   if (::stat(folder.c_str(), &st) != 0 || !S_ISDIR(st.st_mode))
@@ -141,9 +164,13 @@ Manifest read_manifest(const std::string& folder) {
   const json::Value tree = json::parse(read_file(path, kMaxManifestBytes, "bundle"), path, "bundle");
   json::Node root(tree, path, "bundle");
   if (!root.is_object()) root.fail("is not a JSON object");
-  check_version(root);
+  const int64_t version = check_version(root);
   root.only({"schema_version", "model", "target", "precision", "sizes", "artifacts", "constants",
-             "constant_specs", "text", "reference", "verification", "licence", "provenance"});
+             "constant_specs", "text", "reference", "references", "verification", "licence",
+             "provenance"});
+  if (auto references = root.find("references"); references && version < 3 && references->size())
+    references->fail("schema_version " + std::to_string(version) +
+                     " has no references of several sizes");
   root.at("target").string();
   root.at("precision").string();
   root.at("model").members();
@@ -165,6 +192,7 @@ Manifest read_manifest(const std::string& folder) {
   manifest.artifacts.reserve(artifacts.size());
   for (const json::Node& node : artifacts.items()) {
     Artifact& artifact = manifest.artifacts.emplace_back(read_artifact(node));
+    check_parts(node, artifact, version);
     if (!ports.emplace(artifact.id, &artifact.ports).second)
       node.at("id").fail("a second artifact has the id '" + artifact.id + "'");
   }

@@ -40,6 +40,8 @@ struct Manifest {
   Specs constant_specs;
 
   const Artifact* artifact(const std::string& id) const;
+  // By which an artifact's packed weights are known: its file, or what it shares weights with.
+  std::string packed_sha256(const Artifact&) const;
 };
 
 // Reads a field that names a file.

@@ -179,15 +179,18 @@ void Session::open_artifacts(const std::function<void()>& go_on) {
       Slot slot;
       slot.info = {artifact.id,
                    check_file(manifest_, artifact.file, artifact.field + ".file", job_.verify_hashes),
-                   artifact.file.sha256, ports_of(artifact.ports.inputs),
-                   ports_of(artifact.ports.outputs)};
+                   manifest_.packed_sha256(artifact), ports_of(artifact.ports.inputs),
+                   ports_of(artifact.ports.outputs), ""};
       auto exception = job_.stream_by_artifact.find(artifact.id);
       slot.stream = exception == job_.stream_by_artifact.end() ? job_.stream : exception->second;
+      for (size_t i = 0; i < artifact.parts.size(); ++i) {
+        const std::string part = check_file(
+            manifest_, artifact.parts[i], artifact.field + ".parts[" + std::to_string(i) + "]",
+            job_.verify_hashes);
+        if (artifact.engine == "litert") slot.info.weights = part;
+      }
       slot_of[index] = slots.size();
       slots.push_back(std::move(slot));
-      for (size_t i = 0; i < artifact.parts.size(); ++i)
-        check_file(manifest_, artifact.parts[i],
-                   artifact.field + ".parts[" + std::to_string(i) + "]", job_.verify_hashes);
     }
     calls.push_back(slot_of[index]);
   }

@@ -62,8 +62,13 @@ def export(
         Path | None,
         typer.Option("--output", "-o", help="The bundle; with several, the folder of bundles."),
     ] = None,
-    width: Annotated[int | None, typer.Option(help="Picture width in pixels.")] = None,
-    height: Annotated[int | None, typer.Option(help="Picture height in pixels.")] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="WIDTHxHEIGHT of pictures in pixels; repeatable, then one bundle draws all of "
+            "them, the first by default. The checkpoint's own size if not given."
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps to unroll.")] = None,
     sampler: Annotated[str | None, typer.Option(help="ddim, dpmpp2m or dmd.")] = None,
     spacing: Annotated[str | None, typer.Option(help="trailing, leading or linspace.")] = None,
@@ -108,6 +113,7 @@ def export(
     handheld export critter --target litert-cpu --precision int8 -o build/critter
     handheld export ./sdxl -t litert-cpu -t executorch-xnnpack -p int4 -o build/sdxl
     handheld export ./sdxl -p int4 --memory 4000 -o build/sdxl
+    handheld export ./sdxl --size 512x512 --size 768x512 -o build/sdxl
     handheld export critter --dry-run
     """  # noqa: D301
     quiet()
@@ -117,6 +123,7 @@ def export(
             raise UsageError(f"--{name} {value} is not positive")
     if output is None and not dry_run:
         raise UsageError("no place for the bundle", remedy="give one with --output")
+    from handheld.commands.plan import picture_size
     from handheld_export.checkpoint import Checkpoint
     from handheld_export.export import Options, plan_segments
     from handheld_export.export import export as run
@@ -128,8 +135,7 @@ def export(
         options = Options(
             target=name,
             precision=level,
-            width=width,
-            height=height,
+            sizes=tuple(map(picture_size, size or ())),
             sampler=sampler,
             steps=steps,
             spacing=spacing,
@@ -165,7 +171,8 @@ def export(
                 "target": name,
                 "precision": level,
                 "artifacts": len(manifest.artifacts),
-                "bytes": sum(a.nbytes for a in manifest.artifacts),
+                "sizes": list(manifest.sizes),
+                "bytes": manifest.nbytes,
                 "snr_db": manifest.verification.snr_db,
                 "student_snr_db": manifest.verification.student_snr_db,
                 "psnr_db": manifest.verification.psnr_db,
@@ -240,7 +247,9 @@ def verify(
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check the numerics of every artifact against torch; exit code 1 if a gate fails.
+    """Check the numerics of every artifact against torch, at all sizes.
+
+    Exit code 1 if a gate fails.
 
     \b
     handheld verify build/critter
@@ -254,7 +263,8 @@ def verify(
     from handheld_export.verify import verify as run
 
     path = None if checkpoint is None else _checkpoint_path(checkpoint)
-    reports = [run(Bundle.open(b), path, gate, unit) for b in _bundles(bundle)]
+    opened = [Bundle.open(b) for b in _bundles(bundle)]
+    reports = [run(b, path, gate, unit, size) for b in opened for size in b.manifest.sizes]
     if html is not None:
         with output_errors(html):
             html.parent.mkdir(parents=True, exist_ok=True)

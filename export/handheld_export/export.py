@@ -36,6 +36,7 @@ from handheld.errors import CheckpointError, OutputError, TargetError, UsageErro
 from handheld.execute import execute
 from handheld.files import cache_root, output_errors, sha256_file
 from handheld.manifest import (
+    MOST_SIZES,
     Artifact,
     FileRef,
     Manifest,
@@ -44,11 +45,12 @@ from handheld.manifest import (
     Provenance,
     Reference,
     Size,
+    SizeReference,
     TextInfo,
     Verification,
 )
 from handheld.precision import find as find_precision
-from handheld.program import MOST_OPS, Call, Program, TensorSpec, check, decoded, halves
+from handheld.program import MOST_OPS, Call, Program, TensorSpec, check, decoded, halves, renamed
 from handheld_export import bands, lowering, measure, sampling, targets
 from handheld_export.assemble import LATENT, Draft, assemble, time_embeddings, time_ids
 from handheld_export.checkpoint import Checkpoint, Component, read_json
@@ -77,8 +79,9 @@ class Options:
     Parameters
     ----------
     target, precision : str
-    width, height : int or None
-        Of the picture, in pixels; None takes the checkpoint's own size.
+    sizes : tuple of (int, int)
+        Width and height of pictures in pixels; the first is drawn by default. None at all takes
+        the checkpoint's own size.
     sampler, spacing : str or None
     steps : int or None
     timesteps : tuple of int or None
@@ -101,8 +104,7 @@ class Options:
 
     target: str
     precision: str
-    width: int | None = None
-    height: int | None = None
+    sizes: tuple[tuple[int, int], ...] = ()
     sampler: str | None = None
     steps: int | None = None
     spacing: str | None = None
@@ -121,6 +123,7 @@ class Progress:
 
     stage: Callable[[str], None] = field(default=lambda _: None)
     planned: Callable[[int, int], None] = field(default=lambda count, weights: None)
+    """Number of segments, counted at each size, and their weights."""
     done: Callable[[str, int, dict[str, Any] | None], None] = field(
         default=lambda segment, weights, meta: None
     )
@@ -141,6 +144,32 @@ class _Plan:
     """Line, segment, component, in program order."""
     program: Program
     constants: dict[str, Array]
+
+    @property
+    def name(self) -> str:
+        """Key of the size."""
+        return f"{self.size[1]}x{self.size[0]}"
+
+
+@dataclass(frozen=True, eq=False)
+class _Sized:
+    """What is known of one size on the way to a bundle."""
+
+    plan: _Plan
+    work: Path
+    reference: _Result
+    ranges: dict[str, ActivationRange]
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """An artifact of the bundle and where its files come from."""
+
+    segment: str
+    key: str
+    """Of the cache entry with its figures."""
+    files: tuple[tuple[FileRef, Path], ...]
+    """In the bundle, and where that is below the cache's folder; first the one engines open."""
 
 
 def export(
@@ -194,7 +223,7 @@ def export(
         _pack(manifest, record, root, output)
         return manifest
 
-    plan = _plan(checkpoint, options)
+    plans = _plans(checkpoint, options)
     scratch = root / "work"
     with output_errors(scratch):
         scratch.mkdir(parents=True, exist_ok=True)
@@ -204,8 +233,8 @@ def export(
         tempfile.TemporaryDirectory(prefix=f"tmp-{os.getpid()}-", dir=scratch) as folder,
     ):
         work = Path(folder)
-        manifest, keys = _export(plan, work, root, jobs, memory, progress, use_cache)
-        _remember(manifest, keys, work, record)
+        manifest, sources = _export(plans, work, root, jobs, memory, progress, use_cache)
+        _remember(manifest, sources, work, record)
     progress.stage("packing")
     _pack(manifest, record, root, output)
     return manifest
@@ -229,8 +258,9 @@ def _full_disks(root: Path) -> Iterator[None]:
 
 def plan_segments(checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
     """Say how a checkpoint would be cut, without lowering anything."""
-    plan = _plan(checkpoint, options)
+    plan, *more = _plans(checkpoint, options)
     return {
+        "sizes": [p.name for p in (plan, *more)],
         "steps": len(plan.steps),
         "sampler": plan.sampler,
         "guidance": plan.guidance,
@@ -241,7 +271,7 @@ def plan_segments(checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
 
 
 def _export(
-    plan: _Plan,
+    plans: list[_Plan],
     work: Path,
     root: Path,
     jobs: int | None,
@@ -249,19 +279,31 @@ def _export(
     progress: Progress,
     use_cache: bool,
 ) -> tuple[Manifest, dict[str, str]]:
-    Budget.of(memory).workers(list(_needs(plan).values()), 1)  # refused now, not in minutes
+    needs = [need for plan in plans for need in _needs(plan).values()]
+    Budget.of(memory).workers(needs, 1)  # refused now, not in minutes
     progress.stage("encoding prompts")
-    texts = _texts(plan, work)
-    progress.stage("running the program in torch")
+    texts = _texts(plans[0], work)
     keep = _KEEP if memory is None else min(_KEEP, memory * 10**6 // 4)
-    reference, ranges = _reference(plan, texts, work, keep)
-    trim()
+    sized = []
+    for plan in plans:
+        progress.stage(f"running the program in torch at {plan.name}")
+        folder = work / plan.name
+        folder.mkdir()
+        sized.append(_Sized(plan, folder, *_reference(plan, texts, folder, keep)))
+        trim()
     progress.stage("lowering")
-    metas, keys = _lower_all(plan, ranges, work, root, jobs, memory, progress, use_cache)
-    progress.stage("verifying end to end")
-    verification = _verify(plan, texts, reference, keys, metas, root, keep)
-    manifest = _manifest(plan, texts, metas, verification, work)
-    return manifest, keys
+    keys, metas = _lower_all(sized, root, jobs, memory, progress, use_cache)
+    progress.stage("sharing weights between sizes")
+    packed = _packed(plans, keys, metas, root)
+    called = _called(plans, keys, packed)
+    verifications = []
+    for one, names in zip(sized, called, strict=True):
+        progress.stage(f"verifying end to end at {one.plan.name}")
+        paths = {s: [root / path for _, path in packed[n].files] for s, n in names.items()}
+        verifications.append(_verify(one, texts, paths, keep))
+    manifest = _manifest(sized, texts, metas, packed, called, verifications, work)
+    sources = {ref.path: str(path) for one in packed.values() for ref, path in one.files}
+    return manifest, sources
 
 
 def _export_key(checkpoint: Checkpoint, options: Options) -> str:
@@ -281,7 +323,20 @@ def _export_key(checkpoint: Checkpoint, options: Options) -> str:
 # --- planning ----------------------------------------------------------------------------
 
 
-def _plan(checkpoint: Checkpoint, options: Options) -> _Plan:
+def _plans(checkpoint: Checkpoint, options: Options) -> list[_Plan]:
+    """Plan each size, the default one first."""
+    for size, count in Counter(options.sizes).items():
+        if count > 1:
+            raise UsageError(f"the size {size[0]}x{size[1]} is given twice")
+    if len(options.sizes) > MOST_SIZES:
+        raise UsageError(f"{len(options.sizes)} sizes are given, a bundle holds {MOST_SIZES}")
+    factor = _downsampling(checkpoint.vae)
+    own = checkpoint.settings.get("size") or checkpoint.unet.config.get("sample_size", 64) * factor
+    sizes = options.sizes or ((int(own), int(own)),)
+    return [_plan(checkpoint, options, width, height) for width, height in sizes]
+
+
+def _plan(checkpoint: Checkpoint, options: Options, width: int, height: int) -> _Plan:
     target = targets.find(options.target)
     if options.precision not in target.precisions:
         raise UsageError(
@@ -295,8 +350,6 @@ def _plan(checkpoint: Checkpoint, options: Options) -> _Plan:
         )
     settings = checkpoint.settings
     factor = _downsampling(checkpoint.vae)
-    native = settings.get("size") or checkpoint.unet.config.get("sample_size", 64) * factor
-    width, height = options.width or int(native), options.height or int(native)
     for name, value in (("width", width), ("height", height)):
         if value % factor or not 8 <= value <= 8192:
             raise UsageError(f"{name} {value} does not divide by {factor} or leaves 8..8192")
@@ -586,67 +639,88 @@ def _run(
 
 
 def _lower_all(
-    plan: _Plan,
-    ranges: dict[str, ActivationRange],
-    work: Path,
+    sized: Sequence[_Sized],
     root: Path,
     jobs: int | None,
     memory: int | None,
     progress: Progress,
     use_cache: bool,
-) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+) -> tuple[list[dict[str, str]], dict[str, dict[str, Any]]]:
+    """Lower the segments of all sizes; those that do not depend on the size once.
+
+    Returns
+    -------
+    keys : list of dict of segment to key, one for each size
+    metas : dict of key to ``meta.json``
+    """
     store = root / "artifacts"
     store.mkdir(parents=True, exist_ok=True)
     lowering.sweep(store)
     metas: dict[str, dict[str, Any]] = {}
-    keys: dict[str, str] = {}
-    needs = _needs(plan)
-    budget = Budget.of(memory)
-    workers = budget.workers(list(needs.values()), jobs or os.cpu_count() or 1)
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    structures = Counter(s.structure for _, s, _ in plan.segments)
+    keys: list[dict[str, str]] = []
     tasks: list[lowering.Task] = []
-    progress.planned(len(plan.segments), sum(s.weights for _, s, _ in plan.segments))
-    for line, segment, component in plan.segments:
-        own = lowering.segment_ranges(segment, ranges)
-        samples = sorted((work / _SAMPLES / segment.id).glob("*.safetensors"))
-        decides = {"precision": plan.options.precision, "samples": [*map(sha256_file, samples)]}
-        key = lowering.segment_key(segment, component, plan.target.name, decides, own)
-        keys[segment.id] = key
-        meta = lowering.cached(store, key) if use_cache else None
-        if meta is not None:
-            metas[segment.id] = meta
-            progress.done(segment.id, segment.weights, None)
-            continue
-        if not use_cache:
-            shutil.rmtree(store / key, ignore_errors=True)
-        repeated = structures[segment.structure] >= _REPEATED
-        tasks.append(
-            lowering.Task(
-                checkpoint=str(plan.checkpoint.path),
-                latent=plan.latent,
-                tokens=_tokens(plan.checkpoint),
-                line=line,
-                segment=segment.id,
-                target=plan.target.name,
-                precision=plan.options.precision,
-                ranges=own,
-                example=str(work / "examples" / f"{segment.id}.safetensors"),
-                samples=tuple(map(str, samples)),
-                key=key,
-                cache=str(store),
-                threads=threads,
-                shared=str(root / "structures") if repeated else None,
-                bands=plan.options.decoder_bands,
-            ),
-        )
+    needs: dict[str, int] = {}
+    plans = [one.plan for one in sized]
+    budget = Budget.of(memory)
+    most = [n for plan in plans for n in _needs(plan).values()]
+    workers = budget.workers(most, jobs or os.cpu_count() or 1)
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    segments = [(one, *item) for one in sized for item in one.plan.segments]
+    progress.planned(len(segments), sum(s.weights for _, _, s, _ in segments))
+    for one in sized:
+        keys.append({})
+        structures = Counter(s.structure for _, s, _ in one.plan.segments)
+        own_needs = _needs(one.plan)
+        for line, segment, component in one.plan.segments:
+            repeated = structures[segment.structure] >= _REPEATED
+            task = _task(one, line, segment, component, store, threads)
+            keys[-1][segment.id] = task.key
+            if task.key in metas or task.key in needs:
+                progress.done(segment.id, segment.weights, None)
+                continue
+            meta = lowering.cached(store, task.key) if use_cache else None
+            if meta is not None:
+                metas[task.key] = meta
+                progress.done(segment.id, segment.weights, None)
+                continue
+            if not use_cache:
+                shutil.rmtree(store / task.key, ignore_errors=True)
+            needs[task.key] = own_needs[segment.id]
+            shared = str(root / "structures") if repeated else None
+            tasks.append(replace(task, shared=shared))
     if tasks:
         # The largest first, so that none of them is left for the end alone.
-        tasks.sort(key=lambda t: -needs[t.segment])
+        tasks.sort(key=lambda t: -needs[t.key])
+        weights = {keys[i][s.id]: s.weights for i, p in enumerate(plans) for _, s, _ in p.segments}
         metas |= _in_workers(
-            tasks, min(workers, len(tasks)), threads, budget, needs, progress, plan
+            tasks, min(workers, len(tasks)), threads, budget, needs, progress, weights
         )
-    return metas, keys
+    return keys, metas
+
+
+def _task(
+    one: _Sized, line: str, segment: Segment, component: Component, store: Path, threads: int
+) -> lowering.Task:
+    plan = one.plan
+    own = lowering.segment_ranges(segment, one.ranges)
+    samples = sorted((one.work / _SAMPLES / segment.id).glob("*.safetensors"))
+    decides = {"precision": plan.options.precision, "samples": [*map(sha256_file, samples)]}
+    return lowering.Task(
+        checkpoint=str(plan.checkpoint.path),
+        latent=plan.latent,
+        tokens=_tokens(plan.checkpoint),
+        line=line,
+        segment=segment.id,
+        target=plan.target.name,
+        precision=plan.options.precision,
+        ranges=own,
+        example=str(one.work / "examples" / f"{segment.id}.safetensors"),
+        samples=tuple(map(str, samples)),
+        key=lowering.segment_key(segment, component, plan.target.name, decides, own),
+        cache=str(store),
+        threads=threads,
+        bands=plan.options.decoder_bands,
+    )
 
 
 def _needs(plan: _Plan) -> dict[str, int]:
@@ -663,9 +737,9 @@ def _in_workers(
     budget: Budget,
     needs: Mapping[str, int],
     progress: Progress,
-    plan: _Plan,
+    weights: Mapping[str, int],
 ) -> dict[str, dict[str, Any]]:
-    weights = {s.id: s.weights for _, s, _ in plan.segments}
+    """Lower tasks within the budget; ``needs``, ``weights`` and what is returned are by key."""
     metas: dict[str, dict[str, Any]] = {}
     context = get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED_ONCE)
@@ -680,8 +754,8 @@ def _in_workers(
         pending: dict[Future[dict[str, Any]], lowering.Task] = {}
         while waiting or pending:
             for task in list(waiting):
-                running = [needs[t.segment] for t in pending.values()]
-                if len(running) < workers and budget.fits(running, needs[task.segment], workers):
+                running = [needs[t.key] for t in pending.values()]
+                if len(running) < workers and budget.fits(running, needs[task.key], workers):
                     waiting.remove(task)
                     pending[pool.submit(lowering.lower, task)] = task
             finished, _ = wait(pending, return_when=FIRST_COMPLETED)
@@ -695,8 +769,8 @@ def _in_workers(
                         field=task.segment,
                         remedy="probably out of memory: give less --memory; what is done is kept",
                     ) from None
-                metas[task.segment] = meta
-                progress.done(task.segment, weights[task.segment], meta)
+                metas[task.key] = meta
+                progress.done(task.segment, weights[task.key], meta)
     except BaseException:
         for process in list((pool._processes or {}).values()):
             process.kill()
@@ -706,19 +780,114 @@ def _in_workers(
     return metas
 
 
+# --- sizes -------------------------------------------------------------------------------
+
+
+def _packed(
+    plans: Sequence[_Plan],
+    keys: Sequence[Mapping[str, str]],
+    metas: Mapping[str, dict[str, Any]],
+    root: Path,
+) -> dict[str, _Packed]:
+    """Name the artifacts of a bundle and let those of one segment share weights.
+
+    A segment that is the same artifact at all sizes keeps its name. Otherwise its artifacts are
+    called ``SEGMENT.WIDTHxHEIGHT``, by the first size that they are for.
+    """
+    packed: dict[str, _Packed] = {}
+    for segment in dict.fromkeys(s for own in keys for s in own):
+        first: dict[str, str] = {}
+        for plan, own in zip(plans, keys, strict=True):
+            if segment in own:
+                first.setdefault(own[segment], plan.name)
+        everywhere = all(segment in own for own in keys)
+        if len(first) == 1 and everywhere:
+            (key,) = first
+            packed[segment] = _Packed(segment, key, _files("artifacts", key, metas[key]))
+            continue
+        named = {f"{segment}.{size}": key for key, size in first.items()}
+        shared = _shared(plans[0].target, segment, named, metas, root) if len(named) > 1 else None
+        for name, key in named.items():
+            # What does not share keeps its files' names, which may be written in them.
+            files = _files("artifacts", key, metas[key], f"{first[key]}/")
+            packed[name] = _Packed(segment, key, shared[name] if shared else files)
+    return packed
+
+
+def _files(
+    store: str, key: str, meta: Mapping[str, Any], folder: str = ""
+) -> tuple[tuple[FileRef, Path], ...]:
+    return tuple(
+        (
+            FileRef(path=f"artifacts/{folder}{f['path']}", sha256=f["sha256"], bytes=f["bytes"]),
+            Path(store, key, f["path"]),
+        )
+        for f in meta["files"]
+    )
+
+
+def _shared(
+    target: Target,
+    segment: str,
+    named: Mapping[str, str],
+    metas: Mapping[str, dict[str, Any]],
+    root: Path,
+) -> dict[str, tuple[tuple[FileRef, Path], ...]] | None:
+    """Return the files of artifacts that share weights, from the cache or made now."""
+    essence = [target.name, named, lowering.source_sha256()]
+    key = hashlib.sha256(json.dumps(essence).encode()).hexdigest()
+    store = root / "shared"
+    store.mkdir(exist_ok=True)
+    lowering.sweep(store)
+    meta = lowering.cached(store, key)
+    if meta is None:
+        work = store / f"tmp-{os.getpid()}-{key[:16]}"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        try:
+            paths = {n: root / _files("artifacts", k, metas[k])[0][1] for n, k in named.items()}
+            made = target.share(paths, f"{segment}.weights", work)
+            if made is None:
+                return None
+            meta = lowering.keep_shared(work, store / key, made)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    files = {source.name: (ref, source) for ref, source in _files("shared", key, meta)}
+    return {name: tuple(files[n] for n in own) for name, own in meta["artifacts"].items()}
+
+
+def _called(
+    plans: Sequence[_Plan], keys: Sequence[Mapping[str, str]], packed: Mapping[str, _Packed]
+) -> list[dict[str, str]]:
+    """Return the artifact that is called for each segment, at each size."""
+    names = {(p.segment, p.key): name for name, p in packed.items()}
+    return [{segment: names[segment, key] for segment, key in own.items()} for own in keys]
+
+
+def _constants(plans: Sequence[_Plan]) -> tuple[dict[str, Array], list[dict[str, str]]]:
+    """Return the constants of all sizes, and their names at each size.
+
+    What is the same wherever it is read keeps its name.
+    """
+    constants: dict[str, Array] = {}
+    names: list[dict[str, str]] = []
+    for plan in plans:
+        names.append({})
+        for name, value in plan.constants.items():
+            others = (p.constants[name] for p in plans if name in p.constants)
+            alike = all(np.array_equal(value, other) for other in others)
+            names[-1][name] = name if alike else f"{name}.{plan.name}"
+            constants[names[-1][name]] = value
+    return constants, names
+
+
 # --- verification and packing ------------------------------------------------------------
 
 
 def _verify(
-    plan: _Plan,
-    texts: _Texts,
-    reference: _Result,
-    keys: dict[str, str],
-    metas: dict[str, dict[str, Any]],
-    root: Path,
-    keep: int,
+    one: _Sized, texts: _Texts, paths: Mapping[str, Sequence[Path]], keep: int
 ) -> Verification:
-    paths = {i: root / "artifacts" / k / metas[i]["files"][0]["path"] for i, k in keys.items()}
+    plan, reference = one.plan, one.reference
     runners = Runners(plan.target, {s.id: s for _, s, _ in plan.segments}, paths, keep // 2)
     result = _run(plan, runners, texts.inputs[0], plan.options.seed)
     student_snr = None
@@ -745,7 +914,7 @@ class Runners:
     ----------
     target : Target
     segments : mapping of artifact id to something with ``ports``
-    paths : mapping of artifact id to file
+    paths : mapping of artifact id to files, first the one that the engine opens
     keep : int
         Bytes of artifacts up to which all stay loaded.
     """
@@ -754,13 +923,14 @@ class Runners:
         self,
         target: Target,
         segments: Mapping[str, Any],
-        paths: Mapping[str, Path],
+        paths: Mapping[str, Sequence[Path]],
         keep: int = 1_000_000_000,
     ) -> None:
         self._target = target
         self._segments = segments
         self._paths = paths
-        self._keep = sum(p.stat().st_size for p in paths.values()) <= keep
+        files = {path for own in paths.values() for path in own}
+        self._keep = sum(p.stat().st_size for p in files) <= keep
         self._ready: dict[str, Any] = {}
 
     def __call__(self, artifact: str, args: Mapping[str, Array]) -> dict[str, Array]:
@@ -772,7 +942,7 @@ class Runners:
             If it does not run or gives something else than its ports say.
         """
         ports = self._segments[artifact].ports
-        path = self._paths[artifact]
+        path = self._paths[artifact][0]
         try:
             runner = self._ready.get(artifact) or self._target.load(path, ports)
             if self._keep:
@@ -787,25 +957,31 @@ class Runners:
 
 
 def _manifest(
-    plan: _Plan,
+    sized: Sequence[_Sized],
     texts: _Texts,
-    metas: dict[str, dict[str, Any]],
-    verification: Verification,
+    metas: Mapping[str, dict[str, Any]],
+    packed: Mapping[str, _Packed],
+    called: Sequence[Mapping[str, str]],
+    verifications: Sequence[Verification],
     work: Path,
 ) -> Manifest:
-    save_file(plan.constants, work / "constants.safetensors")
-    height, width = plan.size
+    plans = [one.plan for one in sized]
+    plan = plans[0]
+    constants, names = _constants(plans)
+    save_file(constants, work / "constants.safetensors")
+    found: dict[str, tuple[Segment, int | None]] = {}
+    for own, ids in zip(plans, called, strict=True):
+        macs = _macs(own)
+        for _, segment, _ in own.segments:
+            found.setdefault(ids[segment.id], (segment, macs.get(segment.id)))
     artifacts = []
-    macs = _macs(plan)
-    for _, segment, _ in plan.segments:
-        meta = metas[segment.id]
-        file, *parts = (
-            FileRef(path=f"artifacts/{f['path']}", sha256=f["sha256"], bytes=f["bytes"])
-            for f in meta["files"]
-        )
+    for name, made in packed.items():
+        segment, count = found[name]
+        meta = metas[made.key]
+        file, *parts = (ref for ref, _ in made.files)
         artifacts.append(
             Artifact(
-                id=segment.id,
+                id=name,
                 target=plan.target.name,
                 engine=plan.target.engine,
                 engine_version=meta["engine_version"],
@@ -816,7 +992,7 @@ def _manifest(
                 component=segment.graph.component,
                 weights=meta["weights"],
                 held=meta["held"],
-                macs=macs.get(segment.id),
+                macs=count,
                 partitions=meta["partitions"],
                 workspace=meta["workspace"],
                 tools=meta["tools"],
@@ -824,9 +1000,31 @@ def _manifest(
                 verification=Verification(**meta["verification"]),
             )
         )
+    programs = {
+        own.name: Size(
+            width=own.size[1],
+            height=own.size[0],
+            program=renamed(own.program, artifacts=ids, tensors=own_names),
+        )
+        for own, ids, own_names in zip(plans, called, names, strict=True)
+    }
+
+    references = []
+    for i, (one, verification) in enumerate(zip(sized, verifications, strict=True)):
+        name = f"reference.{one.plan.name}.safetensors" if i else "reference.safetensors"
+        (one.work / "reference.safetensors").rename(work / name)
+        references.append(
+            SizeReference(
+                file=_ref(work / name, name),
+                size=one.plan.name,
+                seed=plan.options.seed,
+                prompt=texts.prompts[0] if texts.prompts else None,
+                verification=verification,
+            )
+        )
     card = plan.checkpoint.settings
     return Manifest(
-        schema_version=2 if halves(plan.program) else 1,
+        schema_version=3 if len(plans) > 1 else 2 if halves(plan.program) else 1,
         model=ModelInfo(
             id=plan.checkpoint.name,
             checkpoint_sha256=plan.checkpoint.sha256,
@@ -836,25 +1034,21 @@ def _manifest(
         ),
         target=plan.target.name,
         precision=plan.options.precision,
-        sizes={f"{width}x{height}": Size(width=width, height=height, program=plan.program)},
+        sizes=programs,
         artifacts=tuple(artifacts),
         constants=_ref(work / "constants.safetensors", "constants.safetensors"),
-        constant_specs={n: TensorSpec(shape=v.shape) for n, v in plan.constants.items()},
+        constant_specs={n: TensorSpec(shape=v.shape) for n, v in constants.items()},
         text=texts.info,
-        reference=Reference(
-            file=_ref(work / "reference.safetensors", "reference.safetensors"),
-            size=f"{width}x{height}",
-            seed=plan.options.seed,
-            prompt=texts.prompts[0] if texts.prompts else None,
-        ),
-        verification=verification,
+        reference=Reference(**references[0].model_dump(exclude={"verification"})),
+        verification=verifications[0],
+        references=tuple(references[1:]),
         licence=card.get("licence"),
         provenance=Provenance(
             tools=lowering.tool_versions(),
             options={
                 k: v for k, v in asdict(plan.options).items() if v is not None and k != "prompts"
             }
-            | {"checkpoint": plan.checkpoint.name},
+            | {"checkpoint": plan.checkpoint.name, "sizes": [p.name for p in plans]},
             history=tuple(card.get("history", ())),
         ),
     )
@@ -889,12 +1083,12 @@ def _ref(path: Path, name: str) -> FileRef:
     return FileRef(path=name, sha256=sha256_file(path), bytes=path.stat().st_size)
 
 
-def _remember(manifest: Manifest, keys: dict[str, str], work: Path, record: Path) -> None:
+def _remember(manifest: Manifest, sources: dict[str, str], work: Path, record: Path) -> None:
     fresh = work / "record"
     fresh.mkdir()
     for ref in _own_files(manifest):
         shutil.copyfile(work / ref.path, fresh / ref.path)
-    stored = {"manifest": manifest.model_dump(mode="json"), "keys": keys}
+    stored = {"manifest": manifest.model_dump(mode="json"), "sources": sources}
     (fresh / "export.json").write_text(json.dumps(stored))
     record.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(record, ignore_errors=True)
@@ -910,15 +1104,16 @@ def _recorded(record: Path, root: Path) -> Manifest | None:
     try:
         stored = json.loads((record / "export.json").read_text())
         manifest = Manifest.model_validate(stored["manifest"])
-        keys = stored["keys"]
+        sources = stored["sources"]
         for ref in _own_files(manifest):
             if sha256_file(record / ref.path) != ref.sha256:
                 return None
-        for artifact in manifest.artifacts:
-            meta = lowering.cached(root / "artifacts", keys[artifact.id])
-            wanted = [ref.sha256 for ref in artifact.files]
-            if meta is None or [f["sha256"] for f in meta["files"]] != wanted:
-                return None
+        entries = {root / Path(*Path(source).parts[:2]) for source in sources.values()}
+        if any(lowering.cached(entry.parent, entry.name) is None for entry in entries):
+            return None
+        wanted = {ref.path: ref.sha256 for a in manifest.artifacts for ref in a.files}
+        if any(sha256_file(root / sources[path]) != digest for path, digest in wanted.items()):
+            return None
     except (OSError, ValueError, KeyError):
         return None
     return manifest
@@ -929,18 +1124,15 @@ def _own_files(manifest: Manifest) -> list[FileRef]:
     refs = (
         manifest.constants,
         manifest.reference.file if manifest.reference else None,
+        *(r.file for r in manifest.references),
         manifest.text.prefetched.file if manifest.text.prefetched else None,
     )
     return [ref for ref in refs if ref is not None]
 
 
 def _pack(manifest: Manifest, record: Path, root: Path, output: Path) -> None:
-    keys = json.loads((record / "export.json").read_text())["keys"]
-    files: dict[str, Path] = {}
-    for artifact in manifest.artifacts:
-        entry = root / "artifacts" / keys[artifact.id]
-        for ref in artifact.files:
-            files[ref.path] = entry / ref.path.removeprefix("artifacts/")
+    sources = json.loads((record / "export.json").read_text())["sources"]
+    files = {path: root / source for path, source in sources.items()}
     for ref in _own_files(manifest):
         files[ref.path] = record / ref.path
     bundle.write(manifest, files, output)

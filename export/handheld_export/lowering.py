@@ -16,7 +16,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -297,17 +297,39 @@ def _lower(task: Task) -> dict[str, Any]:
                 },
                 "seconds": time.perf_counter() - began,
             }
-            (work / "meta.json").write_text(json.dumps(meta, indent=2, sort_keys=True))
-            try:
-                work.rename(entry)
-            except OSError:
-                if not (entry / "meta.json").is_file():
-                    raise
+            _keep(work, entry, meta)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     finally:
         release(segment)
     return meta
+
+
+def keep_shared(work: Path, entry: Path, artifacts: Mapping[str, Sequence[Path]]) -> dict[str, Any]:
+    """Put what :meth:`~handheld_export.targets.base.Target.share` wrote into the cache.
+
+    Returns
+    -------
+    dict
+        The contents of ``meta.json``: ``files``, and ``artifacts`` with the names of each one's.
+    """
+    paths = dict.fromkeys(path for own in artifacts.values() for path in own)
+    meta = {
+        "files": [_file(path, work) for path in paths],
+        "artifacts": {name: [p.name for p in own] for name, own in artifacts.items()},
+    }
+    _keep(work, entry, meta)
+    return meta
+
+
+def _keep(work: Path, entry: Path, meta: dict[str, Any]) -> None:
+    """Make a folder an entry of the cache, unless another process was faster."""
+    (work / "meta.json").write_text(json.dumps(meta, indent=2, sort_keys=True))
+    try:
+        work.rename(entry)
+    except OSError:
+        if not (entry / "meta.json").is_file():
+            raise
 
 
 def _samples(task: Task, segment: Segment) -> list[list[torch.Tensor]]:

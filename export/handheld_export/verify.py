@@ -10,7 +10,7 @@ travels in the bundle (``export --references``). The student is torch with the a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ class Report:
 
     Parameters
     ----------
-    bundle, model, target, precision : str
+    bundle, model, target, precision, size : str
     reference : str
         ``checkpoint``, or ``bundle`` where its own references were compared with.
     rows : tuple of Row
@@ -105,6 +105,7 @@ class Report:
     model: str
     target: str
     precision: str
+    size: str
     reference: str
     rows: tuple[Row, ...]
     end_to_end: Verification
@@ -133,6 +134,7 @@ class Report:
             "model": self.model,
             "target": self.target,
             "precision": self.precision,
+            "size": self.size,
             "reference": self.reference,
             "passed": self.passed,
             "gate": asdict(self.gate),
@@ -154,8 +156,9 @@ def verify(
     checkpoint: Path | None = None,
     gate: Path | None = None,
     unit: str | None = None,
+    size: str | None = None,
 ) -> Report:
-    """Verify a bundle.
+    """Verify a bundle at one of its sizes.
 
     Parameters
     ----------
@@ -167,12 +170,14 @@ def verify(
         Thresholds; see :func:`handheld.numerics_gates.gate`.
     unit : str, optional
         Compute unit that artifacts run on, for targets that have several.
+    size : str, optional
+        Key of the manifest's sizes; by default the one that is drawn by default.
 
     Raises
     ------
     UsageError, CheckpointError, TargetError
     """
-    return _Verification(bundle, checkpoint, gate, unit).report()
+    return _Verification(bundle, checkpoint, gate, unit, bundle.size(size)[0]).report()
 
 
 @dataclass
@@ -189,18 +194,27 @@ class _Found:
 
 class _Verification:
     def __init__(
-        self, bundle: Bundle, checkpoint: Path | None, gates: Path | None, unit: str | None
+        self,
+        bundle: Bundle,
+        checkpoint: Path | None,
+        gates: Path | None,
+        unit: str | None,
+        size: str,
     ) -> None:
         manifest = self.manifest = bundle.manifest
         self.bundle = bundle
         self.target = targets.find(manifest.target)
-        if manifest.reference is None:
-            raise UsageError("has no reference", path=bundle.path, remedy="export it again")
+        self.size, reference = size, manifest.reference_of(size)
+        if reference is None:
+            raise UsageError(
+                f"has no reference for {size}", path=bundle.path, remedy="export it again"
+            )
+        self.artifacts = {a.id: a for a in manifest.called(size)}
         self.gates = {
             a.id: numerics_gates.gate(a.weights, manifest.precision, manifest.target, gates)
-            for a in manifest.artifacts
+            for a in self.artifacts.values()
         }
-        self.program = manifest.sizes[manifest.reference.size].program
+        self.program = manifest.sizes[size].program
         # Tensors that are kept in half precision cost the whole as much as such arithmetic.
         half = manifest.precision == "fp32" and halves(self.program)
         self.gate = numerics_gates.gate(
@@ -214,9 +228,9 @@ class _Verification:
             outputs["latent"] = LATENT
         self.watched = self.program.model_copy(update={"outputs": outputs})
         self.whole: Callable[[Array], tuple[Array, Array]] | None = None
-        self.seed = manifest.reference.seed
+        self.seed = reference.seed
         self.constants = bundle.constants()
-        self.stored = bundle.reference()
+        self.stored = bundle.reference(size)
         self.inputs = {
             i.name: self.stored[f"input.{i.name}"]
             for i in self.program.inputs
@@ -229,9 +243,8 @@ class _Verification:
             self.target = self.target.on(unit)
             self.notes = [f"{manifest.target}: run on compute unit '{unit}'"]
         self._open(checkpoint)
-        artifacts = {a.id: a for a in manifest.artifacts}
-        paths = {k: bundle.file(a.file) for k, a in artifacts.items()}
-        self.runners = Runners(self.target, artifacts, paths)
+        paths = {k: [bundle.file(f) for f in a.files] for k, a in self.artifacts.items()}
+        self.runners = Runners(self.target, self.artifacts, paths)
         self.failures: dict[str, str] = {}
 
     def _open(self, path: Path | None) -> None:
@@ -245,11 +258,11 @@ class _Verification:
         rounds = bool(precision.linear or precision.other)
         try:
             found = path or find_model(self.manifest.model.id)
-            self.torch = _torch(self.bundle, found)
+            self.torch = _torch(self.bundle, self.size, found)
             if _bands(self.manifest) is not None:
-                self.whole = _whole(self.bundle, found)
+                self.whole = _whole(self.bundle, self.size, found)
             if rounds:
-                self.student = _torch(self.bundle, found, student=True)
+                self.student = _torch(self.bundle, self.size, found, student=True)
         except (UsageError, CheckpointError) as error:
             judged = {g.against for g in (self.gate, *self.gates.values())}
             if path is not None or not complete or (rounds and "student" in judged):
@@ -290,6 +303,7 @@ class _Verification:
             model=self.manifest.model.id,
             target=self.manifest.target,
             precision=self.manifest.precision,
+            size=self.size,
             reference="bundle" if self.torch is None else "checkpoint",
             rows=rows,
             end_to_end=whole,
@@ -314,7 +328,7 @@ class _Verification:
 
     def _forced(self, other: Mapping[str, Array]) -> tuple[dict[str, _Found], Array, Array]:
         """Give every call the reference's tensors."""
-        found = {a.id: _Found() for a in self.manifest.artifacts}
+        found = {a: _Found() for a in self.artifacts}
         index = 0
 
         def forced(artifact: str, args: Mapping[str, Array]) -> Mapping[str, Array]:
@@ -380,7 +394,7 @@ class _Verification:
             max_abs_error=max(errors) if len(errors) == len(found.snr_db) else None,
             text=found.text,
             gate=self.gates[artifact],
-            partitions=next(a.partitions for a in self.manifest.artifacts if a.id == artifact),
+            partitions=self.artifacts[artifact].partitions,
         )
 
     def _problems(self, rows: tuple[Row, ...], text: float | None) -> list[str]:
@@ -401,7 +415,7 @@ class _Verification:
         engine = next(iter(self.target.versions().values()))
         problems += [
             f"{a.id}: made for engine version {a.engine_version}, {engine} is installed"
-            for a in self.manifest.artifacts
+            for a in self.artifacts.values()
             if a.engine_version != engine
         ]
         return problems
@@ -426,9 +440,9 @@ def _other_text(
 ) -> tuple[str, dict[str, Array]]:
     """Return another prompt's name, and the program's inputs with it."""
     manifest = bundle.manifest
-    assert manifest.reference is not None
     known = manifest.text.prefetched.prompts if manifest.text.prefetched else ()
-    prompt = next((p for p in known if p not in ("", manifest.reference.prompt)), None)
+    own_prompt = manifest.reference.prompt if manifest.reference else None
+    prompt = next((p for p in known if p not in ("", own_prompt)), None)
     stored = None if prompt is None else bundle.prefetched(prompt)
     changed = dict(inputs)
     for stream, item in enumerate(program.inputs):
@@ -447,25 +461,23 @@ def _bands(manifest: Manifest) -> float | None:
     return float(bands) if isinstance(bands, int | float) else None
 
 
-def _lines(bundle: Bundle, checkpoint: Checkpoint) -> lowering.Lines:
+def _lines(bundle: Bundle, size: str, checkpoint: Checkpoint) -> lowering.Lines:
     """Build the graphs that a bundle was made from."""
-    reference = bundle.manifest.reference
-    assert reference is not None
-    program = bundle.manifest.sizes[reference.size].program
+    program = bundle.manifest.sizes[size].program
     noise_input = next(i.name for i in program.inputs if i.role == "noise")
     _, h, w, _ = program.tensors[noise_input].shape
     return lowering.lines(checkpoint, (h, w), bundle.manifest.text.tokens)
 
 
-def _whole(bundle: Bundle, path: Path) -> Callable[[Array], tuple[Array, Array]]:
+def _whole(bundle: Bundle, size: str, path: Path) -> Callable[[Array], tuple[Array, Array]]:
     """Return what decodes a latent without bands, in torch."""
     checkpoint = Checkpoint(path)
     target = targets.find(bundle.manifest.target)
-    segments = _lines(bundle, checkpoint).cut("decoder", target, bundle.manifest.precision)
+    segments = _lines(bundle, size, checkpoint).cut("decoder", target, bundle.manifest.precision)
     return partial(decode, segments, checkpoint.vae)
 
 
-def _torch(bundle: Bundle, path: Path, *, student: bool = False) -> TorchArtifacts:
+def _torch(bundle: Bundle, size: str, path: Path, *, student: bool = False) -> TorchArtifacts:
     checkpoint = Checkpoint(path)
     manifest: Manifest = bundle.manifest
     if checkpoint.sha256 != manifest.model.checkpoint_sha256:
@@ -474,18 +486,19 @@ def _torch(bundle: Bundle, path: Path, *, student: bool = False) -> TorchArtifac
             path=path,
             remedy="give the right one with --checkpoint",
         )
-    lines = _lines(bundle, checkpoint)
+    lines = _lines(bundle, size, checkpoint)
     target = targets.find(manifest.target)
     pairs = [
         (s, checkpoint.component(s.graph.component))
         for line in ("embedding", "unet", "decoder")
         for s in lines.cut(line, target, manifest.precision, _bands(manifest))
     ]
-    have, want = {s.id: s.ports for s, _ in pairs}, {a.id: a.ports for a in manifest.artifacts}
-    if have != want:
+    called = {manifest.segment(a.id): a for a in manifest.called(size)}
+    if {s.id: s.ports for s, _ in pairs} != {name: a.ports for name, a in called.items()}:
         raise UsageError(
             "was cut in another way than this handheld cuts",
             path=bundle.path,
             remedy="export it again",
         )
-    return TorchArtifacts(pairs, precision=find_precision(manifest.precision) if student else None)
+    named = [(replace(s, id=called[s.id].id), c) for s, c in pairs]
+    return TorchArtifacts(named, precision=find_precision(manifest.precision) if student else None)

@@ -36,7 +36,7 @@ def lines(report: Report, *, artifacts: bool) -> Iterator[tuple[tuple[str, ...],
             row.passed,
         )
     whole = report.end_to_end
-    name = "end to end" if artifacts else f"{report.model} {report.target} {report.precision}"
+    name = "end to end" if artifacts else _name(report)
     passed = report.whole_passed if artifacts else report.passed
     yield (
         (
@@ -60,7 +60,7 @@ def render(reports: Sequence[Report]) -> str:
     bad = sum(not r.passed for r in reports)
     head = [
         "<h1>Numerics</h1>",
-        f"<p>{len(reports)} bundles, {len(reports) - bad} pass every gate.</p>",
+        f"<p>{len(reports)} bundles and sizes, {len(reports) - bad} pass every gate.</p>",
         f'<p class="note">{LEGEND}. The checkpoint runs in torch and fp32, the student is torch '
         "with the artifact's codes.</p>",
     ]
@@ -71,7 +71,7 @@ def render(reports: Sequence[Report]) -> str:
     rows = [line for r in reports for line in _rows(r, artifacts=False)]
     sections = [*head, table("End to end", "", COLUMNS, rows)]
     for report in reports:
-        name = f"{report.model} {report.target} {report.precision}"
+        name = _name(report)
         problems = "".join(f'<p class="bad">{escape(p)}</p>' for p in report.problems)
         figures = "".join(
             figure(png(picture), escape(caption), f"{caption}, {name}")
@@ -83,6 +83,10 @@ def render(reports: Sequence[Report]) -> str:
             f'<div class="pictures">{figures}</div>',
         ]
     return document("Numerics", sections)
+
+
+def _name(report: Report) -> str:
+    return f"{report.model} {report.target} {report.precision} {report.size}"
 
 
 def _rows(report: Report, *, artifacts: bool) -> Iterator[str]:

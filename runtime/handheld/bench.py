@@ -114,7 +114,7 @@ class Options(Timing):
     """How to run a bundle."""
 
     size: str | None = None
-    """Key of the manifest's sizes; None takes the reference's."""
+    """Key of the manifest's sizes; None takes the default one."""
     residency: Residency = "resident"
     memory_budget: Annotated[int, Field(ge=1)] | None = None
     """Bytes; decides what stays and what is streamed, instead of ``residency``."""
@@ -282,9 +282,9 @@ def _check_engines(bundle: Bundle, facts: DeviceFacts) -> None:
         )
 
 
-def expected_psnr(bundle: Bundle) -> float:
-    """Return what PSNR a bundle's picture must have against its reference."""
-    measured = bundle.manifest.verification.psnr_db
+def expected_psnr(bundle: Bundle, size: str) -> float:
+    """Return what PSNR a size's picture must have against its reference."""
+    measured = bundle.manifest.verification_of(size).psnr_db
     return MIN_PSNR_DB if measured is None else min(measured - ALLOWED_DB, MOST_PSNR_DB)
 
 
@@ -337,11 +337,11 @@ class _Given:
 
 @contextmanager
 def _inputs(bundle: Bundle, size_name: str, size: Size, options: Options) -> Iterator[_Given]:
-    reference = bundle.manifest.reference
-    if reference is not None and reference.size == size_name:
+    reference = bundle.manifest.reference_of(size_name)
+    if reference is not None:
         path = str(bundle.file(reference.file))
         seed = reference.seed if options.seed is None else options.seed
-        picture = bundle.reference().get("picture") if seed == reference.seed else None
+        picture = bundle.reference(size_name).get("picture") if seed == reference.seed else None
         yield _Given(
             inputs={
                 item.name: TensorFile(path=path, tensor=f"input.{item.name}")
@@ -372,7 +372,7 @@ def _inputs(bundle: Bundle, size_name: str, size: Size, options: Options) -> Ite
             raise UsageError(
                 f"nothing is known for the input '{item.name}'",
                 path=bundle.path,
-                remedy="bench the size that the reference has",
+                remedy="bench a size that has a reference",
             )
         spec = size.program.tensors[item.name]
         tensors[item.name] = (
@@ -549,7 +549,7 @@ class _Attempt:
         if picture is None:
             raise BundleError("the harness wrote no picture", path=self.bundle.path)
         limit = self.options.min_psnr_db
-        limit = expected_psnr(self.bundle) if limit is None else limit
+        limit = expected_psnr(self.bundle, self.size) if limit is None else limit
         told = [o.psnr_db for p in self.passes for o in p.outputs if o.psnr_db is not None]
         self.check = compare(picture, self.given.picture, limit).model_copy(
             update={"device_psnr_db": told[-1] if told else None}

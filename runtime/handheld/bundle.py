@@ -27,7 +27,7 @@ from handheld.files import (
     replaced_folder,
     sha256_file,
 )
-from handheld.manifest import SCHEMA_VERSION, Artifact, FileRef, Manifest, Size
+from handheld.manifest import SCHEMA_VERSION, Artifact, FileRef, Manifest, Reference, Size
 from handheld.program import TensorSpec, check
 
 MANIFEST = "manifest.json"
@@ -98,7 +98,7 @@ class Bundle:
     @property
     def nbytes(self) -> int:
         """Bytes of all files that the manifest names."""
-        return sum(ref.bytes for _, ref in references(self.manifest))
+        return sum({ref.path: ref.bytes for _, ref in references(self.manifest)}.values())
 
     def file(self, ref: FileRef) -> Path:
         """Return where a file of the manifest is."""
@@ -115,8 +115,7 @@ class Bundle:
         """Return a size by its key; without a key the reference's or else the first one."""
         sizes = self.manifest.sizes
         if name is None:
-            reference = self.manifest.reference
-            name = reference.size if reference else next(iter(sizes))
+            name = self.manifest.default_size
         if name not in sizes:
             raise UsageError(
                 f"the bundle has no size '{name}'", path=self.path, remedy=f"it has {_list(sizes)}"
@@ -128,11 +127,12 @@ class Bundle:
         ref = self.manifest.constants
         return load_tensors(self.file(ref)) if ref else {}
 
-    def reference(self) -> dict[str, Array]:
-        """Read the reference's inputs, picture and calls."""
-        ref = self.manifest.reference
+    def reference(self, size: str | None = None) -> dict[str, Array]:
+        """Read inputs, picture and calls of a size's reference; of the default size without one."""
+        ref = self.manifest.reference_of(self.size(size)[0])
         if ref is None:
-            raise BundleError("the bundle has no reference", path=self.path, remedy=_AGAIN)
+            of = "" if size is None else f" for {size}"
+            raise BundleError(f"the bundle has no reference{of}", path=self.path, remedy=_AGAIN)
         return load_tensors(self.file(ref.file))
 
     def prefetched(self, prompt: str) -> tuple[Array, Array | None] | None:
@@ -162,6 +162,9 @@ class Bundle:
             if n > 1:
                 index = [i for i, a in enumerate(manifest.artifacts) if a.id == name][1]
                 self._fail(f"a second artifact has the id '{name}'", f"artifacts[{index}].id")
+        for i, artifact in enumerate(manifest.artifacts):
+            if artifact.engine == "litert" and len(artifact.parts) > 1:
+                self._fail("a LiteRT file is continued by one part", f"artifacts[{i}].parts")
         self._check_files(verify_hashes)
         self._check_specs()
         ports = {a.id: a.ports for a in manifest.artifacts}
@@ -176,7 +179,7 @@ class Bundle:
             self._check_program(name, size)
         self._check_constants()
         self._check_prefetched()
-        self._check_reference()
+        self._check_references()
 
     def _check_files(self, verify_hashes: bool) -> None:
         seen: dict[str, tuple[str, FileRef]] = {}
@@ -259,12 +262,17 @@ class Bundle:
                 wanted[f"{i}.pooled"] = TensorSpec(shape=(text.pooled_width,))
         self._compare(self.file(text.prefetched.file), wanted, {}, "text.prefetched")
 
-    def _check_reference(self) -> None:
-        reference = self.manifest.reference
-        if reference is None:
-            return
-        if reference.size not in self.manifest.sizes:
-            self._fail(f"there is no size '{reference.size}'", "reference.size")
+    def _check_references(self) -> None:
+        seen: dict[str, str] = {}
+        for field, reference in _references(self.manifest):
+            if reference.size not in self.manifest.sizes:
+                self._fail(f"there is no size '{reference.size}'", f"{field}.size")
+            if first := seen.get(reference.size):
+                self._fail(f"{first} is of size '{reference.size}', too", f"{field}.size")
+            seen[reference.size] = field
+            self._check_reference(field, reference)
+
+    def _check_reference(self, field: str, reference: Reference) -> None:
         program = self.manifest.sizes[reference.size].program
         ports = {a.id: a.ports for a in self.manifest.artifacts}
         wanted: dict[str, TensorSpec] = {}
@@ -279,7 +287,7 @@ class Bundle:
         for i, op in enumerate(calls):
             for port, spec in ports[op.artifact].outputs.items():
                 allowed[f"call.{i}.{port}"] = spec
-        self._compare(self.file(reference.file), wanted, allowed, "reference.file")
+        self._compare(self.file(reference.file), wanted, allowed, f"{field}.file")
 
     def _compare(
         self,
@@ -313,8 +321,15 @@ def references(manifest: Manifest) -> Iterator[tuple[str, FileRef]]:
         yield "constants", manifest.constants
     if manifest.text.prefetched:
         yield "text.prefetched.file", manifest.text.prefetched.file
+    for field, reference in _references(manifest):
+        yield f"{field}.file", reference.file
+
+
+def _references(manifest: Manifest) -> Iterator[tuple[str, Reference]]:
     if manifest.reference:
-        yield "reference.file", manifest.reference.file
+        yield "reference", manifest.reference
+    for i, reference in enumerate(manifest.references):
+        yield f"references[{i}]", reference
 
 
 def parse_manifest(data: bytes, path: str | Path = MANIFEST) -> Manifest:
@@ -501,7 +516,9 @@ def _fsync(file: Path) -> None:
 
 def manifest_bytes(manifest: Manifest) -> bytes:
     """Return a manifest as the bytes of ``manifest.json``: the same model, the same bytes."""
-    return json_bytes(manifest.model_dump(mode="json"))
+    # Those who read older versions only refuse fields that they do not know.
+    newer = {"references"} if manifest.schema_version < 3 else None
+    return json_bytes(manifest.model_dump(mode="json", exclude=newer))
 
 
 def find(sha256: str, roots: Iterable[str | Path]) -> Bundle | None:

@@ -118,7 +118,7 @@ def find(bundle: Bundle, job: Job, run: Callable[[Job], None]) -> Wrong | None:
         if not path.is_file():
             raise HarnessError("the harness wrote no results of its calls")
         have = load_tensors(path)
-        wanted, against = bundle.reference(), "the bundle's reference"
+        wanted, against = bundle.reference(job.size), "the bundle's reference"
         measured: dict[str, float] | None = {
             a.id: a.verification.snr_db
             for a in bundle.manifest.artifacts

@@ -10,15 +10,18 @@ from handheld.protocol import Residency
 def peak_bytes(manifest: Manifest, residency: Residency) -> int:
     """Estimate the peak memory of a run: weights that are held, and the program's tensors.
 
-    Streaming holds one artifact while the next is prefetched. What engines allocate besides, and
-    the process itself, is not counted.
+    Streaming holds one artifact while the next is prefetched. Of several sizes, the one that takes
+    most counts. What engines allocate besides, and the process itself, is not counted.
 
     Returns
     -------
     int
         Bytes; a lower bound rather than a promise.
     """
-    activations = max(activation_bytes(size.program) for size in manifest.sizes.values())
-    artifacts = sorted((a.nbytes for a in manifest.artifacts), reverse=True)
-    held = sum(artifacts) if residency == "resident" else sum(artifacts[:2])
-    return held + activations
+
+    def peak(name: str) -> int:
+        artifacts = sorted((a.nbytes for a in manifest.called(name)), reverse=True)
+        held = sum(artifacts) if residency == "resident" else sum(artifacts[:2])
+        return held + activation_bytes(manifest.sizes[name].program)
+
+    return max(map(peak, manifest.sizes))

@@ -12,10 +12,12 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from handheld.program import Extent, Model, Name, Ports, Program, Seed, TensorSpec, halves
+from handheld.program import Call, Extent, Model, Name, Ports, Program, Seed, TensorSpec, halves
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 """The newest that is read. Bundles are written in the oldest that can say what they are."""
+MOST_SIZES: Final = 64
+"""Picture sizes that the harness takes."""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -67,7 +69,8 @@ class Artifact(Model):
     file: FileRef
     parts: tuple[FileRef, ...] = ()
     """Further files that the engine finds from the first one: external weights beside it, the rest
-    of a package around it."""
+    of a package around it. Artifacts may share them. A LiteRT file has at most one, which continues
+    it: offsets beyond the file's end are in there."""
     ports: Ports
     units: tuple[str, ...]
     """Module paths of the segment, first to last."""
@@ -137,6 +140,12 @@ class Reference(Model):
     prompt: str | None = None
 
 
+class SizeReference(Reference):
+    """The reference of a size that is not the default one, and how exact it is there."""
+
+    verification: Verification = Verification()
+
+
 class ModelInfo(Model):
     """Name and origin of the model."""
 
@@ -160,19 +169,24 @@ class Provenance(Model):
 class Manifest(Model):
     """The manifest of a bundle."""
 
-    schema_version: Literal[1, 2] = 1
-    """2 where a program computes with float16."""
+    schema_version: Literal[1, 2, 3] = 1
+    """2 where a program computes with float16, 3 where there are references of several sizes or
+    LiteRT files that share weights."""
     model: ModelInfo
     target: str
     precision: str
-    sizes: Annotated[dict[Name, Size], Field(min_length=1)]
+    sizes: Annotated[dict[Name, Size], Field(min_length=1, max_length=MOST_SIZES)]
     """``WIDTHxHEIGHT`` to program. Programs share artifacts and constants."""
     artifacts: Annotated[tuple[Artifact, ...], Field(min_length=1)]
     constants: FileRef | None = None
     constant_specs: dict[Name, TensorSpec] = {}
     text: TextInfo
     reference: Reference | None = None
+    """Of the size that is drawn by default."""
     verification: Verification = Verification()
+    """Of that size."""
+    references: tuple[SizeReference, ...] = ()
+    """Of the other sizes."""
     licence: str | None = None
     provenance: Provenance = Provenance()
 
@@ -181,7 +195,45 @@ class Manifest(Model):
         for name, size in self.sizes.items():
             if self.schema_version < 2 and halves(size.program):
                 raise ValueError(f"schema_version 1 has no float16 in affine, as size {name} has")
+        if self.schema_version < 3:
+            old = f"schema_version {self.schema_version} has no"
+            if self.references:
+                raise ValueError(f"{old} references of several sizes")
+            for artifact in self.artifacts:
+                if artifact.engine == "litert" and artifact.parts:
+                    raise ValueError(f"{old} parts of a LiteRT file, as {artifact.id} has")
         return self
+
+    @property
+    def default_size(self) -> str:
+        """Key of the size that is drawn where none is asked for."""
+        return self.reference.size if self.reference else next(iter(self.sizes))
+
+    def reference_of(self, size: str) -> Reference | None:
+        """Return the reference of a size."""
+        all_of_them = (*([self.reference] if self.reference else []), *self.references)
+        return next((r for r in all_of_them if r.size == size), None)
+
+    def verification_of(self, size: str) -> Verification:
+        """Return the figures of a size's program against torch."""
+        own = (r.verification for r in self.references if r.size == size)
+        return next(own, self.verification if size == self.default_size else Verification())
+
+    def called(self, size: str) -> tuple[Artifact, ...]:
+        """Return the artifacts that a size's program calls."""
+        calls = (op for op in self.sizes[size].program.ops if isinstance(op, Call))
+        names = {op.artifact for op in calls}
+        return tuple(a for a in self.artifacts if a.id in names)
+
+    def segment(self, artifact: str) -> str:
+        """Return the segment that an artifact is of: its id without a size."""
+        name, _, size = artifact.rpartition(".")
+        return name if size in self.sizes else artifact
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all artifacts; files that several share count once."""
+        return sum({f.path: f.bytes for a in self.artifacts for f in a.files}.values())
 
     @property
     def sha256(self) -> str:

@@ -105,9 +105,9 @@ def gate(weights: Mapping[str, int], precision: str, target: str, path: Path | N
 
 
 def weights_of(manifest: Manifest) -> dict[str, int]:
-    """Return the number of weights of a whole bundle by storage."""
+    """Return the number of weights of a whole bundle by storage; those of one size, if several."""
     counts: dict[str, int] = {}
-    for artifact in manifest.artifacts:
+    for artifact in manifest.called(manifest.default_size):
         for name, count in artifact.weights.items():
             counts[name] = counts.get(name, 0) + count
     return counts

@@ -223,6 +223,41 @@ def writes(op: Op) -> tuple[str, ...]:
             return (op.out,)
 
 
+def renamed(
+    program: Program, *, artifacts: Mapping[str, str], tensors: Mapping[str, str]
+) -> Program:
+    """Return a program that calls artifacts and reads constants by other names.
+
+    Parameters
+    ----------
+    program : Program
+    artifacts, tensors : mapping of old to new name
+        What is not there keeps its name. The tensors are constants.
+    """
+
+    def one(name: str) -> str:
+        return tensors.get(name, name)
+
+    ops: list[Op] = []
+    for op in program.ops:
+        match op:
+            case Call():
+                artifact = artifacts.get(op.artifact, op.artifact)
+                args = {port: one(name) for port, name in op.args.items()}
+                ops.append(op.model_copy(update={"artifact": artifact, "args": args}))
+            case Slice() | Pad() | Moments():
+                ops.append(op.model_copy(update={"x": one(op.x)}))
+            case Concat():
+                ops.append(op.model_copy(update={"xs": tuple(map(one, op.xs))}))
+            case Affine():
+                terms = tuple(t.model_copy(update={"x": one(t.x)}) for t in op.terms)
+                ops.append(op.model_copy(update={"terms": terms}))
+            case Normalizer():
+                ops.append(op.model_copy(update={"moments": tuple(map(one, op.moments))}))
+    outputs = {role: one(name) for role, name in program.outputs.items()}
+    return program.model_copy(update={"ops": tuple(ops), "outputs": outputs})
+
+
 def decoded(program: Program) -> str:
     """Return the name of the tensor that the picture is rounded from."""
     rounded = (op for op in program.ops if isinstance(op, Affine))

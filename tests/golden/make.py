@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import random
@@ -48,7 +49,7 @@ PATH = (*ARTIFACT, "file", "path")
 SPEC = {"shape": [1], "dtype": "float32"}
 CHANGES: list[tuple[str, tuple[Any, ...], Any, str | None]] = [
     # name, path of what changes, new value, field that is named if it is another one
-    ("newer", ("schema_version",), 3, None),
+    ("newer", ("schema_version",), 4, None),
     ("version-zero", ("schema_version",), 0, None),
     ("version-text", ("schema_version",), "1", None),
     ("version-missing", ("schema_version",), DELETE, None),
@@ -104,6 +105,53 @@ CHANGES: list[tuple[str, tuple[Any, ...], Any, str | None]] = [
     ("valid-without-provenance", ("provenance",), DELETE, None),
     ("valid-without-verification", ("verification",), DELETE, None),
     ("valid-without-reference", ("reference",), None, None),
+]
+
+
+WIDE = f"{samples.WIDTH + 8}x{samples.HEIGHT}"
+
+
+def several_sizes(tree: Tree) -> Tree:
+    """Add a second size with an artifact of its own."""
+
+    def widened(specs: Tree) -> Tree:
+        def one(n: int) -> int:
+            return samples.WIDTH + 8 if n == samples.WIDTH else n
+
+        return {k: v | {"shape": [*map(one, v["shape"])]} for k, v in specs.items()}
+
+    tree["schema_version"] = 3
+    first, program = tree["artifacts"][0], copy.deepcopy(tree["sizes"][SIZE]["program"])
+    second = copy.deepcopy(first) | {"id": f"unet.0.{WIDE}"}
+    second["ports"] = {kind: widened(specs) for kind, specs in first["ports"].items()}
+    tree["artifacts"].append(second)
+    program["tensors"] = widened(program["tensors"])
+    program["ops"][9]["artifact"] = second["id"]
+    tree["sizes"][WIDE] = {
+        "width": samples.WIDTH + 8,
+        "height": samples.HEIGHT,
+        "program": program,
+    }
+    return tree
+
+
+PART = samples.ref("artifacts/unet.0.tflite", b"not really a model").model_dump()
+PARTS = {"parts": [PART]}
+PART_PATH = "artifacts[0].parts[0].path"
+WIDE_OP = ("sizes", WIDE, "program", "ops", 9)
+SIZES_CHANGES: list[tuple[str, tuple[Any, ...], Any, str | None]] = [
+    # Of a manifest with two sizes.
+    ("valid-sizes", ("licence",), "Apache-2.0", None),
+    ("valid-sizes-with-parts", ("artifacts",), lambda found: [a | PARTS for a in found], None),
+    ("sizes-two-parts", (*ARTIFACT, "parts"), [PART, PART], None),
+    ("sizes-part-missing", (*ARTIFACT, "parts"), [PART | {"path": "artifacts/none"}], PART_PATH),
+    ("sizes-part-outside", (*ARTIFACT, "parts"), [PART | {"path": "../x"}], PART_PATH),
+    ("sizes-name", ("sizes", WIDE, "width"), samples.WIDTH, f"sizes.{WIDE}"),
+    ("sizes-absurd", ("sizes", WIDE, "width"), 2**40, None),
+    ("sizes-artifact-of-another", (*WIDE_OP, "artifact"), "unet.0", f"sizes.{WIDE}.program.ops[9]"),
+    ("sizes-artifact-missing", (*WIDE_OP, "artifact"), "x", f"sizes.{WIDE}.program.ops[9]"),
+    ("sizes-reference-twice", ("references",), [{"size": SIZE}], "references[0].size"),
+    ("sizes-reference-of-none", ("references",), [{"size": "1x1"}], "references[0].size"),
 ]
 
 
@@ -456,6 +504,7 @@ def files() -> dict[str, bytes]:
     index: dict[str, Any] = {
         "version": 1,
         "manifests": [],
+        "sizes_manifests": [],
         "jobs": [],
         "events": [],
         "programs": [],
@@ -469,6 +518,21 @@ def files() -> dict[str, bytes]:
         # A runtime reads neither text nor reference, so it may run what they spoil.
         runs = valid or name in ("text-width", "reference-size")
         index["manifests"].append({"file": file, "valid": valid, "runs": runs, "field": named})
+    for name, path, value, field in SIZES_CHANGES:
+        file = f"manifests/{name}.json"
+        tree = several_sizes(json.loads(out["bundle/manifest.json"]))
+        tree["references"] = []
+        tree = changed(tree, path, value)
+        tree["references"] = [tree["reference"] | one for one in tree["references"]]
+        out[file] = text(tree)
+        valid = name.startswith("valid")
+        named = None if valid else field or bundle.field_path(path)
+        # That file continues nothing, since it does not begin where a page ends.
+        runs = (valid and name != "valid-sizes-with-parts") or path == ("references",)
+        # Apart, for runtimes that read manifests of version 1 only.
+        index["sizes_manifests"].append(
+            {"file": file, "valid": valid, "runs": runs, "field": named}
+        )
     for name, broken in MANIFEST_TEXTS.items():
         path = f"manifests/{name}.json"
         out[path] = broken.encode()

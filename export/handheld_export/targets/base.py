@@ -175,6 +175,28 @@ class Target(ABC):
             segment.
         """
 
+    def share(
+        self, paths: Mapping[str, Path], weights: str, folder: Path
+    ) -> Mapping[str, tuple[Path, ...]] | None:
+        """Write what one segment became at several sizes again, with weights in common.
+
+        Parameters
+        ----------
+        paths : mapping of artifact id to Path
+            What :meth:`lower` wrote at each size.
+        weights : str
+            Name of a file for what they have in common.
+        folder : Path
+            Where to write.
+
+        Returns
+        -------
+        mapping of artifact id to its files, or None
+            The first one is that which the engine opens. None where the engine cannot share or
+            there is nothing to share: the artifacts stay as they are, and weights are repeated.
+        """
+        return None
+
     def on(self, unit: str) -> Target:
         """Return this target with artifacts loaded on one of the engine's compute units.
 

@@ -66,6 +66,18 @@ class LiteRTCPU(Target):
             return layer
         return replace(layer, quantized=self.held(weight))
 
+    def share(
+        self, paths: Mapping[str, Path], weights: str, folder: Path
+    ) -> Mapping[str, tuple[Path, ...]] | None:
+        """Put weights into one file that continues the graphs of all sizes."""
+        from handheld_export import tflite_shared
+
+        outputs = {name: folder / f"{name}{self.suffix}" for name in paths}
+        common = folder / weights
+        if not tflite_shared.share(list(paths.values()), list(outputs.values()), common):
+            return None
+        return {name: (path, common) for name, path in outputs.items()}
+
     def load(self, path: Path, ports: Ports) -> Runner:
         """Open an artifact with the engine's Python runtime."""
         return _Runner(path, ports)
@@ -106,7 +118,10 @@ class _Runner(Runner):
     def __init__(self, path: Path, ports: Ports) -> None:
         from ai_edge_litert.interpreter import Interpreter
 
-        self._interpreter = Interpreter(str(path), num_threads=2)
+        from handheld_export import tflite_shared
+
+        with tflite_shared.whole(path) as joined:
+            self._interpreter = Interpreter(str(joined), num_threads=2)
         self._ports = ports
         self._interpreter.allocate_tensors()
         signature = self._interpreter.get_signature_list()

@@ -69,10 +69,11 @@ def describe(opened: Bundle) -> dict[str, Any]:
     manifest = opened.manifest
     weights: Counter[str] = Counter()
     held: Counter[str] = Counter()
-    for item in manifest.artifacts:
+    drawn = manifest.called(manifest.default_size)  # the other sizes have the same weights
+    for item in drawn:
         weights.update(item.weights)
         held.update(item.held)
-    macs = [a.macs for a in manifest.artifacts]
+    macs = [a.macs for a in drawn]
     prefetched = manifest.text.prefetched
     return {
         "path": str(opened.path),
@@ -93,6 +94,7 @@ def describe(opened: Bundle) -> dict[str, Any]:
                 "operations": len(size.program.ops),
                 "calls": sum(op.op == "call" for op in size.program.ops),
                 "activation_bytes": activation_bytes(size.program),
+                "verification": manifest.verification_of(name).model_dump(mode="json"),
             }
             for name, size in manifest.sizes.items()
         },

@@ -80,7 +80,7 @@ def plan(
     for label, path in _recipes(stack or [], recipe or [], Path(name).name):
         shape = recipes.shape_after(path, first) if path else first
         shape = plans.at_precision(shape, precision) if precision else shape
-        for sized in [plans.at_size(shape, *_size(s)) for s in size or []] or [shape]:
+        for sized in [plans.at_size(shape, *picture_size(s)) for s in size or []] or [shape]:
             rows += [
                 {"model": label}
                 | plans.row(sized, t, budget=round(budget * 1e6) if budget else None, rates=table)
@@ -107,7 +107,8 @@ def _recipes(stacks: list[str], files: list[Path], family: str) -> list[tuple[st
     return found or [("as it is", None)]
 
 
-def _size(text: str) -> tuple[int, int]:
+def picture_size(text: str) -> tuple[int, int]:
+    """Read a ``--size``: width and height in pixels."""
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
     if match is None:
         raise UsageError(f"--size '{text}' is no size", remedy="write it as 512x768")

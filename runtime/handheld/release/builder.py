@@ -177,7 +177,15 @@ def _faults(
     faults = [] if gate else [f"there is no gate for the precision {manifest.precision}"]
     whole = numerics_gates.weights_of(manifest)
     measured = [
-        ("the picture", whole, manifest.verification, "end_to_end_db"),
+        *(
+            (
+                f"the picture at {size}" if len(manifest.sizes) > 1 else "the picture",
+                whole,
+                manifest.verification_of(size),
+                "end_to_end_db",
+            )
+            for size in manifest.sizes
+        ),
         *(
             (f"artifact {a.id}", a.weights, a.verification, "artifact_db")
             for a in manifest.artifacts

@@ -303,14 +303,14 @@ def _pictures(
 ) -> str:
     figures = []
     for sha256, bundle in bundles.items():
-        if bundle.manifest.reference is None:
-            continue
-        picture = bundle.reference().get("picture")
-        if picture is None:
-            continue
         m = bundle.manifest
-        name = f"reference of {m.model.id} {m.target}, {sha256[:8]}"
-        figures.append(figure(png(np.asarray(picture)[0]), escape(name), name))
+        for size in m.sizes:
+            if m.reference_of(size) is None:
+                continue
+            of = f" at {size}" if len(m.sizes) > 1 else ""
+            name = f"reference of {m.model.id} {m.target}{of}, {sha256[:8]}"
+            picture = bundle.reference(size)["picture"]
+            figures.append(figure(png(np.asarray(picture)[0]), escape(name), name))
     for r in records:
         check = f", {r.check.psnr_db:.1f} dB" if r.check else ""
         if r.id in drawn:
