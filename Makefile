@@ -13,6 +13,9 @@ unexport PYTHONDONTWRITEBYTECODE
 INSTALLED := .venv/.installed
 TRAINING := .venv/.installed-train
 
+# Beside the engines; .ci/run adds "train", so that pip solves for all of them once.
+EXTRAS ?= export,dev
+
 # Apart, and last: a dependency of litert-converter asks for an old typing-extensions, sigstore for a
 # new one. Both work with the new one, but pip cannot choose it for both at once, and says so.
 WITH_RELEASE := $(PY) -m pip install --quiet -e ".[release]" 2>.venv/pip-release.log || \
@@ -31,24 +34,25 @@ $(INSTALLED): pyproject.toml
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11: make PYTHON=..." >&2; exit 2; }
 	@test -x $(PY) || "$(PYTHON)" -m venv .venv
 	@echo "Installing torch, the engines and handheld into .venv (some minutes, 3 GB)"
-	@start=$$(date +%s) && $(PY) -m pip install --quiet torch==2.13.0 -e ".[export,dev]" && \
+	@start=$$(date +%s) && $(PY) -m pip install --quiet torch==2.13.0 -e ".[$(EXTRAS)]" && \
 		{ $(WITH_RELEASE); } && \
 		echo $$(($$(date +%s) - start)) > $@ && echo "Installed in $$(cat $@) s"
 
 $(TRAINING): $(INSTALLED)
-	@$(PY) -m pip install --quiet -e ".[train]" && { $(WITH_RELEASE); } && touch $@
+	@$(PY) -c "import robohash, tensorboard" 2>/dev/null || \
+		{ $(PY) -m pip install --quiet -e ".[train]" && { $(WITH_RELEASE); }; } && touch $@
 
 demo: $(INSTALLED)  ## Export critter, draw with it, measure it (10 minutes on 2 cores)
 	@$(PY) benchmarks/demo.py
 
-# Each file goes whole to one process: its fixtures are expensive.
-PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+# Each file goes whole to one process: its fixtures are expensive. tests/conftest.py orders them.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(INSTALLED)  ## The fast tests
 	@$(PY) -m pytest $(PARALLEL) --durations 30 -m "not slow and not system"
 
 test-all: $(INSTALLED) $(TRAINING)  ## All tests; those whose system package is missing are skipped
-	@$(PY) -m pytest $(PARALLEL) -rs
+	@$(PY) -m pytest $(PARALLEL) -rs --durations 30
 
 test-slow: $(INSTALLED) $(TRAINING)  ## The tests that `make test` leaves out
 	@$(PY) -m pytest $(PARALLEL) -rs --durations 30 -m "slow or system"

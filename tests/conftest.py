@@ -27,6 +27,20 @@ settings.register_profile(
 settings.register_profile("short", max_examples=100, deadline=None)
 settings.load_profile("short")
 
+# Files that take longest, in this order: one that is left for the end keeps one core alone busy.
+LONGEST = (
+    *("test_compress", "test_export", "test_planted_faults", "test_arm64", "test_serve_cli"),
+    *("test_bands", "test_partitions", "test_target_executorch_qnn", "test_target_litert_gpu"),
+    *("test_full_size", "test_verify", "test_jni", "test_release_update", "test_critter"),
+    *("test_target_litert_cpu", "test_target_onnx", "test_harness", "test_golden", "test_half"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 if importlib.util.find_spec("torch") is not None:
     import torch
 
