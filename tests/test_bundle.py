@@ -176,7 +176,7 @@ PROGRAM = ("sizes", "16x8", "program")
             ("artifacts", 0, "parts"),
             [{"path": "artifacts/unet.0.tflite", "sha256": "0" * 64, "bytes": 18}],
             None,
-            "schema_version 1 has no parts of a LiteRT file",
+            "schema_version 1 has no parts of litert",
         ),
         (
             ("references",),

@@ -35,6 +35,7 @@ pytestmark = pytest.mark.skipif(
 )
 if importlib.util.find_spec("executorch") is not None:
     import harness_bundles as hb
+    import test_pte_shared
     import tflites
 
 SIZE = "24x16"
@@ -883,6 +884,15 @@ def sized(tmp_path_factory):
     return shared.path, tflites.write(folder / "alone", alone).path
 
 
+@pytest.fixture(scope="module")
+def sized_programs(tmp_path_factory):
+    """The same for ExecuTorch."""
+    folder = tmp_path_factory.mktemp("sized")
+    shared, alone = test_pte_shared.made(folder)
+    bundles = {"shared": shared, "alone": {w: (path,) for w, path in alone.items()}}
+    return [tflites.write(folder / n, b, "executorch").path for n, b in bundles.items()]
+
+
 def drawn(built, tmp_path, bundle, width, **changes):
     """Draw a picture; return its hash and what became of packed weights."""
     given = {"bundle": str(bundle), "size": f"{width}x{tflites.HEIGHT}", "seed": 3, **changes}
@@ -892,8 +902,9 @@ def drawn(built, tmp_path, bundle, width, **changes):
 
 
 @pytest.mark.parametrize("residency", ["resident", "stream"])
-def test_sizes_that_share_weights_draw_the_same_bits(built, sized, tmp_path, residency):
-    shared, alone = sized
+@pytest.mark.parametrize("bundles", ["sized", "sized_programs"])
+def test_sizes_that_share_weights_draw_the_same_bits(built, bundles, tmp_path, residency, request):
+    shared, alone = request.getfixturevalue(bundles)
     cache = str(tmp_path / "cache")
     seen = []
     for width in tflites.SIZES:

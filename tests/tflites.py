@@ -126,7 +126,7 @@ def program(width: int, artifact: str) -> Program:
     )
 
 
-def write(path: Path, artifacts: dict[int, tuple[Path, ...]]) -> Bundle:
+def write(path: Path, artifacts: dict[int, tuple[Path, ...]], engine: Any = "litert") -> Bundle:
     """Write a bundle of one artifact for each width, which is one file or several."""
     files = {f"artifacts/{p.name}": p.read_bytes() for own in artifacts.values() for p in own}
     made = []
@@ -138,7 +138,7 @@ def write(path: Path, artifacts: dict[int, tuple[Path, ...]]) -> Bundle:
             Artifact(
                 id=f"unet.{width}x{HEIGHT}",
                 target="litert-cpu",
-                engine="litert",
+                engine=engine,
                 engine_version="2.3.0",
                 file=one,
                 parts=tuple(others),

@@ -29,7 +29,8 @@ struct ArtifactInfo {
   std::string path;
   std::string sha256;   // by which packed weights are known
   std::vector<Port> inputs, outputs;
-  std::string weights;  // of a LiteRT file: the file that continues it, if there is one
+  uint64_t bytes = 0;   // of its files
+  std::string weights;  // the file that continues it, if there is one
 };
 
 struct EngineOptions {

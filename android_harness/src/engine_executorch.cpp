@@ -110,7 +110,7 @@ class SharedMemory {
 // not packed (of elementwise operators) and are still read when the model runs.
 class MappedFile final : public et::DataLoader {
  public:
-  explicit MappedFile(const std::string& path) : mapping_(path, "bundle") {}
+  MappedFile(const std::string& path, const std::string& more) : mapping_(path, more, "bundle") {}
 
   et::Result<et::FreeableBuffer> load(size_t offset, size_t size,
                                       const SegmentInfo&) const override {
@@ -142,7 +142,7 @@ class ExecuTorchModel final : public Model {
  public:
   ExecuTorchModel(const ArtifactInfo& info, std::shared_ptr<SharedMemory> memory,
                   et::LoadBackendOptionsMap& options)
-      : info_(info), memory_(std::move(memory)), file_(info_.path) {
+      : info_(info), memory_(std::move(memory)), file_(info_.path, info_.weights) {
     auto program = et::Program::load(&file_, et::Program::Verification::InternalConsistency);
     if (!program.ok()) fail(info_.id, "is not an ExecuTorch program", program.error());
     program_.emplace(std::move(program.get()));
@@ -301,10 +301,7 @@ class ExecuTorchEngine final : public Engine {
     if (auto hit = cache_->find(info.sha256)) return use(info, std::move(*hit));
     const auto turn = cache_->wait(info.sha256);
     if (auto hit = cache_->find(info.sha256)) return use(info, std::move(*hit));
-    struct stat st {};
-    ::stat(info.path.c_str(), &st);
-    const std::string temporary =
-        cache_->begin(info.sha256, info.id, static_cast<uint64_t>(st.st_size));
+    const std::string temporary = cache_->begin(info.sha256, info.id, info.bytes);
     try {
       auto model = open(info, temporary.c_str());
       et::BackendOptions<1> save;

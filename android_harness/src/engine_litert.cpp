@@ -331,10 +331,7 @@ class LiteRtEngine final : public Engine {
     if (auto hit = cache->find(info.sha256)) return use(std::move(*hit), CacheState::hit);
     const auto turn = cache->wait(info.sha256);
     if (auto hit = cache->find(info.sha256)) return use(std::move(*hit), CacheState::hit);
-    uint64_t bytes = 0;
-    for (const std::string& path : {info.path, info.weights})
-      if (struct stat st{}; stat(path.c_str(), &st) == 0) bytes += static_cast<uint64_t>(st.st_size);
-    const std::string temporary = cache->begin(info.sha256, info.id, bytes);
+    const std::string temporary = cache->begin(info.sha256, info.id, info.bytes);
     std::unique_ptr<LiteRtModel> model;
     try {
       model = make(temporary, nullptr);

@@ -111,12 +111,13 @@ int64_t check_version(const json::Node& root) {
   return number;
 }
 
-// A LiteRT file is whole, or continued by one more.
+// A file of LiteRT or ExecuTorch is whole, or continued by one more.
 void check_parts(const json::Node& node, const Artifact& artifact, int64_t version) {
-  if (artifact.engine != "litert" || artifact.parts.empty()) return;
+  if (!artifact.continued()) return;
   if (version < 3)
-    node.fail("schema_version " + std::to_string(version) + " has no parts of a LiteRT file");
-  if (artifact.parts.size() > 1) node.at("parts").fail("a LiteRT file is continued by one part");
+    node.fail("schema_version " + std::to_string(version) + " has no parts of " + artifact.engine);
+  if (artifact.parts.size() > 1)
+    node.at("parts").fail("a file of " + artifact.engine + " is continued by one part");
 }
 
 }  // namespace
@@ -141,11 +142,11 @@ const Artifact* Manifest::artifact(const std::string& id) const {
 }
 
 std::string Manifest::packed_sha256(const Artifact& artifact) const {
-  if (artifact.engine != "litert" || artifact.parts.empty()) return artifact.file.sha256;
+  if (!artifact.continued()) return artifact.file.sha256;
   // Weights are packed by what the graphs say of them, which those that share them agree on.
   std::set<std::string> graphs;
   for (const Artifact& other : artifacts)
-    if (other.engine == artifact.engine && other.parts.size() == 1 &&
+    if (other.engine == artifact.engine && other.continued() &&
         other.parts.front().path == artifact.parts.front().path)
       graphs.insert(other.file.sha256);
   Sha256 hash;

@@ -25,6 +25,9 @@ struct Artifact {
   Ports ports;
   std::optional<uint64_t> workspace;  // that the engine wants while it runs
   std::string field;  // "artifacts[3]"
+
+  // Whether its file is continued by its part, rather than finding it by name.
+  bool continued() const { return (engine == "litert" || engine == "executorch") && !parts.empty(); }
 };
 
 struct Size {

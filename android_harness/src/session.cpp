@@ -180,14 +180,15 @@ void Session::open_artifacts(const std::function<void()>& go_on) {
       slot.info = {artifact.id,
                    check_file(manifest_, artifact.file, artifact.field + ".file", job_.verify_hashes),
                    manifest_.packed_sha256(artifact), ports_of(artifact.ports.inputs),
-                   ports_of(artifact.ports.outputs), ""};
+                   ports_of(artifact.ports.outputs), artifact.file.bytes, ""};
       auto exception = job_.stream_by_artifact.find(artifact.id);
       slot.stream = exception == job_.stream_by_artifact.end() ? job_.stream : exception->second;
       for (size_t i = 0; i < artifact.parts.size(); ++i) {
         const std::string part = check_file(
             manifest_, artifact.parts[i], artifact.field + ".parts[" + std::to_string(i) + "]",
             job_.verify_hashes);
-        if (artifact.engine == "litert") slot.info.weights = part;
+        if (artifact.continued()) slot.info.weights = part;
+        slot.info.bytes += artifact.parts[i].bytes;
       }
       slot_of[index] = slots.size();
       slots.push_back(std::move(slot));

@@ -1,10 +1,8 @@
 """One file of weights behind several .tflite files.
 
 A model at several picture sizes is the same weights under graphs of other shapes. So what the
-files of a segment have in common is taken out of them, into one file that continues each: a
-flatbuffer names the data of a tensor by an offset, and those beyond its end are in the other file.
-Whoever opens one puts the two behind each other: :func:`whole` in a file, the harness in memory, by
-mapping both, which is why the first ends where a page ends.
+files of a segment have in common is taken out of them, into one file that
+:mod:`continues <handheld_export.sharing>` each.
 
 Buffers in common have the same index everywhere. XNNPACK knows packed weights by the indices of
 weight and bias, so that files of one segment can use one file of packed weights.
@@ -13,11 +11,8 @@ weight and bias, so that files of one segment can use one file of packed weights
 from __future__ import annotations
 
 import hashlib
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -26,12 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from handheld.errors import TargetError
+from handheld_export.sharing import padded, whole
 from handheld_export.tflite import ALIGNMENT, code_of, packed
 
-PAGE: Final = 1 << 14
-"""The largest page of phones: a file that is continued ends where one ends."""
-NAME: Final = "handheld.weights"
-"""Metadata that holds the name of the file which continues this one."""
 _LEAST: Final = 64
 """Bytes of a buffer that is worth a place among the shared ones, which are aligned to as many."""
 _KERNELS: Final = frozenset(
@@ -115,8 +107,9 @@ def share(paths: Sequence[Path], outputs: Sequence[Path], weights: Path) -> bool
     paths : sequence of Path
         One segment at several sizes, as :func:`~handheld_export.tflite.graft` writes it.
     outputs : sequence of Path
-        One for each, in the folder of ``weights``.
+        ``SEGMENT.WIDTHxHEIGHT.tflite`` for each, in the folder of ``weights``.
     weights : Path
+        ``SEGMENT.weights``.
 
     Returns
     -------
@@ -146,7 +139,7 @@ def share(paths: Sequence[Path], outputs: Sequence[Path], weights: Path) -> bool
             at += -(-content.size // ALIGNMENT) * ALIGNMENT
     _write_weights(weights, files[0], places)
     for file, output in zip(files, outputs, strict=True):
-        _write_graph(output, file, places, weights.name)
+        _write_graph(output, file, places)
         _compare(output, file)
     return True
 
@@ -158,17 +151,12 @@ def _write_weights(path: Path, file: _File, places: dict[int, int]) -> None:
             out.write(file.contents[index].data)  # type: ignore[union-attr]
 
 
-def _write_graph(path: Path, file: _File, places: dict[int, int], weights: str) -> None:
+def _write_graph(path: Path, file: _File, places: dict[int, int]) -> None:
     model = file.model
     for index, (buffer, content) in enumerate(zip(model.buffers, file.contents, strict=True)):
         buffer.data = None if index in places else content
         buffer.offset = buffer.size = 2 if index in places else 0
-    named, entry = schema.BufferT(), schema.MetadataT()
-    named.data = np.frombuffer(weights.encode(), np.uint8)
-    entry.name, entry.buffer = NAME, len(model.buffers)
-    model.buffers.append(named)
-    model.metadata = [entry]
-    end = -(-len(packed(model)) // PAGE) * PAGE
+    end = padded(len(packed(model)))
     for index, at in places.items():
         content = file.contents[index]
         assert content is not None
@@ -186,32 +174,3 @@ def _compare(path: Path, file: _File) -> None:
                 x is not None and y is not None and np.array_equal(x, y)
             ):
                 raise TargetError(f"tensor {i} is not what it was in {file.path}", path=path)
-
-
-def continued_by(path: Path) -> Path | None:
-    """Return the file that continues one, None if it is whole."""
-    data = np.memmap(path, np.uint8, "r")
-    model = schema.Model.GetRootAs(data.data)
-    for i in range(model.MetadataLength()):
-        entry = model.Metadata(i)
-        if entry.Name() == NAME.encode():
-            name = bytes(model.Buffers(entry.Buffer()).DataAsNumpy()).decode()
-            if "/" in name:
-                raise TargetError(f"is continued by '{name}', which is not beside it", path=path)
-            return path.parent / name
-    return None
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Give a file with what continues it, for as long as the block lasts."""
-    more = continued_by(path)
-    if more is None:
-        yield path
-        return
-    with tempfile.NamedTemporaryFile(suffix=path.suffix) as file:
-        for part in (path, more):
-            with part.open("rb") as source:
-                shutil.copyfileobj(source, file, 1 << 20)
-        file.flush()
-        yield Path(file.name)

@@ -27,7 +27,15 @@ from handheld.files import (
     replaced_folder,
     sha256_file,
 )
-from handheld.manifest import SCHEMA_VERSION, Artifact, FileRef, Manifest, Reference, Size
+from handheld.manifest import (
+    CONTINUED,
+    SCHEMA_VERSION,
+    Artifact,
+    FileRef,
+    Manifest,
+    Reference,
+    Size,
+)
 from handheld.program import TensorSpec, check
 
 MANIFEST = "manifest.json"
@@ -163,8 +171,10 @@ class Bundle:
                 index = [i for i, a in enumerate(manifest.artifacts) if a.id == name][1]
                 self._fail(f"a second artifact has the id '{name}'", f"artifacts[{index}].id")
         for i, artifact in enumerate(manifest.artifacts):
-            if artifact.engine == "litert" and len(artifact.parts) > 1:
-                self._fail("a LiteRT file is continued by one part", f"artifacts[{i}].parts")
+            if artifact.engine in CONTINUED and len(artifact.parts) > 1:
+                self._fail(
+                    f"a file of {artifact.engine} is continued by one part", f"artifacts[{i}].parts"
+                )
         self._check_files(verify_hashes)
         self._check_specs()
         ports = {a.id: a.ports for a in manifest.artifacts}

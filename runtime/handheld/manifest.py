@@ -16,6 +16,8 @@ from handheld.program import Call, Extent, Model, Name, Ports, Program, Seed, Te
 
 SCHEMA_VERSION: Final = 3
 """The newest that is read. Bundles are written in the oldest that can say what they are."""
+CONTINUED: Final = ("litert", "executorch")
+"""Engines whose files are whole, or continued by one part."""
 MOST_SIZES: Final = 64
 """Picture sizes that the harness takes."""
 
@@ -69,8 +71,8 @@ class Artifact(Model):
     file: FileRef
     parts: tuple[FileRef, ...] = ()
     """Further files that the engine finds from the first one: external weights beside it, the rest
-    of a package around it. Artifacts may share them. A LiteRT file has at most one, which continues
-    it: offsets beyond the file's end are in there."""
+    of a package around it. Artifacts may share them. LiteRT and ExecuTorch have at most one, which
+    continues the file: offsets beyond its end are in there."""
     ports: Ports
     units: tuple[str, ...]
     """Module paths of the segment, first to last."""
@@ -171,7 +173,7 @@ class Manifest(Model):
 
     schema_version: Literal[1, 2, 3] = 1
     """2 where a program computes with float16, 3 where there are references of several sizes or
-    LiteRT files that share weights."""
+    files of LiteRT or ExecuTorch that share weights."""
     model: ModelInfo
     target: str
     precision: str
@@ -200,8 +202,8 @@ class Manifest(Model):
             if self.references:
                 raise ValueError(f"{old} references of several sizes")
             for artifact in self.artifacts:
-                if artifact.engine == "litert" and artifact.parts:
-                    raise ValueError(f"{old} parts of a LiteRT file, as {artifact.id} has")
+                if artifact.engine in CONTINUED and artifact.parts:
+                    raise ValueError(f"{old} parts of {artifact.engine}, as {artifact.id} has")
         return self
 
     @property

@@ -56,6 +56,18 @@ class ExecuTorchXNNPACK(Target):
         xnnpack.check(path, result.layers)
         return Lowered(path, 1, self.versions(), result.notes)
 
+    def share(
+        self, paths: Mapping[str, Path], weights: str, folder: Path
+    ) -> Mapping[str, tuple[Path, ...]] | None:
+        """Put weights into one file that continues the programs of all sizes."""
+        from handheld_export import pte_shared
+
+        outputs = {name: folder / f"{name}{self.suffix}" for name in paths}
+        common = folder / weights
+        if not pte_shared.share(list(paths.values()), list(outputs.values()), common):
+            return None
+        return {name: (path, common) for name, path in outputs.items()}
+
     def load(self, path: Path, ports: Ports) -> Runner:
         """Open an artifact with the engine's Python runtime."""
         return _Runner(path, ports)
@@ -65,8 +77,11 @@ class _Runner(Runner):
     def __init__(self, path: Path, ports: Ports) -> None:
         from executorch.runtime import Runtime
 
-        self._program: Any = Runtime.get().load_program(path)
-        self._method: Any = self._program.load_method("forward")
+        from handheld_export import sharing
+
+        with sharing.whole(path) as joined:
+            self._program: Any = Runtime.get().load_program(joined)
+            self._method: Any = self._program.load_method("forward")
         self._ports = ports
 
     def __call__(self, *inputs: Array) -> tuple[Array, ...]:

@@ -118,9 +118,9 @@ class _Runner(Runner):
     def __init__(self, path: Path, ports: Ports) -> None:
         from ai_edge_litert.interpreter import Interpreter
 
-        from handheld_export import tflite_shared
+        from handheld_export import sharing
 
-        with tflite_shared.whole(path) as joined:
+        with sharing.whole(path) as joined:
             self._interpreter = Interpreter(str(joined), num_threads=2)
         self._ports = ports
         self._interpreter.allocate_tensors()

@@ -47,6 +47,18 @@ class ONNX(Target):
         onnx.read_back(path, layers)
         return Lowered(path, tools=self.versions(), parts=(data,))
 
+    def share(
+        self, paths: Mapping[str, Path], weights: str, folder: Path
+    ) -> Mapping[str, tuple[Path, ...]] | None:
+        """Put weights into one file beside the graphs of all sizes."""
+        from handheld_export import onnx_shared
+
+        outputs = {name: folder / f"{name}{self.suffix}" for name in paths}
+        common = folder / weights
+        if not onnx_shared.share(list(paths.values()), list(outputs.values()), common):
+            return None
+        return {name: (path, common) for name, path in outputs.items()}
+
     def load(self, path: Path, ports: Ports) -> Runner:
         """Open an artifact with onnxruntime."""
         return _Runner(path, ports)
