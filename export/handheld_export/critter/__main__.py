@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from . import evaluate, judge, pack, text, unet, vae
+from . import evaluate, judge, pack, terminal, text, unet, vae
 
-PHASES = ("data", "vae", "text", "unet", "classifier", "pack", "evaluate")
+PHASES = ("data", "vae", "text", "unet", "classifier", "pack", "terminal", "evaluate")
 
 
 def run_phase(phase: str, root: Path, model: Path) -> None:
@@ -40,6 +40,8 @@ def run_phase(phase: str, root: Path, model: Path) -> None:
     elif phase == "pack":
         pack.write_trained(root, model, pack.SETTINGS)
         judge.pack(root, model)
+    elif phase == "terminal":
+        terminal.run(root, model)
     elif phase == "evaluate":
         figures = evaluate.evaluate(model)
         evaluate.write_json(model / "quality.json", figures)
