@@ -153,7 +153,8 @@ def test_a_target_that_does_not_draw_bands_is_refused(tmp_path):
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bands")
-    tiny.write_checkpoint(folder / "tiny", tiny.SMALLEST, tiny.KL, text=False)
+    unet = tiny.SMALLEST | {"down_block_types": ("DownBlock2D",)}
+    tiny.write_checkpoint(folder / "tiny", unet, tiny.KL, text=False)
     options = Options(
         target="litert-cpu",
         precision="fp32",

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,8 +16,10 @@ pytest.importorskip("torch")
 pytest.importorskip("accelerate")
 
 import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import recipes
+import tiny
 import train_worker
 from handheld.errors import CheckpointError, HandheldError, OutputError, UsageError
 from handheld_export.checkpoint import Checkpoint
@@ -27,8 +28,6 @@ from handheld_export.compress.data import Folder
 from handheld_export.compress.engine import Machine, TrainingError, Watch, read_log
 from handheld_export.compress.painter import Painter, weights
 from handheld_export.compress.steps import distill
-
-WORKER = Path(train_worker.__file__)
 
 
 @pytest.fixture(scope="module")
@@ -349,61 +348,63 @@ RECIPE = (
 TRAINED = ("warmup", "dmd", "distill", "decoder")
 
 
-def spawn(tmp_path, steps, checkpoint, pictures, work, *flags, processes=1):
-    path = recipes.write(tmp_path / "recipe.toml", *steps)
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        launcher += [
-            "--master_port",
-            "0",
-            "--rdzv_backend",
-            "c10d",
-            "--rdzv_endpoint",
-            "localhost:0",
-        ]
-    given = [path, checkpoint, pictures, tmp_path / work, tmp_path / f"{work}-student"]
-    return subprocess.Popen(
-        [*launcher, str(WORKER), *map(str, given), *flags],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+# Its children have torch already; a new Python would take ten seconds to import it.
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["handheld_export.lowering", "handheld_export.compress.run"])
+
+
+def spawn(*given):
+    """Run a recipe in a process that a test may kill."""
+    recipe_path, *_, work = given
+    log = recipe_path.with_name(f"{work.name}.log")
+    process = FORKED.Process(target=train_worker.logged, args=(log, *given))
+    process.start()
+    return process
+
+
+def side_by_side(*given):
+    """Run a recipe in two processes that train together, started as torchrun starts them."""
+    config = LaunchConfig(
+        1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="forkserver",
+        max_restarts=0,
+    )  # fmt: skip
+    taken = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
+    handlers = {number: signal.getsignal(number) for number in taken}
+    try:
+        elastic_launch(config, train_worker.main)(*given)
+    finally:  # it leaves its own
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def seldom_saved(*steps):
     return tuple(s.replace("save_seconds = 0.001", "save_seconds = 1000") for s in steps)
 
 
-def finish(process):
-    said, _ = process.communicate(timeout=500)
-    assert process.returncode == 0, said[-3000:]
-
-
 def once(process, happened):
     """Wait until something has happened while a process runs."""
     deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None and not happened():
+    while time.monotonic() < deadline and process.is_alive() and not happened():
         time.sleep(0.005)
 
 
 @pytest.mark.slow
 def test_a_run_that_was_killed_in_each_of_its_steps_goes_on_to_the_bit(tmp_path, sdxl, pictures):
-    finish(spawn(tmp_path, RECIPE, sdxl, pictures, "whole"))
+    given = recipes.write(tmp_path / "recipe.toml", *RECIPE), sdxl, pictures
+    train_worker.main(*given, tmp_path / "whole")
     for name in TRAINED:
 
         def trains(name=name):
             logs = list((tmp_path / "cut").glob(f"*{name}-*/log.jsonl"))
             return logs and len(logs[0].read_text().splitlines()) >= 3
 
-        process = spawn(tmp_path, RECIPE, sdxl, pictures, "cut")
+        process = spawn(*given, tmp_path / "cut")
         once(process, trains)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert process.returncode == -signal.SIGKILL
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, (tmp_path / "cut.log").read_text()[-3000:]
         assert not (tmp_path / "cut-student").exists()
-    finish(spawn(tmp_path, RECIPE, sdxl, pictures, "cut"))
+    train_worker.main(*given, tmp_path / "cut")
     for name in TRAINED:
         assert losses(tmp_path / "cut", name) == losses(tmp_path / "whole", name)
     one, other = (Checkpoint(tmp_path / f"{w}-student") for w in ("whole", "cut"))
@@ -413,24 +414,25 @@ def test_a_run_that_was_killed_in_each_of_its_steps_goes_on_to_the_bit(tmp_path,
 
 @pytest.mark.slow
 def test_an_interrupted_run_ends_its_step_and_goes_on_to_the_bit(tmp_path, sdxl, pictures):
-    steps = seldom_saved(recipes.dmd(30))
-    finish(spawn(tmp_path, steps, sdxl, pictures, "whole"))
+    steps = seldom_saved(recipes.dmd(12))
+    given = recipes.write(tmp_path / "recipe.toml", *steps), sdxl, pictures
+    train_worker.main(*given, tmp_path / "whole")
     reached = 0
     for number in (signal.SIGINT, signal.SIGTERM):
-        process = spawn(tmp_path, steps, sdxl, pictures, "cut")
+        process = spawn(*given, tmp_path / "cut")
 
         def goes_on(reached=reached):
             logs = list((tmp_path / "cut").glob("*dmd-*/log.jsonl"))
             return logs and len(logs[0].read_text().splitlines()) > reached
 
         once(process, goes_on)
-        process.send_signal(number)
-        process.wait()
-        assert process.returncode not in (0, -signal.SIGTERM)
+        os.kill(process.pid, number)
+        process.join()
+        assert process.exitcode not in (0, -signal.SIGTERM)
         (kept,) = (tmp_path / "cut").glob("*dmd-*/checkpoint.pt")
         before, reached = reached, torch.load(kept, weights_only=True)["step"]
-        assert before < reached < 30
-    finish(spawn(tmp_path, steps, sdxl, pictures, "cut"))
+        assert before < reached < 12
+    train_worker.main(*given, tmp_path / "cut")
     assert losses(tmp_path / "cut", "dmd") == losses(tmp_path / "whole", "dmd")
 
 
@@ -438,23 +440,24 @@ def test_an_interrupted_run_ends_its_step_and_goes_on_to_the_bit(tmp_path, sdxl,
 @pytest.mark.parametrize("kind", ["dmd", "quantized"])
 def test_two_processes_train_as_one_does(tmp_path, sdxl, pictures, kind):
     steps = {
-        "dmd": seldom_saved(recipes.dmd(10)),
+        "dmd": seldom_saved(recipes.dmd(6)),
         # At rates that train well: at higher ones a rounding error flips a code and grows.
-        "quantized": seldom_saved(recipes.trim(), recipes.quantize(), recipes.distill(10, lr=2e-5)),
+        "quantized": seldom_saved(recipes.trim(), recipes.quantize(), recipes.distill(6, lr=2e-5)),
     }[kind]
     name = "distill" if kind == "quantized" else kind
-    finish(spawn(tmp_path, steps, sdxl, pictures, "one"))
+    given = recipes.write(tmp_path / "recipe.toml", *steps), sdxl, pictures
+    train_worker.main(*given, tmp_path / "one")
     one = losses(tmp_path / "one", name)
-    assert len(one) == 10
-    for flags in ((), ("fsdp",)):
-        work = "-".join(("two", *flags))
-        finish(spawn(tmp_path, steps, sdxl, pictures, work, *flags, processes=2))
-        two = losses(tmp_path / work, name)
-        assert len(two) == 10
+    assert len(one) == 6
+    for fsdp in (False, True):
+        work = tmp_path / f"two-{fsdp}"
+        side_by_side(*given, work, fsdp)
+        two = losses(work, name)
+        assert len(two) == 6
         worst = max(
             abs(a[k] - b[k]) / max(1.0, abs(a[k])) for a, b in zip(one, two, strict=True) for k in a
         )
-        assert worst <= 1e-4, flags
+        assert worst <= 1e-4, fsdp
 
 
 # --- dry runs --------------------------------------------------------------------------------
@@ -533,7 +536,11 @@ def test_what_was_trained_is_what_ships(compress, tmp_path, target):
     from handheld_export.export import Options, export
 
     grids = ('linear = ["int2"]', 'convolution = ["int2"]', 'embedding = ["int8"]')
-    compress(recipes.dmd(2), recipes.quantize(*grids), recipes.decoder(4))
+    source = tiny.write_checkpoint(
+        tmp_path / "source", tiny.SMALLEST, tiny.KL, steps=1, prompts=["a small red robot"]
+    )
+    steps = recipes.dmd(2), recipes.quantize(*grids), recipes.decoder(4)
+    compress(*steps, checkpoint=Checkpoint(source))
     student = Checkpoint(tmp_path / "student")
     manifest = export(student, Options(target=target, precision="int8"), tmp_path / "bundle")
     assert manifest.verification.student_snr_db >= 35

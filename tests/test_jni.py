@@ -102,7 +102,7 @@ def bundle(tmp_path_factory, smallest):
     from handheld_export.export import Options, export
 
     path = tmp_path_factory.mktemp("bundle") / "b"
-    export(Checkpoint(smallest), Options(target="litert-cpu", precision="fp32"), path, jobs=1)
+    export(Checkpoint(smallest), Options("executorch-xnnpack", "fp32"), path, jobs=1)
     return Bundle.open(path)
 
 
@@ -134,7 +134,7 @@ def test_java_runs_a_bundle(library, bundle, tmp_path):
     said = {line.partition(" ")[0]: line.partition(" ")[2] for line in lines}
     assert "WARNING in native method" not in done.stdout
     assert said["version"]
-    assert "litert" in json.loads(said["engines"])
+    assert {"executorch", "litert"} <= set(json.loads(said["engines"]))
     assert json.loads(said["refused"])["code"] == "bundle"
     assert said["same"] == said["other"] == "true"
     calls = said["progress"].split()

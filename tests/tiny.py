@@ -30,11 +30,11 @@ SDXL = {
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": POOLED + 48,
 }
-# One resolution: the fewest segments.
+# One resolution, transformers on the way down and in the middle: the fewest segments.
 SMALLEST = SDXL | {
     "block_out_channels": (32,),
     "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("CrossAttnUpBlock2D",),
+    "up_block_types": ("UpBlock2D",),
     "transformer_layers_per_block": 1,
     "attention_head_dim": 2,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import os
 from pathlib import Path
 
 import torch
@@ -13,18 +13,22 @@ from handheld_export.compress.data import Folder
 from handheld_export.compress.engine import Machine
 
 
-def main(recipe_path: str, checkpoint: str, data: str, work: str, output: str, *flags: str) -> None:
-    """Run it."""
+def main(recipe_path: Path, checkpoint: Path, data: Path, work: Path, fsdp: bool = False) -> None:
+    """Run it; the student is written beside ``work``."""
     torch.set_num_threads(1)
     run.compress(
         Checkpoint(checkpoint),
-        recipe.read(Path(recipe_path)),
-        Path(output),
-        dataset=Folder(Path(data)),
-        machine=Machine(precision="no", fsdp="fsdp" in flags, cpu=True),
-        work=Path(work),
+        recipe.read(recipe_path),
+        work.with_name(f"{work.name}-student"),
+        dataset=Folder(data),
+        machine=Machine(precision="no", fsdp=fsdp, cpu=True),
+        work=work,
     )
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def logged(log: Path, *given) -> None:
+    """Run it, with a file for what it says."""
+    with log.open("ab") as file:
+        for fd in (1, 2):
+            os.dup2(file.fileno(), fd)
+    main(*given)
