@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +201,22 @@ def write_bundle(path: Path, **changes: Any) -> Bundle:
     written = bundles.write(manifest, files, path)
     assert written is not None
     return written
+
+
+def add_size(folder: Path, verification: dict[str, float]) -> None:
+    """Make a bundle draw 24x8, too, with a reference; its artifacts have a part in common."""
+    several_sizes = runpy.run_path(str(Path(__file__).parent / "golden" / "make.py"))
+    wide = bundles.load_tensors(folder / "reference.safetensors")
+    wide["picture"] = np.zeros((1, HEIGHT, WIDTH + 8, 3), np.uint8)
+    data = save(wide)
+    (folder / "reference.24x8.safetensors").write_bytes(data)
+    (folder / "artifacts" / "weights").write_bytes(b"shared")
+    path = folder / "manifest.json"
+    tree = several_sizes["several_sizes"](json.loads(path.read_text()))
+    part = ref("artifacts/weights", b"shared").model_dump()
+    for artifact in tree["artifacts"]:
+        artifact["parts"] = [part]
+    file = ref("reference.24x8.safetensors", data).model_dump()
+    more = {"file": file, "size": "24x8", "verification": verification}
+    tree["references"] = [tree["reference"] | more]
+    path.write_text(json.dumps(tree))

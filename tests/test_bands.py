@@ -158,8 +158,7 @@ def bundle(tmp_path_factory):
     options = Options(
         target="litert-cpu",
         precision="fp32",
-        width=16,
-        height=12,
+        sizes=((16, 12),),
         steps=1,
         guidance=1.0,
         decoder_bands=0.02,

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import random
-import runpy
 import shutil
 import stat
 import zipfile
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save, save_file
+from safetensors.numpy import save
 
 import samples
 from handheld import archive
@@ -214,24 +213,7 @@ def test_all_faults_at_once(folder):
 
 @pytest.fixture
 def sized(folder):
-    """A bundle of two sizes with a reference for each, whose artifacts have a part in common."""
-    several_sizes = runpy.run_path(str(Path(__file__).parent / "golden" / "make.py"))
-    wide = bundles.load_tensors(folder / "reference.safetensors")
-    wide["picture"] = np.zeros((1, 8, 24, 3), np.uint8)
-    save_file(wide, folder / "reference.24x8.safetensors")
-    (folder / "artifacts" / "weights").write_bytes(b"shared")
-
-    def change(tree):
-        several_sizes["several_sizes"](tree)
-        part = samples.ref("artifacts/weights", b"shared").model_dump()
-        for artifact in tree["artifacts"]:
-            artifact["parts"] = [part]
-        data = (folder / "reference.24x8.safetensors").read_bytes()
-        file = samples.ref("reference.24x8.safetensors", data).model_dump()
-        more = {"file": file, "size": "24x8", "verification": {"psnr_db": 31.0}}
-        tree["references"] = [tree["reference"] | more]
-
-    edit(folder, change)
+    samples.add_size(folder, {"psnr_db": 31.0})
     return folder
 
 

@@ -12,7 +12,6 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -443,7 +442,7 @@ def test_segments_wait_for_room(monkeypatch):
 
     class Task:
         def __init__(self, segment):
-            self.segment = segment
+            self.segment = self.key = segment
 
         def result(self):
             return {"id": self.segment}
@@ -456,10 +455,8 @@ def test_segments_wait_for_room(monkeypatch):
     monkeypatch.setattr("handheld_export.memory.IDLE", 0)
     monkeypatch.setattr("handheld_export.export.ProcessPoolExecutor", Pool)
     monkeypatch.setattr("handheld_export.export.wait", wait)
-    plan = SimpleNamespace(
-        segments=[("unet", SimpleNamespace(id=n, weights=1), None) for n in needs]
-    )
-    metas = _in_workers([Task(n) for n in needs], 2, 1, budget, needs, Progress(), plan)
+    weights = dict.fromkeys(needs, 1)
+    metas = _in_workers([Task(n) for n in needs], 2, 1, budget, needs, Progress(), weights)
     assert log == ["large", "wait", "a", "b", "wait"]
     assert set(metas) == set(needs)
 

@@ -10,7 +10,10 @@ import subprocess
 import pytest
 
 import releases
+import samples
 from handheld import harness
+from handheld.bundle import Bundle
+from handheld.release.builder import Options, build
 
 pytestmark = pytest.mark.slow
 
@@ -73,3 +76,20 @@ def test_hostile_releases(program, copy):
     shutil.rmtree(path / "variants")
     file.write_bytes(data)
     assert check(program, path, variant)[0] == 2
+
+
+def test_references_of_further_sizes_are_followed(program, tmp_path):
+    made = releases.bundle(tmp_path / "b")
+    samples.add_size(made.path, {"snr_db": 60.0, "psnr_db": 50.0})
+    bundle = Bundle.open(made.path)
+    wide = releases.record(bundle, number=1)
+    wide = wide.model_copy(update={"bundle": wide.bundle.model_copy(update={"size": "24x8"})})
+    release = tmp_path / "r"
+    build([bundle], [releases.record(bundle), wide], release, Options(name="sample", version=1))
+    (folder,) = (release / "variants").iterdir()
+    assert check(program, release, folder.name) == (0, None)
+    file = folder / "reference.24x8.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    assert check(program, release, folder.name) == (2, "hash")
+    file.unlink()
+    assert check(program, release, folder.name)[0] == 2

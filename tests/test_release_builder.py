@@ -7,6 +7,8 @@ import zipfile
 import pytest
 
 import releases
+import samples
+from handheld.bundle import Bundle
 from handheld.errors import BundleError, GateError, OutputError, UsageError
 from handheld.manifest import Verification
 from handheld.release import sbom
@@ -261,3 +263,58 @@ def test_hashes_are_those_of_the_files(tmp_path):
         data = (opened.path / variant.manifest.path).read_bytes()
         assert hashlib.sha256(data).hexdigest() == variant.manifest.sha256
         assert opened.bundle(variant).sha256 == variant.bundle_sha256
+
+
+@pytest.fixture
+def sized(tmp_path):
+    made = releases.bundle(tmp_path / "sized")
+    samples.add_size(made.path, {"snr_db": 60.0, "psnr_db": 50.0})
+    return Bundle.open(made.path)
+
+
+def of_size(record, size):
+    return record.model_copy(update={"bundle": record.bundle.model_copy(update={"size": size})})
+
+
+def test_every_size_must_have_run(sized, tmp_path):
+    first = releases.record(sized, peak=50_000_000)
+    with pytest.raises(GateError, match="no good run drew 24x8"):
+        build([sized], [first], tmp_path / "r", OPTIONS)
+    wide = of_size(releases.record(sized, number=1, peak=90_000_000, times=(80.0,) * 3), "24x8")
+    build([sized], [first, wide], tmp_path / "r", OPTIONS)
+    (mode,) = Release.open(tmp_path / "r").manifest.variants[0].modes
+    # The memory of the size that takes most, and its time, not one between the two.
+    assert (mode.memory_bytes, mode.median_ms) == (90_000_000, 80.0)
+
+
+def test_times_of_different_sizes_are_not_compared(sized, tmp_path):
+    other = releases.bundle(tmp_path / "other", target="executorch-xnnpack")
+    slow = of_size(releases.record(other, number=1, times=(90.0,) * 3), "24x8")
+    records = [
+        releases.record(sized, number=2, times=(10.0,) * 3),
+        of_size(releases.record(sized, number=3, times=(95.0,) * 3), "24x8"),
+        slow,
+    ]
+    build([sized, other], records, tmp_path / "r", OPTIONS)
+    found = Release.open(tmp_path / "r").manifest.variants
+    assert [v.target for v in found] == ["executorch-xnnpack", "litert-cpu"]
+
+
+def test_an_iphone_is_not_offered_what_its_app_does_not_read(sized, tmp_path):
+    records = [
+        releases.record(sized),
+        of_size(releases.record(sized, number=1), "24x8"),
+    ]
+    build([sized], records, tmp_path / "r", OPTIONS)
+    (variant,) = Release.open(tmp_path / "r").manifest.variants
+    assert variant.needs.platforms == ("android", "host")
+    alone = releases.bundle(tmp_path / "alone")
+    build([alone], [releases.record(alone)], tmp_path / "r", OPTIONS)
+    assert "ios" in Release.open(tmp_path / "r").manifest.variants[0].needs.platforms
+
+
+def test_a_target_of_iphones_alone_needs_a_manifest_that_they_read(tmp_path):
+    made = releases.bundle(tmp_path / "b", target="coreml")
+    samples.add_size(made.path, {"snr_db": 60.0, "psnr_db": 50.0})
+    with pytest.raises(GateError, match="only ios runs coreml"):
+        build([Bundle.open(made.path)], [], tmp_path / "r", OPTIONS)

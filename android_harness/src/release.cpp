@@ -16,6 +16,12 @@ void check_other_files(const std::string& text, const std::string& path, const M
     check_file(manifest, read_ref(prefetched->at("file")), "text.prefetched.file", true);
   if (auto reference = root.find("reference"))
     check_file(manifest, read_ref(reference->at("file")), "reference.file", true);
+  auto references = root.find("references");
+  if (!references) return;
+  size_t i = 0;
+  for (const json::Node& node : references->items())
+    check_file(manifest, read_ref(node.at("file")),
+               "references[" + std::to_string(i++) + "].file", true);
 }
 
 }  // namespace

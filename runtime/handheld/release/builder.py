@@ -37,6 +37,7 @@ from handheld.release.manifest import (
     Gate,
     Mode,
     Needs,
+    Platform,
     ReleaseManifest,
     Source,
     Variant,
@@ -45,6 +46,8 @@ from handheld.release.rules import Rules
 from handheld.release.rules import read as read_rules
 
 _UNITS = ("npu", "gpu", "cpu")
+_READ_ON_IOS = 1
+"""The version of bundles' manifests that ios_harness reads; it refuses others."""
 
 
 @dataclass(frozen=True)
@@ -141,13 +144,21 @@ def examine(
                 )
         mine = tuple(own[key] for key in sorted(own))
         gate = _gate(bundle, options)
-        platforms = rules.target(bundle.manifest.target).platforms
+        platforms = _platforms(bundle.manifest, rules)
         found.append(
             Candidate(
                 name, bundle, mine, gate, _faults(bundle, mine, gate, options.gates, platforms)
             )
         )
     return found
+
+
+def _platforms(manifest: Manifest, rules: Rules) -> tuple[Platform, ...]:
+    """Return where a target runs and the manifest can be read."""
+    platforms = rules.target(manifest.target).platforms
+    if manifest.schema_version <= _READ_ON_IOS:
+        return platforms
+    return tuple(p for p in platforms if p != "ios")
 
 
 def _gate(bundle: Bundle, options: Options) -> Gate | None:
@@ -199,6 +210,11 @@ def _faults(
             snr, least = own.figure(verification), getattr(own, kind)
             if snr is None or snr < least:
                 faults.append(f"{what} has {snr:.1f} dB, the gate asks {least:g}")
+    if not platforms:
+        faults.append(
+            f"only ios runs {manifest.target}, and its app reads manifests of version "
+            f"{_READ_ON_IOS}, not {manifest.schema_version}"
+        )
     if not records:
         faults.append("no run record says that it ran on a device")
     for record in records:
@@ -209,7 +225,10 @@ def _faults(
     good = [r for r in records if r.status == "ok"]
     if good and not any(r.check is not None for r in good):
         faults.append("no run compared its picture with the bundle's reference")
-    if good and not any(r.device.kind in platforms for r in good):
+    if good and len(manifest.sizes) > 1:
+        ran = {r.bundle.size for r in good}
+        faults += [f"no good run drew {size}" for size in manifest.sizes if size not in ran]
+    if good and platforms and not any(r.device.kind in platforms for r in good):
         kinds = ", ".join(sorted({r.device.kind for r in good}))
         faults.append(f"it ran on {kinds} only, and is for {', '.join(platforms)}")
     if records and not any(_is_measured(r) for r in records):
@@ -343,10 +362,11 @@ def _fastest_first(group: Sequence[Candidate]) -> list[Candidate]:
     """Return variants by time, measured alike on a device; as they are if none ran them all."""
     times = []
     for candidate in group:
-        found: dict[tuple[str, int], list[float]] = {}
+        found: dict[tuple[str, int, str], list[float]] = {}
         for r in filter(_is_measured, candidate.records):
             if isinstance(value := r.summary()["median_ms"], float):
-                found.setdefault((r.device.id, r.settings.threads), []).append(value)
+                key = (r.device.id, r.settings.threads, r.bundle.size)
+                found.setdefault(key, []).append(value)
         times.append({k: min(v) for k, v in found.items()})
     shared = sorted(set.intersection(*map(set, times)))
     if not shared:
@@ -395,7 +415,7 @@ def _variant(
         chunks=_write(folder, f"chunks/{candidate.id}.json", chunks),
         records=_write(folder, f"records/{candidate.id}.jsonl", records) if records else None,
         needs=Needs(
-            platforms=wants.platforms,
+            platforms=_platforms(manifest, rules) or wants.platforms,
             soc=wants.soc,
             min_os=wants.min_os,
             engines=tuple(sorted({a.engine for a in manifest.artifacts})),
@@ -412,7 +432,7 @@ def modes(bundle: Bundle, records: Sequence[RunRecord]) -> tuple[Mode, ...]:
     """Return the ways to run a bundle that its records show; estimates without any.
 
     The memory of a mode is the largest peak that was measured, its time the median of the runs'
-    medians on the device of that peak, with as many threads.
+    medians on the device of that peak, with as many threads and of the same size.
     """
     found = []
     for residency in get_args(Residency):
@@ -427,7 +447,8 @@ def modes(bundle: Bundle, records: Sequence[RunRecord]) -> tuple[Mode, ...]:
         times = [
             float(value)
             for r in good
-            if (r.device.id, r.settings.threads) == (peak.device.id, peak.settings.threads)
+            if (r.device.id, r.settings.threads, r.bundle.size)
+            == (peak.device.id, peak.settings.threads, peak.bundle.size)
             and isinstance(value := r.summary()["median_ms"], float)
         ]
         assert peak.memory is not None

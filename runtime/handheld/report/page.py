@@ -309,7 +309,9 @@ def _pictures(
                 continue
             of = f" at {size}" if len(m.sizes) > 1 else ""
             name = f"reference of {m.model.id} {m.target}{of}, {sha256[:8]}"
-            picture = bundle.reference(size)["picture"]
+            picture = bundle.reference(size).get("picture")
+            if picture is None:
+                continue
             figures.append(figure(png(np.asarray(picture)[0]), escape(name), name))
     for r in records:
         check = f", {r.check.psnr_db:.1f} dB" if r.check else ""
