@@ -699,7 +699,7 @@ def test_bad_manifests(built, copy, inputs, tmp_path):
         return m["sizes"][SIZE]["program"]["tensors"]
 
     for change, words in (
-        (lambda m: m.update(schema_version=3), "schema_version: unknown version 3"),
+        (lambda m: m.update(schema_version=4), "schema_version: unknown version 4"),
         (lambda m: m.pop("schema_version"), "schema_version"),
         (lambda m: m.update(extra=1), "unknown field 'extra'"),
         (lambda m: m.update(artifacts=[]), "artifacts: is empty"),
