@@ -63,6 +63,7 @@ def test_other_rows_never_have_the_last_timestep(monkeypatch):
 
 
 def test_a_packed_model_is_trained_on_and_packed_again(tmp_path, monkeypatch):
+    pytest.importorskip("robohash")
     from diffusers import UNet2DConditionModel
 
     from handheld_export.critter import pack, sample

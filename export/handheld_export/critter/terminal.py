@@ -13,12 +13,13 @@ from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import save_file
 
 from ..autocast import autocast
-from . import sample, text, unet
+from . import sample, unet
 from .loop import LoopConfig, Losses, load_ema, train
 
 SHARE = 0.2
 """Of the rows of a batch."""
 COLOR = 3.0
+"""Weight of the error in means of latents, beside that in each."""
 LOOP = LoopConfig(
     steps=1150,
     lr=3e-4,
@@ -51,10 +52,7 @@ def run(root: Path, folder: Path, loop: LoopConfig = LOOP, pictures: int = unet.
     student.set_attn_processor(AttnProcessor())
 
     def loss(step: int, generator: torch.Generator) -> Losses:
-        picked = torch.randint(pictures, (unet.BATCH,), generator=generator)
-        mean, std = latents["mean"][picked], latents["std"][picked]
-        x = mean + std * torch.randn(mean.shape, generator=generator)
-        captions, _ = text.captioned(latents["creatures"][picked], generator)
+        x, captions = unet.draw(latents, generator)
         with autocast():
             states, pooled = model.encode(captions)
         return unet.noise_loss(student, x, states.float(), pooled.float(), generator, SHARE, COLOR)

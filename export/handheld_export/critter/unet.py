@@ -112,6 +112,17 @@ def encode_pictures(
     return made
 
 
+def draw(
+    latents: dict[str, torch.Tensor], generator: torch.Generator
+) -> tuple[torch.Tensor, list[str]]:
+    """Draw a batch of encoded pictures, (n, 8, 16, 16), and a caption for each."""
+    picked = torch.randint(len(latents["creatures"]), (BATCH,), generator=generator)
+    mean, std = latents["mean"][picked], latents["std"][picked]
+    x = mean + std * torch.randn(mean.shape, generator=generator)
+    captions, _ = text.captioned(latents["creatures"][picked], generator)
+    return x, captions
+
+
 def noise_loss(
     unet: UNet2DConditionModel,
     latents: torch.Tensor,
@@ -171,10 +182,7 @@ def run(root: Path, loop: LoopConfig = LOOP, pictures: int = PICTURES) -> None:
     unet.set_attn_processor(AttnProcessor())  # on CPU twice as fast backwards as the fused kernel
 
     def loss(step: int, generator: torch.Generator) -> Losses:
-        picked = torch.randint(pictures, (BATCH,), generator=generator)
-        mean, std = latents["mean"][picked], latents["std"][picked]
-        x = mean + std * torch.randn(mean.shape, generator=generator)
-        captions, _ = text.captioned(latents["creatures"][picked], generator)
+        x, captions = draw(latents, generator)
         with torch.no_grad(), autocast():
             states, pooled, _ = reader.encoders(*tokens(captions))
         return noise_loss(unet, x, states.float(), pooled.float(), generator)
