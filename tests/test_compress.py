@@ -208,6 +208,19 @@ def test_budgets_that_cannot_be_met_name_what_would_do(compress):
         compress(recipes.step("trim", "remove = 0.99", "calibration = 1"))
 
 
+def test_layers_that_are_kept_stay_in_float(compress):
+    kept = 'keep = ["up_blocks.*.conv_shortcut"]'
+    student = compress(recipes.quantize('linear = ["int4"]', 'convolution = ["int8"]', kept))
+    layers = [n for n in student.unet if n.endswith("conv_shortcut.weight")]
+    assert {n for n in layers if n.startswith("up_blocks")}
+    for name in layers:
+        coded = name.removesuffix(".weight") in student.quantized
+        assert coded == name.startswith("down_blocks"), name
+    with pytest.raises(UsageError, match="matches no layer") as error:
+        compress(recipes.quantize('keep = ["up_blocks.9.*"]'))
+    assert error.value.field == "steps[0]: quantize.keep"
+
+
 def test_trims_that_do_not_fit_are_refused(compress):
     with pytest.raises(UsageError, match="does not fit") as error:
         compress(recipes.step("trim", "pairs = [9, 1]"))

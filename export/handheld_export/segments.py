@@ -624,8 +624,8 @@ def materialize(
     component : Component
         Where the weights are.
     precision : Precision or None
-        How layers without codes of their own are quantized; None leaves them as they are
-        and dequantizes the others.
+        How layers are quantized where the component has no codes of its own: a student says
+        itself what stays in float. None dequantizes all codes.
 
     Returns
     -------
@@ -658,7 +658,7 @@ def materialize(
         if weight is None:
             shape = tuple(layer_module.weight.shape)
             choice = precision.choose(segment.graph.component, name, shape)
-            if choice is None:
+            if choice is None or component.quantized:
                 continue
             weight = round_to_nearest(
                 layer_module.weight.detach().numpy(), choice.grid, choice.group_size

@@ -117,7 +117,7 @@ def at_size(shape: Shape, width: int, height: int) -> Shape:
 
 
 def at_precision(shape: Shape, name: str) -> Shape:
-    """Return the shape with the grids of a precision, for layers that have none.
+    """Return the shape with the grids of a precision; a student keeps its own.
 
     Raises
     ------
@@ -125,9 +125,11 @@ def at_precision(shape: Shape, name: str) -> Shape:
         If there is no such precision.
     """
     rule = precision.find(name)
-    grids = dict(shape.grids)
+    if shape.grids:
+        return shape
+    grids = {}
     for layer in shape.layers:
-        if len(layer.shape) < 2 or layer.name in grids:
+        if len(layer.shape) < 2:
             continue
         choice = rule.choose("unet", layer.name, layer.shape)
         if choice is not None:

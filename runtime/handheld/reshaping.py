@@ -6,6 +6,7 @@ import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -121,12 +122,31 @@ class QuantizeShape(Reshaping):
     """Budget: bits per weight over the quantized layers, scales included."""
     megabytes: float | None = Field(default=None, gt=0)
     """Budget in bytes instead; MB = 10^6 bytes."""
+    keep: list[str] = []
+    """Layers that stay in float, with ``*`` for any part of a name, beside those that always do.
+    Kernels round activations, too, and where a layer's output is nearly the U-Net's, nothing after
+    it makes that error smaller."""
 
     def candidates(self, layers: Sequence[Layer]) -> dict[str, list[Choice]]:
-        """Return the choices for every layer that is quantized at all."""
+        """Return the choices for every layer that is quantized at all.
+
+        Raises
+        ------
+        UsageError
+            If a pattern in ``keep`` matches no layer.
+        """
+        for pattern in self.keep:
+            if not any(fnmatchcase(layer.name, pattern) for layer in layers):
+                raise UsageError(
+                    f"'{pattern}' matches no layer",
+                    field="quantize.keep",
+                    remedy="name layers as the checkpoint does, with * for any part",
+                )
         found: dict[str, list[Choice]] = {}
         for layer in layers:
             if len(layer.shape) < 2 or layer.name.startswith(FLOAT):
+                continue
+            if any(fnmatchcase(layer.name, pattern) for pattern in self.keep):
                 continue
             if layer.kind != "linear":
                 grids = self.convolution
