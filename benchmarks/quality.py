@@ -15,7 +15,7 @@ import hashlib
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -101,6 +101,66 @@ def right(read: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
     """Share of the large attributes that are as asked, by picture."""
     columns = [data.NAMES.index(n) for n in LARGE]
     return (read[:, columns] == asked[:, columns]).double().mean(dim=1)
+
+
+class Line(NamedTuple):
+    """One figure, and what it must be."""
+
+    what: str
+    value: str
+    wanted: str
+    kept: bool
+
+
+def promises(report: dict[str, Any]) -> list[Line]:
+    """Hold the figures against what the stacks promise."""
+    models = report["models"]
+    first, *students = models
+    teacher, real = models[first], report["real"]
+    mean = {name: row["large"]["classifier"] for name, row in models.items()}
+    lines: list[Line] = []
+
+    def at_least(what: str, value: float, wanted: float, unit: str = " %") -> None:
+        lines.append(Line(what, f"{value:.1f}{unit}", f">= {wanted:g}{unit}", value >= wanted))
+
+    share = mean[first] / real["large"]["classifier"]
+    at_least("teacher's accuracy, of that on real pictures", 100 * share, 95)
+    for name in LARGE:
+        own = teacher["accuracy"]["classifier"][name] / real["accuracy"]["classifier"][name]
+        at_least(f"  {name}", 100 * own, 95)
+    if "onestep" in models:
+        row = models["onestep"]
+        at_least("onestep's accuracy, of the teacher's", 100 * mean["onestep"] / mean[first], 98)
+        far = row["distance"]
+        lines.append(Line("onestep's feature distance", f"{far:.2f}x", "<= 1.25x", far <= 1.25))
+    if {"onestep", "warmup"} <= models.keys():
+        for judge_name in ("classifier", "nearest_truth"):
+            change = -sum(models["warmup"]["against_onestep"][judge_name]) / 2
+            at_least(f"onestep above warmup, {judge_name}", 100 * change, 0, " points")
+        near = models["warmup"]["distance"] - models["onestep"]["distance"]
+        at_least("onestep's feature distance below warmup's", near, 0, "x")
+    for name in students:
+        if "plain" not in name:
+            at_least(f"{name}'s coverage, of the teacher's", 100 * models[name]["coverage"], 90)
+    for name, points in (("stack1", 1), ("stack2", 3), ("stack3", 5)):
+        change = models.get(name, {}).get("against_onestep", {})
+        for judge_name, (low, high) in change.items():
+            at_least(f"{name} to onestep, {judge_name}", 50 * (low + high), -points, " points")
+    if "stack2" in models:
+        for what in ("params", "macs"):
+            at_least(
+                f"stack2's {what} trimmed", 100 * (1 - models["stack2"][what] / teacher[what]), 30
+            )
+    if "stack3" in models:
+        at_least("stack3's layers below fp16", 16 / models["stack3"]["bits_per_weight"], 7.5, "x")
+    for name, row in models.items():
+        if "against_student" in row:
+            worse = -100 * row["against_student"]["nearest_truth"][1]
+            at_least(f"{name}: worse by, at 95 %", worse, 0, " points")
+        elif name in ("stack1", "stack2", "stack3"):
+            fewer = teacher["decoder_macs"] / row["decoder_macs"]
+            at_least(f"{name}'s decoder: MACs below the VAE's", fewer, 5, "x")
+    return lines
 
 
 def interval(difference: torch.Tensor) -> list[float]:
@@ -243,10 +303,12 @@ def main() -> None:
         "threads": arguments.threads,
         "precision": arguments.precision,
     }
-    report["real"]["large"] = {
-        "nearest_truth": float(right(judge.read_all(real), asked).mean()),
-        "classifier": float(right(judge.classify(classifier, real), asked).mean()),
+    reads = {
+        "nearest_truth": judge.read_all(real),
+        "classifier": judge.classify(classifier, real),
     }
+    report["real"]["large"] = {w: float(right(r, asked).mean()) for w, r in reads.items()}
+    report["real"]["accuracy"] = {w: judge.accuracy(r, asked) for w, r in reads.items()}
     hits: dict[str, dict[str, torch.Tensor]] = {}
     rows: dict[str, torch.Tensor] = {}
     for name, (painter, checkpoint, key) in models.items():
@@ -265,6 +327,13 @@ def main() -> None:
         for key, to in (("against_teacher", first), ("against_onestep", "onestep")):
             if to in hits and name != to:
                 row[key] = {w: interval(h - hits[to][w]) for w, h in hits[name].items()}
+        student, comma, _ = name.partition(",")
+        if comma and student in hits:
+            row["against_student"] = {
+                w: interval(h - hits[student][w]) for w, h in hits[name].items()
+            }
+    held = promises(report)
+    report["promises"] = [line._asdict() for line in held]
     write_file(arguments.json, (json.dumps(report, indent=2) + "\n").encode())
     sheet(rows).save(arguments.grid, optimize=True)
     if arguments.page:
@@ -274,7 +343,7 @@ def main() -> None:
             if name in report["models"]:
                 own = report | {"models": {k: report["models"][k] for k in (first, name)}}
                 card.add_figures(arguments.students / name, table(own))
-    show(report)
+    show(report, held)
 
 
 def size(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -299,8 +368,8 @@ def size(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def show(report: dict[str, Any]) -> None:
-    """Print the table."""
+def show(report: dict[str, Any], held: list[Line]) -> None:
+    """Print the tables."""
     shown = Table(title=f"{report['pictures']} pictures, nearest truth / classifier")
     for column in ("model", "large", "vs one-step", "coverage", "distance", "s"):
         shown.add_column(column, justify="left" if column == "model" else "right")
@@ -316,6 +385,12 @@ def show(report: dict[str, Any]) -> None:
             f"{row['seconds_per_picture']:.2f}",
         )
     Console().print(shown)
+    told = Table(title="Promises")
+    for column in ("what", "measured", "asked", "kept"):
+        told.add_column(column, justify="left" if column == "what" else "right")
+    for line in held:
+        told.add_row(line.what, line.value, line.wanted, "yes" if line.kept else "[red]no[/]")
+    Console().print(told)
 
 
 if __name__ == "__main__":

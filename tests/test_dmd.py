@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from handheld_export.compress.diffusion import Condition, Schedule
-from handheld_export.compress.engine import Draws
+from handheld_export.compress.engine import Draws, Loop, Machine, Trained, Trainer
 from handheld_export.compress.steps.dmd import DMD, Matching, matching_gradient
 
 SHAPE = (2, 4, 4)
@@ -145,3 +145,18 @@ def test_several_timesteps_see_the_generators_own_pictures(schedule):
 def test_settings_that_contradict_each_other_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         DMD.model_validate({"train": {"steps": 1, "lr": 1e-3}, **settings})
+
+
+def test_parts_learn_at_rates_of_their_own(tmp_path):
+    both = nn.ModuleDict({"unet": nn.Linear(1, 1), "head": nn.Linear(1, 1)})
+    before = {n: p.detach().clone() for n, p in both.named_parameters()}
+    trained = Trained(both, 1e-3, 10.0, {"head.": 1e-1})
+    loop = Loop(steps=1, batch=1, lr=1e-3, warmup=0)
+    machine = Machine(precision="no", cpu=True)
+    trainer = Trainer("dmd", loop, {"generator": trained}, machine, tmp_path)
+    one = torch.ones(1, 1)
+    trainer.update("generator", (both["head"](one) + both["unet"](one)).sum())
+    moved = {n: float((p.detach() - before[n]).abs()) for n, p in both.named_parameters()}
+    # Adam's first step is as long as the rate.
+    assert moved["unet.weight"] == pytest.approx(1e-3, rel=1e-2)
+    assert moved["head.weight"] == pytest.approx(1e-1, rel=1e-2)

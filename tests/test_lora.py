@@ -107,6 +107,35 @@ def test_every_naming_gives_the_same_weights(base, sdxl, tmp_path):
                 assert torch.equal(value, before[name])
 
 
+def test_alphas_in_the_header_count_as_those_beside_the_tensors(base, sdxl, tmp_path):
+    parts = halves(base)
+    special = "conv_in"
+    header = {"unet.r": RANK, "unet.lora_alpha": 2.0, "unet.alpha_pattern": {special: 1.0}}
+
+    def fuse(tensors, name, header=None):
+        metadata = {"lora_adapter_metadata": json.dumps(header)} if header is not None else None
+        save_file(tensors, tmp_path / name, metadata)
+        folder = fused(sdxl, [Lora(tmp_path / name)], tmp_path / "cache")
+        return weights(Checkpoint(folder).unet)
+
+    plain = {}
+    for layer, (down, up) in parts.items():
+        plain[f"unet.{layer}.lora_A.weight"] = down
+        plain[f"unet.{layer}.lora_B.weight"] = up
+    beside = {f"unet.{x}.alpha": torch.tensor(1.0 if x == special else 2.0) for x in parts}
+    wanted = fuse(plain | beside, "beside.safetensors")
+    found = fuse(plain, "header.safetensors", header)
+    assert all(torch.equal(value, wanted[name]) for name, value in found.items())
+    stable = fuse(plain, "stable.safetensors", {"unet.lora_alpha": 1, "unet.use_rslora": True})
+    root = {f"unet.{x}.alpha": torch.tensor(RANK**0.5) for x in parts}
+    rooted = fuse(plain | root, "root.safetensors")
+    assert all(torch.equal(value, rooted[name]) for name, value in stable.items())
+    for broken in ([], {"unet.lora_alpha": "much"}, {"unet.alpha_pattern": {"(": 1}}):
+        with pytest.raises(CheckpointError, match="no configuration") as error:
+            fuse(plain, "broken.safetensors", broken)
+        assert error.value.field == "lora_adapter_metadata"
+
+
 def test_attention_processors_of_old_files_are_understood(base, sdxl, tmp_path):
     layer = "up_blocks.0.attentions.1.transformer_blocks.1.attn2.to_out.0"
     parts = halves(base, [layer])

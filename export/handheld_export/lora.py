@@ -29,6 +29,7 @@ from handheld.files import cache_root, replaced_folder, sha256_file
 from handheld_export.checkpoint import Checkpoint, TensorStore, component_files
 
 SHARD_BYTES = 1_000_000_000
+_PEFT = "lora_adapter_metadata"
 _HALF = re.compile(
     r"(?P<layer>.+?)[._](?P<half>lora_A|lora_B|lora\.down|lora\.up|lora_down|lora_up)"
     r"(?:\.[A-Za-z0-9_-]+)?\.weight"
@@ -137,7 +138,7 @@ def fused(path: Path, loras: Sequence[Lora], root: Path | None = None) -> Path:
     used = [
         {"name": x.path.name, "sha256": sha256_file(x.path), "strength": x.strength} for x in loras
     ]
-    essence = json.dumps([1, checkpoint.sha256, _texts(checkpoint), used], sort_keys=True)
+    essence = json.dumps([2, checkpoint.sha256, _texts(checkpoint), used], sort_keys=True)
     folder = (root or cache_root() / "fused") / hashlib.sha256(essence.encode()).hexdigest()[:24]
     if (folder / "handheld.json").is_file():
         return folder
@@ -182,6 +183,7 @@ def _read(
     try:
         with safe_open(lora.path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            written = (file.metadata() or {}).get(_PEFT)
     except FileNotFoundError:
         raise CheckpointError("there is no such LoRA file", path=lora.path) from None
     except (SafetensorError, OSError, ValueError) as e:
@@ -213,9 +215,41 @@ def _read(
             setattr(delta, half, tensor)
     if not found:
         raise CheckpointError("holds no LoRA", path=lora.path)
+    if written is not None:
+        _scale(found, written, lora.path)
     for (kind, layer), delta in found.items():
         delta.of(stores[kind].shape(f"{layer}.weight"))
     return found
+
+
+def _scale(found: Mapping[tuple[str, str], _Delta], written: str, path: Path) -> None:
+    """Take alphas from the header, where diffusers keeps PEFT's configuration of each component.
+
+    Without them a file whose alpha is not its rank would be fused too strongly or too weakly.
+    """
+    try:
+        header = json.loads(written)
+        for (kind, layer), delta in found.items():
+            alpha = header.get(f"{kind}.lora_alpha")
+            for pattern, own in (header.get(f"{kind}.alpha_pattern") or {}).items():
+                if re.match(rf"(.*\.)?({pattern})$", layer):
+                    alpha = own
+                    break
+            if alpha is None or delta.alpha is not None or delta.down is None:
+                continue
+            # Rank-stabilised LoRA (arXiv 2312.03732) divides by the rank's root.
+            stable = bool(header.get(f"{kind}.use_rslora"))
+            delta.alpha = float(alpha) * (delta.down.shape[0] ** 0.5 if stable else 1.0)
+    except (ValueError, TypeError, AttributeError, re.error) as e:
+        raise CheckpointError(
+            f"holds no configuration of LoRA: {e}",
+            path=path,
+            field=_PEFT,
+            remedy="save it again, or take the entry out of the header",
+        ) from None
+    for delta in found.values():
+        if delta.alpha is not None and not math.isfinite(delta.alpha):
+            raise delta.refuse(f"alpha is {delta.alpha}")
 
 
 def _parse(key: str, path: Path) -> tuple[str, str]:

@@ -127,15 +127,16 @@ def compress(
         torch.set_num_threads(threads)
     path = Path(checkpoint)
     path = path if path.exists() or os.sep in checkpoint else models.checkpoint(checkpoint)
-    if lora:
-        path = fused(path, [Lora.parse(text) for text in lora])
-    source = Checkpoint(path)
-    chosen = recipes.read(recipe or recipes.builtin(str(stack), source.name))
     if precision == "auto":
         on = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
         precision = "bf16" if computes_bf16(torch.device(on)) else "no"
     machine = Machine(precision=precision, fsdp=fsdp, cpu=cpu)  # type: ignore[arg-type]
     main = machine.accelerator.is_main_process
+    if lora:
+        with machine.accelerator.main_process_first():
+            path = fused(path, [Lora.parse(text) for text in lora])
+    source = Checkpoint(path)
+    chosen = recipes.read(recipe or recipes.builtin(str(stack), source.name))
     began = time.perf_counter()
     with _Bars(Console(stderr=True), shown=main) as bars:
         student = run.compress(
@@ -147,7 +148,7 @@ def compress(
             work=work,
             watch=bars.watch,
             sample_every=sample_every,
-            command=_again(checkpoint, stack, recipe, data, lora),
+            command=_again(checkpoint, stack, recipe, data, lora, precision),
         )
     if not main:
         return
@@ -170,13 +171,15 @@ def _again(
     recipe: Path | None,
     data: Path | None,
     lora: list[str] | None,
+    precision: str,
 ) -> str:
-    """Return the command without places that only this machine has."""
+    """Return the command without places that only this machine has, and with what it chose."""
     words = ["handheld", "compress", Path(checkpoint).name]
     words += ["--stack", stack] if stack else ["--recipe", recipe.name if recipe else ""]
     words += ["--data", data.name] if data else []
     for one in lora or ():
         words += ["--lora", Path(one).name]
+    words += ["--precision", precision]
     return shlex.join([*words, "--output", "STUDENT"])
 
 

@@ -343,8 +343,8 @@ def prepare(
     if (folder / "meta.json").is_file():
         return Prepared(folder)
     watch.stage(f"encoding {n} pictures")
-    encoder = LocalTextEncoder(checkpoint.path)
     device = next(vae.parameters()).device
+    encoder = LocalTextEncoder(checkpoint.path, device=str(device))
     factor = float(vae.config["scaling_factor"])
     captions: list[str] = []
     latents: list[Tensor] = []

@@ -189,11 +189,18 @@ class Trained:
         Peak learning rate.
     clip : float
         Largest norm of the gradient.
+    rates : mapping of str to float
+        Peak learning rates of parts, by what their parameters' names start with.
     """
 
     module: nn.Module
     lr: float
     clip: float
+    rates: Mapping[str, float] = field(default_factory=dict)
+
+    def rate(self, name: str) -> float:
+        """Return the peak learning rate of a parameter."""
+        return next((r for start, r in self.rates.items() if name.startswith(start)), self.lr)
 
 
 class Trainer:
@@ -269,18 +276,20 @@ class Trainer:
             model = module
         else:
             model = acc.prepare_model(module.to(acc.device))
-        decayed: list[nn.Parameter] = []
-        scales: list[nn.Parameter] = []
-        for name, parameter in model.named_parameters():
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in acc.unwrap_model(model).named_parameters():
             if parameter.requires_grad:
                 # A quantized layer's scale is kept as its logarithm: zero is no smaller scale.
-                (scales if name.endswith("log_scale") else decayed).append(parameter)
-        groups = [
-            {"params": decayed, "weight_decay": self.loop.weight_decay},
-            {"params": scales, "weight_decay": 0.0},
-        ]
+                decay = 0.0 if name.endswith("log_scale") else self.loop.weight_decay
+                groups.setdefault((part.rate(name), decay), []).append(parameter)
         optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=part.lr, betas=(0.9, 0.99), fused=True
+            [
+                {"params": own, "peak": peak, "weight_decay": decay}
+                for (peak, decay), own in groups.items()
+            ],
+            lr=part.lr,
+            betas=(0.9, 0.99),
+            fused=True,
         )
         self.models[key] = model
         self._optimizers[key] = optimizer
@@ -318,7 +327,7 @@ class Trainer:
         self._expect_finite("loss", key, self.accelerator.reduce(loss.detach(), "mean"))
         part, optimizer = self._parts[key], self._optimizers[key]
         for group in optimizer.param_groups:
-            group["lr"] = part.lr * self.loop.rate(self.step, warm_up=key == self.main)
+            group["lr"] = group["peak"] * self.loop.rate(self.step, warm_up=key == self.main)
         self.accelerator.backward(loss)
         parameters = [p for p in self.models[key].parameters() if p.grad is not None]
         # One tensor at a time: the order of additions is then the same sharded or not.
@@ -467,7 +476,8 @@ class Trainer:
     def _save(self) -> None:
         def whole(tree: Any) -> Any:
             if isinstance(tree, Tensor):
-                return _whole(tree).cpu()
+                full = _whole(tree)  # all processes take part, one of them keeps it
+                return full.cpu() if self.accelerator.is_main_process else None
             if isinstance(tree, Mapping):
                 return {k: whole(v) for k, v in tree.items()}
             return [whole(v) for v in tree] if isinstance(tree, list) else tree

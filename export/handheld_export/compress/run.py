@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from handheld import __version__, planning
+from handheld.devices.host import cpu_model
 from handheld.errors import HandheldError, OutputError
 from handheld.files import cache_root, replaced_folder, write_file
 from handheld_export.checkpoint import Checkpoint, read_json, write_student_component
@@ -165,7 +166,8 @@ class _Clock:
 def machine_summary(machine: Machine) -> dict[str, Any]:
     """Say what training ran on."""
     acc = machine.accelerator
-    name = torch.cuda.get_device_name() if acc.device.type == "cuda" else platform.machine()
+    on_gpu = acc.device.type == "cuda"
+    name = torch.cuda.get_device_name() if on_gpu else cpu_model() or platform.machine()
     return {
         "device": name,
         "processes": acc.num_processes,

@@ -62,7 +62,7 @@ class HostDevice(Device):
             id=self.id,
             kind="host",
             model=_model(),
-            cpu=_cpu(),
+            cpu=cpu_model(),
             arch=platform.machine(),
             cores=_cores(),
             ram_bytes=_ram(),
@@ -120,7 +120,7 @@ def machine_id() -> str:
     for path in (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id")):
         if text := _read(path):
             return hashlib.sha256(f"handheld {text}".encode()).hexdigest()
-    return hashlib.sha256(f"handheld {uuid.getnode()} {_cpu()}".encode()).hexdigest()
+    return hashlib.sha256(f"handheld {uuid.getnode()} {cpu_model()}".encode()).hexdigest()
 
 
 def _read(path: Path) -> str | None:
@@ -150,7 +150,8 @@ def _model() -> str | None:
     )
 
 
-def _cpu() -> str | None:
+def cpu_model() -> str | None:
+    """Name this machine's processor; None where the system does not tell."""
     text = _read(Path("/proc/cpuinfo")) or ""
     for key in ("model name", "Hardware", "CPU part"):
         for line in text.splitlines():

@@ -115,6 +115,10 @@ class DMD(DMDShape, Step):
     """``steps`` counts updates of the generator."""
     fake_lr: float | None = Field(default=None, gt=0)
     """Learning rate of the fake score; the generator's if not given."""
+    head_lr: float | None = Field(default=None, gt=0)
+    """Learning rate of the head on its features; the fake score's if not given. The head starts
+    from nothing, and a few hundred updates at a rate that suits a trained U-Net teach it nothing:
+    its loss then stays at ``2 ln 2``."""
     fake_updates: int = Field(default=5, ge=1)
     """Updates of the fake score for each of the generator."""
     fake_first: int = Field(default=0, ge=0)
@@ -160,6 +164,7 @@ class DMD(DMDShape, Step):
         empty = data.empty().to(context.device)
         loop = self.train
         fake_lr = self.fake_lr or loop.lr
+        rates = {"head.": self.head_lr} if self.head_lr else {}
         fake = FakeScore(
             build_unet(
                 context.teacher.unet.config,
@@ -174,7 +179,7 @@ class DMD(DMDShape, Step):
                 "generator": Trained(
                     build_unet(student.unet_config, student.unet), loop.lr, loop.clip
                 ),
-                "fake": Trained(fake, fake_lr, loop.clip),
+                "fake": Trained(fake, fake_lr, loop.clip, rates),
             },
             context.machine,
             context.work,
