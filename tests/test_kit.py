@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 import sys
@@ -114,3 +115,11 @@ def test_what_a_program_is_linked_to():
     found = harness._needed(Path(shutil.which("readelf")))
     assert any(n.startswith("ld-linux") for n in found)
     assert "libc.so.6" in found
+
+
+@pytest.mark.skipif(platform.machine() == "aarch64", reason="this machine needs no cross-compiler")
+def test_a_missing_cross_compiler_is_told_with_what_to_install(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(MissingDependencyError, match="no compiler for arm64") as error:
+        harness.build_kit("linux-arm64", force=True)
+    assert error.value.remedy == "apt install g++-aarch64-linux-gnu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -35,6 +36,26 @@ def test_what_is_missing_is_named(monkeypatch, tmp_path):
     assert ONNXQNN.for_soc("SM8650").missing() == qnn.missing("litert")
     with pytest.raises(TargetError, match="'onnx-qnn:SM8650' lacks QNN"):
         ONNXQNN.for_soc("SM8650").versions()
+
+
+def test_binary_manifest_and_installation_must_agree(tmp_path):
+    target = ONNXQNN.for_soc("SM8650")
+    build = "2.41.0.250101000000"
+    target.__dict__["sdk"] = SimpleNamespace(build=build)
+    path = tmp_path / "a.onnx"
+    path.write_bytes(b"..soc_type=SM8650;arch=75;..v%s.." % build.encode())
+    told = {"soc": "SM8650", "hexagon": "75", "qnn": build, "torch": "2.13.0"}
+    assert target.conflicts(path, told) == []
+    assert target.conflicts(path, told | {"soc": "SM8550", "hexagon": "73"}) == [
+        "the manifest says soc SM8550, its binary SM8650",
+        "the manifest says hexagon 73, its binary 75",
+    ]
+    target.__dict__["sdk"] = SimpleNamespace(build="2.42.0.260101000000")
+    assert target.conflicts(path, told) == [
+        f"compiled by QNN {build}, 2.42.0.260101000000 is installed"
+    ]
+    path.write_bytes(b"nothing")
+    assert target.conflicts(path, told) == ["is no context binary of QNN"]
 
 
 @needs_qnn

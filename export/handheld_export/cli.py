@@ -53,9 +53,8 @@ def export(
             "--precision",
             "-p",
             help="fp32, fp16, int8, int4, int4g32, int2, 16a8w, 16a4w or 16a2w, by rounding to "
-            "nearest, or 'all' that "
-            "a target has; layers that a student has quantized already keep their codes. "
-            "Repeatable.",
+            "nearest, or 'all' that a target has; a student keeps its codes, and what it has in "
+            "float. Repeatable; int8 if not given, and all with --target all.",
         ),
     ] = None,
     output: Annotated[
@@ -117,7 +116,8 @@ def export(
     handheld export critter --dry-run
     """  # noqa: D301
     quiet()
-    chosen, absent = _choose(target or ["litert-cpu"], precision or ["int8"])
+    wanted = target or ["litert-cpu"]
+    chosen, absent = _choose(wanted, precision or ["all" if "all" in wanted else "int8"])
     for name, value in (("jobs", jobs), ("memory", memory), ("decoder-bands", decoder_bands)):
         if value is not None and not value > 0:
             raise UsageError(f"--{name} {value} is not positive")
@@ -131,6 +131,7 @@ def export(
     source = Checkpoint(_checkpoint_path(checkpoint))
     console = Console(stderr=True)
     results = []
+    failed: list[TargetError] = []
     for name, level in chosen:
         options = Options(
             target=name,
@@ -154,16 +155,24 @@ def export(
         folder = f"{source.name}-{name}-{level}".replace(":", "-")
         place = output if len(chosen) == 1 else output / folder
         began = time.perf_counter()
-        with _Bar(console, f"{name} {level}") as bar:
-            manifest = run(
-                source,
-                options,
-                place,
-                jobs=jobs,
-                memory=memory,
-                progress=bar.progress,
-                use_cache=cache,
-            )
+        try:
+            with _Bar(console, f"{name} {level}") as bar:
+                manifest = run(
+                    source,
+                    options,
+                    place,
+                    jobs=jobs,
+                    memory=memory,
+                    progress=bar.progress,
+                    use_cache=cache,
+                )
+        except TargetError as e:
+            if "all" not in wanted:
+                raise
+            failed.append(e)
+            results.append({"target": name, "precision": level, "failed": str(e)})
+            console.print(f"{name} {level}: {e}", style="red", markup=False, soft_wrap=True)
+            continue
         results.append(
             {
                 "bundle": str(place),
@@ -188,11 +197,15 @@ def export(
         for result in results[: len(chosen)]:
             _print_plan(result)
     else:
-        _print_bundles(results[: len(chosen)])
+        _print_bundles([r for r in results if "bundle" in r])
     for error in absent:
         console.print(
             f"skipped {error.message}: {error.remedy}", style="yellow", markup=False, soft_wrap=True
         )
+    if failed:
+        if json_output:  # one document, which says it
+            raise typer.Exit(1)
+        raise TargetError(f"{len(failed)} of {len(chosen)} exports failed: {failed[0]}")
 
 
 def _choose(
@@ -203,7 +216,8 @@ def _choose(
     Raises
     ------
     UsageError, TargetError
-        For a target that was named and is unknown or lacks its tools; if none is left.
+        For a target that was named and is unknown, lacks its tools or does not run a precision; if
+        none is left.
     """
     from handheld_export import targets
 
@@ -220,7 +234,15 @@ def _choose(
             absent.append(error)
             continue
         levels = own if "all" in precisions else tuple(dict.fromkeys(precisions))
-        chosen += [(name, level) for level in levels]
+        for level in levels:
+            if level in own:
+                chosen.append((name, level))
+                continue
+            message = f"target '{name}' does not run precision '{level}'"
+            remedy = f"choose from {', '.join(own)}"
+            if name in wanted or "all" not in wanted:
+                raise UsageError(message, remedy=remedy)
+            absent.append(TargetError(message, field=name, remedy=remedy))
     if not chosen and absent:
         raise absent[0]
     return chosen, absent
@@ -249,7 +271,7 @@ def verify(
 ) -> None:
     """Check the numerics of every artifact against torch, at all sizes.
 
-    Exit code 1 if a gate fails.
+    Exit code 1 if a gate fails, or if one of several bundles lacks its tools here.
 
     \b
     handheld verify build/critter
@@ -264,14 +286,26 @@ def verify(
 
     path = None if checkpoint is None else _checkpoint_path(checkpoint)
     opened = [Bundle.open(b) for b in _bundles(bundle)]
-    reports = [run(b, path, gate, unit, size) for b in opened for size in b.manifest.sizes]
+    reports: list[Report] = []
+    skipped: list[TargetError] = []
+    for one in opened:
+        try:
+            reports += [run(one, path, gate, unit, size) for size in one.manifest.sizes]
+        except TargetError as e:
+            if len(opened) == 1:
+                raise
+            e.path = str(one.path)
+            skipped.append(e)
+    if not reports:
+        raise skipped[0]
     if html is not None:
         with output_errors(html):
             html.parent.mkdir(parents=True, exist_ok=True)
             html.write_text(verify_page.render(reports), encoding="utf-8")
     if json_output:
         told = [r.as_dict() for r in reports]
-        document = told[0] if len(told) == 1 else {"bundles": told}
+        left = [{"bundle": str(e.path), "skipped": e.message, "remedy": e.remedy} for e in skipped]
+        document = told[0] if len(opened) == len(told) == 1 else {"bundles": told + left}
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
     else:
         console = Console()
@@ -281,6 +315,8 @@ def verify(
                 console.print(f"{report.bundle}: {problem}", style="red", markup=False)
         for note in dict.fromkeys(n for r in reports for n in r.notes):
             console.print(note, style="yellow", markup=False)
+        for error in skipped:
+            console.print(f"skipped {error}", style="yellow", markup=False, soft_wrap=True)
     bad = [r for r in reports if not r.passed]
     if bad:
         if json_output:  # one document, which says it
@@ -288,6 +324,10 @@ def verify(
         failed = [r.artifact for r in bad[0].rows if not r.passed]
         what = ", ".join(failed) or (bad[0].problems[0] if bad[0].problems else "end to end")
         raise GateError(f"verification failed: {what}", path=bad[0].bundle)
+    if skipped:
+        if json_output:
+            raise typer.Exit(1)
+        raise GateError(f"{len(skipped)} of {len(opened)} bundles are not verified")
 
 
 def _bundles(paths: list[Path]) -> list[Path]:

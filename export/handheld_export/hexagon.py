@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache, cached_property
 from pathlib import Path
 from typing import ClassVar, Final
@@ -122,6 +122,21 @@ class HexagonTarget(Target):
         if found != wanted:
             raise TargetError(f"the binary says {found}, not {wanted}", path=path)
         return found
+
+    def conflicts(self, path: Path, tools: Mapping[str, str]) -> list[str]:
+        """Say where the binary, the manifest and the QNN that is installed disagree."""
+        try:
+            found = self.facts(path)
+        except TargetError as error:
+            return [error.message]
+        told = [
+            f"the manifest says {name} {tools[name]}, its binary {value}"
+            for name, value in found.items()
+            if name in tools and tools[name] != value
+        ]
+        if found["qnn"] != self.sdk.build:
+            told.append(f"compiled by QNN {found['qnn']}, {self.sdk.build} is installed")
+        return told
 
     def load(self, path: Path, ports: Ports) -> Runner:
         """Open an artifact in QNN's simulation.

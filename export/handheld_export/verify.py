@@ -418,6 +418,9 @@ class _Verification:
             for a in self.artifacts.values()
             if a.engine_version != engine
         ]
+        for a in self.artifacts.values():
+            path = self.bundle.file(a.files[0])
+            problems += [f"{a.id}: {told}" for told in self.target.conflicts(path, a.tools)]
         return problems
 
 

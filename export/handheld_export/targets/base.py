@@ -207,6 +207,17 @@ class Target(ABC):
         """
         raise UsageError(f"target '{self.name}' has no compute unit '{unit}'")
 
+    def conflicts(self, path: Path, tools: Mapping[str, str]) -> list[str]:
+        """Say where an artifact, its manifest and what is installed disagree, beside the engine.
+
+        Parameters
+        ----------
+        path : Path
+        tools : mapping of str to str
+            What the manifest says that made it.
+        """
+        return []
+
     @abstractmethod
     def load(self, path: Path, ports: Ports) -> Runner:
         """Open an artifact for verification with the engine's Python runtime."""
