@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,10 +22,18 @@ import tiny
 from handheld.bundle import Bundle
 from handheld.counting import count_decoder, count_unet
 from handheld.errors import CheckpointError, OutputError, TargetError, UsageError
+from handheld.program import Call
 from handheld.text import embed
 from handheld_export import lowering
 from handheld_export.checkpoint import Checkpoint
-from handheld_export.export import Options, Progress, _in_workers, export, plan_segments
+from handheld_export.export import (
+    Options,
+    Progress,
+    _in_workers,
+    _sampled,
+    export,
+    plan_segments,
+)
 from handheld_export.memory import Budget
 
 TARGETS = ("executorch-xnnpack", "litert-cpu")
@@ -524,3 +533,29 @@ def test_output_below_a_file(exports, smallest, tmp_path):
         exports.run(
             smallest, tmp_path / "file" / "b", target=TARGETS[0], precision="fp32", references=True
         )
+
+
+@pytest.mark.parametrize(
+    ("calls", "precision", "codes", "runs"),
+    [
+        ({"unet.0": 1, "decoder.0": 1}, "16a8w", False, 16),
+        ({"unet.0": 8, "decoder.0": 1}, "16a8w", False, 4),
+        ({"unet.0": 1, "decoder.0": 1}, "fp16", False, 0),
+        ({"unet.0": 1, "decoder.0": 1}, "fp16", True, 16),
+    ],
+)
+def test_calibration_sees_enough_calls(calls, precision, codes, runs):
+    plan = SimpleNamespace(
+        target=SimpleNamespace(samples=16, codes_on_grids=codes),
+        options=SimpleNamespace(precision=precision),
+        checkpoint=SimpleNamespace(unet=SimpleNamespace(quantized={"a": 1})),
+        program=SimpleNamespace(
+            ops=[Call.model_construct(artifact=a) for a, n in calls.items() for _ in range(n)]
+        ),
+    )
+    found = _sampled(plan)
+    assert len(found) == runs
+    if runs:
+        assert sum(len(run["unet.0"]) for run in found) == 16
+        assert all(max(run["unet.0"]) < calls["unet.0"] for run in found)
+        assert sum(len(run["decoder.0"]) for run in found) == runs

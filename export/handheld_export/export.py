@@ -562,12 +562,11 @@ def _reference(
         keep_calls=plan.options.references,
     )
     artifacts.stop_examples()
-    if observe or samples:
-        for i in range(1, _CALIBRATION_RUNS + 1):
-            if samples:
-                artifacts.save_samples(work / _SAMPLES, samples[i])
-            inputs = texts.inputs[i % len(texts.inputs)]
-            _run(plan, artifacts, inputs, plan.options.seed + i)
+    for i in range(1, max(len(samples), 1 + _CALIBRATION_RUNS if observe else 0)):
+        if samples:
+            artifacts.save_samples(work / _SAMPLES, samples[i])
+        inputs = texts.inputs[i % len(texts.inputs)]
+        _run(plan, artifacts, inputs, plan.options.seed + i)
     artifacts.close()
     if plan.options.decoder_bands is not None:
         # Bands are a way to run the decoder, so they are measured, not taken as the truth.
@@ -598,13 +597,18 @@ def _reference(
 
 
 def _sampled(plan: _Plan) -> list[dict[str, frozenset[int]]]:
-    """Return the calls of each run that the target calibrates on, first and last included."""
+    """Return the calls of each run that the target calibrates on, first and last included.
+
+    One run draws one picture. There are as many as the U-Net takes to give its samples: 16 of a
+    model of one step. The decoder is called once a picture, and gives one sample of each.
+    """
     most = plan.target.samples
     quantized = plan.options.precision not in ("fp32", "fp16")
-    if not (most and quantized):
+    coded = plan.target.codes_on_grids and plan.checkpoint.unet.quantized
+    if not (most and (quantized or coded)):
         return []
     counts = Counter(op.artifact for op in plan.program.ops if isinstance(op, Call))
-    runs = 1 + _CALIBRATION_RUNS
+    runs = max(1 + _CALIBRATION_RUNS, -(-most // max(counts.values())))
     spread = {
         artifact: [round(i * (count - 1) / max(1, most - 1)) for i in range(most)]
         for artifact, count in counts.items()

@@ -111,6 +111,8 @@ class Target(ABC):
     """Whether loaded artifacts run in this process, so that their memory can be measured."""
     samples: ClassVar[int] = 0
     """Calls, spread over several pictures, whose inputs :meth:`lower` gets to calibrate on."""
+    codes_on_grids: ClassVar[bool] = False
+    """Whether layers with a student's codes compute on calibrated grids at ``fp16``, too."""
     socs: ClassVar[tuple[str, ...]] = ()
     """SoCs that artifacts are compiled for, one at a time; the target is then ``NAME:SOC``."""
     soc: ClassVar[str | None] = None

@@ -36,6 +36,7 @@ class ExecuTorchQNN(HexagonTarget):
     packages: ClassVar[Mapping[str, str]] = {"executorch": "executorch", "pydot": "pydot"}
     extra: ClassVar[str] = "qnn"
     converter: ClassVar[str] = "executorch"
+    codes_on_grids: ClassVar[bool] = True
 
     def versions(self) -> dict[str, str]:
         """Return QNN's version, which that of the phone's libraries must match, and the tools'."""
