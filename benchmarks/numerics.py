@@ -5,16 +5,18 @@
     python benchmarks/numerics.py --segment             # one full-size segment in the evaluator
 
 Writes build/numerics: the bundles, numerics.json, and numerics.html with pictures. A target whose
-tools are missing is named and passed over. Bundles that are there already are taken as they are.
-Exits with 1 if a gate fails, or the full-size segment takes longer than a minute.
+tools are missing is named and passed over. Bundles of the same checkpoint that are there already are
+taken as they are. Exits with 1 if a gate fails, or the full-size segment takes longer than a minute.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +41,12 @@ SECONDS = 60.0
 
 
 def bundles(
-    model: str, target: str | None, precision: str | None, folder: Path
-) -> list[tuple[str, str, Path]]:
-    """Export a model for every target that is here; return what is to be verified."""
-    made = []
+    model: str, wanted: list[str], precision: str | None, folder: Path
+) -> Iterator[tuple[Path, HandheldError | None]]:
+    """Export a model for every target that is here; give what is to be verified, or what failed."""
     source = Checkpoint(find_model(model))
     student = bool(source.unet.quantized)
-    for name in targets.names() if target is None else [target]:
+    for name in wanted:
         try:
             levels = targets.find(name).precisions
         except TargetError as error:
@@ -56,13 +57,26 @@ def bundles(
                 continue
             if precision is None and student and level not in STUDENT_PRECISIONS:
                 continue
-            path = folder / f"{model}-{name}-{level}"
-            if not (path / MANIFEST).exists():
+            path = folder / f"{model}-{name}-{level}".replace(":", "-")
+            if _stale(path, source):
                 began = time.perf_counter()
-                export(source, Options(target=name, precision=level), path)
+                try:
+                    export(source, Options(target=name, precision=level), path)
+                except HandheldError as error:
+                    yield path, error
+                    continue
                 print(f"{path.name}: {time.perf_counter() - began:.0f} s", flush=True)
-            made.append((name, level, path))
-    return made
+            yield path, None
+
+
+def _stale(path: Path, source: Checkpoint) -> bool:
+    """Tell whether a bundle is not there, or was made of another checkpoint of that name."""
+    if not (path / MANIFEST).exists():
+        return True
+    if Bundle.open(path).manifest.model.checkpoint_sha256 == source.sha256:
+        return False
+    shutil.rmtree(path)
+    return True
 
 
 def segment(folder: Path) -> dict[str, Any]:
@@ -129,7 +143,8 @@ def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--model", action="append", help=f"by default {', '.join(MODELS)}")
-    parser.add_argument("--target", help="by default all")
+    parser.add_argument("--target", action="append", help="by default all, of one SoC each")
+    parser.add_argument("--all-socs", action="store_true", help="all SoCs that a target knows")
     parser.add_argument("--precision", help="by default all")
     parser.add_argument("--segment", action="store_true", help="only the full-size segment")
     parser.add_argument("--output", type=Path, default=Path("build/numerics"))
@@ -144,12 +159,15 @@ def main() -> None:
         sys.exit(figures["evaluate_s"] > SECONDS)
     reports: list[Report] = []
     failed = []
+    wanted = arguments.target or (targets.names() if arguments.all_socs else targets.one_each())
     for model in arguments.model or MODELS:
-        for _, _, path in bundles(model, arguments.target, arguments.precision, folder):
+        for path, error in bundles(model, wanted, arguments.precision, folder):
             try:
+                if error is not None:
+                    raise error
                 report = verify(Bundle.open(path))
-            except HandheldError as error:
-                failed.append(f"{path.name}: {error}")
+            except HandheldError as e:
+                failed.append(f"{path.name}: {e}")
                 print(failed[-1], flush=True)
                 continue
             reports.append(report)
