@@ -5,8 +5,9 @@
     python benchmarks/numerics.py --segment             # one full-size segment in the evaluator
 
 Writes build/numerics: the bundles, numerics.json, and numerics.html with pictures. A target whose
-tools are missing is named and passed over. Bundles of the same checkpoint that are there already are
-taken as they are. Exits with 1 if a gate fails, or the full-size segment takes longer than a minute.
+tools are missing is named and passed over. Bundles of the same checkpoint that are there already
+are taken as they are. Exits with 1 if a gate fails, or the full-size segment takes longer than a
+minute.
 """
 
 from __future__ import annotations
