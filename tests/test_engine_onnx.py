@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import subprocess
 
 import numpy as np
@@ -11,6 +13,7 @@ from pydantic import TypeAdapter
 
 from handheld import bundle as bundles
 from handheld import harness, noise
+from handheld.devices import android
 from handheld.manifest import Artifact, Manifest, ModelInfo, Size, TextInfo
 from handheld.program import Affine, Call, Input, Ports, Program, Term
 from handheld.protocol import AnyEvent
@@ -23,6 +26,8 @@ EVENT = TypeAdapter(AnyEvent)
 H, W, C = 8, 16, 3
 WEIGHT = np.random.default_rng(0).standard_normal((C, C)).astype(np.float32)
 WEIGHTS = WEIGHT.tobytes()
+DATA = hashlib.sha256(WEIGHTS).hexdigest()
+"""Exports call the file of weights so."""
 
 
 def graph(shape=(1, H, W, C)):
@@ -31,7 +36,7 @@ def graph(shape=(1, H, W, C)):
 
     weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=(C, C))
     weight.data_location = TensorProto.EXTERNAL
-    for key, value in {"location": "a.onnx.data", "length": str(4 * C * C)}.items():
+    for key, value in {"location": DATA, "length": str(4 * C * C)}.items():
         weight.external_data.add(key=key, value=value)
     made = helper.make_graph(
         [helper.make_node("MatMul", ["x", "w"], ["y"])],
@@ -72,7 +77,7 @@ def write(folder, data, weights=WEIGHTS):
                 engine="onnx",
                 engine_version="1",
                 file=ref("artifacts/a.onnx", data),
-                parts=(ref("artifacts/a.onnx.data", weights),),
+                parts=(ref(f"artifacts/{DATA}", weights),),
                 ports=Ports(inputs={"x": picture}, outputs={"y": picture}),
                 units=("a",),
                 component="unet",
@@ -80,7 +85,7 @@ def write(folder, data, weights=WEIGHTS):
         ),
         text=TextInfo(tokens=1, width=1),
     )
-    files = {"artifacts/a.onnx": data, "artifacts/a.onnx.data": weights}
+    files = {"artifacts/a.onnx": data, f"artifacts/{DATA}": weights}
     written = bundles.write(manifest, files, folder)
     assert written is not None
     return written
@@ -112,6 +117,21 @@ def test_runs(tmp_path, residency):
     wanted = np.clip(np.rint(drawn * 20 + 128), 0, 255).ravel()
     found = np.frombuffer(raw.read_bytes(), np.uint8)
     assert np.abs(found - wanted).max() <= 1
+
+
+def test_files_that_lie_flat_by_their_hash_are_found_as_on_phones(tmp_path):
+    bundle = write(tmp_path / "bundle", graph())
+    flat = tmp_path / "flat"
+    (flat / "objects").mkdir(parents=True)
+    (flat / "manifest.json").write_text(json.dumps(android.flattened(bundle)))
+    for file in (*bundle.manifest.artifacts[0].files, bundle.manifest.constants):
+        if file is not None:
+            shutil.copy(bundle.file(file), flat / "objects" / file.sha256)
+    raw = [tmp_path / "a.raw", tmp_path / "b.raw"]
+    for folder, output in zip((bundle.path, flat), raw, strict=True):
+        events = run(tmp_path, bundle, bundle=str(folder), output=str(output))
+        assert events[-1].event == "done", events[-1]
+    assert raw[0].read_bytes() == raw[1].read_bytes()
 
 
 def test_refuses_what_the_manifest_does_not_say(tmp_path):

@@ -7,6 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from handheld.files import sha256_file
 from handheld.program import Ports, TensorSpec
 from handheld_export import onnx_shared
 from handheld_export.targets.onnx import ONNX
@@ -57,13 +58,15 @@ def test_results_are_the_same_bits(shared):
 
 def test_weights_are_there_once(shared):
     parts = {part for _, part in shared[1].values()}
-    assert [p.name for p in parts] == ["g.weights"]
+    assert [p.name for p in parts] == [sha256_file(p) for p in parts]
+    assert len(parts) == 1
     assert parts.pop().stat().st_size == 64 * 64 * 4
     assert all(path.stat().st_size < 4000 for path, _ in shared[1].values())
 
 
 def test_other_weights_are_not_shared(tmp_path):
     alone = [graph(tmp_path / f"{rows}.onnx", rows, seed=rows) for rows in SIZES]
-    outputs = [tmp_path / f"g.{p.name}" for p in alone]
-    assert not onnx_shared.share(alone, outputs, tmp_path / "g.weights")
-    assert not any(p.exists() for p in (*outputs, tmp_path / "g.weights"))
+    outputs = [tmp_path / "shared" / f"g.{p.name}" for p in alone]
+    (tmp_path / "shared").mkdir()
+    assert onnx_shared.share(alone, outputs, tmp_path / "shared") is None
+    assert not any((tmp_path / "shared").iterdir())

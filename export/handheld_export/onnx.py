@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from handheld.errors import TargetError
+from handheld.files import sha256_file
 from handheld_export.quantization import BITS, QuantizedWeight, unpack
 from handheld_export.quantization import pack as pack_rows
 
@@ -210,7 +211,7 @@ def lower(
     inputs: Sequence[str],
     outputs: Sequence[str],
     path: Path,
-) -> Path:
+) -> Path | None:
     """Write a module, with what :func:`replace` put into it.
 
     Parameters
@@ -224,8 +225,9 @@ def lower(
 
     Returns
     -------
-    Path
-        The file of external data.
+    Path or None
+        The file of external data, named by its SHA-256: phones keep a file by that, whatever its
+        name was, and a graph finds its tensors by file name. None if no tensor is large enough.
 
     Raises
     ------
@@ -253,10 +255,23 @@ def lower(
         model, path, save_as_external_data=True, location=data.name,
         size_threshold=EXTERNAL_FROM, convert_attribute=False,
     )  # fmt: skip
-    if not data.exists():  # nothing was large enough
-        data.write_bytes(b"")
+    made_data = name_by_content(path, data) if data.exists() else None
     onnx.checker.check_model(str(path))
-    return data
+    return made_data
+
+
+def name_by_content(path: Path, data: Path) -> Path:
+    """Rename a graph's file of external data to its SHA-256, in the graph, too."""
+    import onnx
+
+    name = sha256_file(data)
+    model = onnx.load(str(path), load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = name
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    return data.replace(data.with_name(name))
 
 
 def _anonymous(model: Any) -> None:

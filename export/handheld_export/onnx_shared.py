@@ -13,12 +13,13 @@ from typing import Any, Final
 import onnx
 
 from handheld.errors import TargetError
+from handheld.files import sha256_file
 
 _ALIGNMENT: Final = 4096
 """Offsets at which systems map files."""
 
 
-def share(paths: Sequence[Path], outputs: Sequence[Path], weights: Path) -> bool:
+def share(paths: Sequence[Path], outputs: Sequence[Path], folder: Path) -> Path | None:
     """Write graphs again with their tensors in one file.
 
     Parameters
@@ -26,13 +27,14 @@ def share(paths: Sequence[Path], outputs: Sequence[Path], weights: Path) -> bool
     paths : sequence of Path
         One segment at several sizes, as :func:`~handheld_export.onnx.lower` writes it.
     outputs : sequence of Path
-        One for each, in the folder of ``weights``.
-    weights : Path
+        One for each, in ``folder``.
+    folder : Path
 
     Returns
     -------
-    bool
-        False if no tensor is the same in all; nothing is written then.
+    Path or None
+        The file of tensors, named by its SHA-256. None if no tensor is the same in all; nothing is
+        written then.
 
     Raises
     ------
@@ -47,14 +49,16 @@ def share(paths: Sequence[Path], outputs: Sequence[Path], weights: Path) -> bool
     first, *others = external
     common = {n: data for n, data in first.items() if all(o.get(n) == data for o in others)}
     if not common:
-        return False
+        return None
     places, at = {}, 0
+    weights = folder / "weights.partial"
     with weights.open("wb") as out:
         for name, data in common.items():
             at = -(-at // _ALIGNMENT) * _ALIGNMENT
             out.write(bytes(at - out.tell()) + data)
             places[name] = at
             at += len(data)
+    weights = weights.replace(folder / sha256_file(weights))
     for model, own, output in zip(models, external, outputs, strict=True):
         for tensor in model.graph.initializer:
             if tensor.name in places:
@@ -68,7 +72,7 @@ def share(paths: Sequence[Path], outputs: Sequence[Path], weights: Path) -> bool
         for tensor in written.graph.initializer:
             if tensor.name in places and _content(tensor, output) != common[tensor.name]:
                 raise TargetError(f"tensor '{tensor.name}' is not what it was", path=output)
-    return True
+    return weights
 
 
 def _content(tensor: Any, path: Path) -> bytes:

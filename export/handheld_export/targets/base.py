@@ -187,7 +187,7 @@ class Target(ABC):
         paths : mapping of artifact id to Path
             What :meth:`lower` wrote at each size.
         weights : str
-            Name of a file for what they have in common.
+            Name of a file for what they have in common, where artifacts do not name it.
         folder : Path
             Where to write.
 

@@ -45,7 +45,7 @@ class ONNX(Target):
         ports = segment.ports
         data = onnx.lower(module, segment.examples, list(ports.inputs), list(ports.outputs), path)
         onnx.read_back(path, layers)
-        return Lowered(path, tools=self.versions(), parts=(data,))
+        return Lowered(path, tools=self.versions(), parts=(data,) if data else ())
 
     def share(
         self, paths: Mapping[str, Path], weights: str, folder: Path
@@ -54,10 +54,8 @@ class ONNX(Target):
         from handheld_export import onnx_shared
 
         outputs = {name: folder / f"{name}{self.suffix}" for name in paths}
-        common = folder / weights
-        if not onnx_shared.share(list(paths.values()), list(outputs.values()), common):
-            return None
-        return {name: (path, common) for name, path in outputs.items()}
+        common = onnx_shared.share(list(paths.values()), list(outputs.values()), folder)
+        return {name: (path, common) for name, path in outputs.items()} if common else None
 
     def load(self, path: Path, ports: Ports) -> Runner:
         """Open an artifact with onnxruntime."""
