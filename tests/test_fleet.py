@@ -7,6 +7,7 @@ import pytest
 import fake_harness
 import samples
 from handheld import fleet, records
+from handheld.devices import Obstacle, find, providers
 from handheld.errors import DeviceError, UsageError
 
 TABLE = """
@@ -128,3 +129,29 @@ def test_a_malformed_matrix(tmp_path, text, field):
     assert "fleet.toml" in str(e.value)
     if field:
         assert e.value.field == field
+
+
+def test_what_keeps_devices_away_is_told_though_others_are_there(tmp_path, monkeypatch):
+    class Phones:
+        def attached(self):
+            return []
+
+        def obstacles(self):
+            return [
+                Obstacle("there is no phone program", "install it"),
+                Obstacle("is not authorized", "unlock it", "R5"),
+                Obstacle("no answer", "start the server", "tcp:lab:5037"),
+            ]
+
+    kinds = providers()
+    monkeypatch.setattr("handheld.devices.providers", lambda: kinds | {"phones": Phones()})
+    told = [r for r in run(tmp_path, TABLE.replace('"host"', '"all"'))[0] if r.outcome == "missing"]
+    assert [(r.device, r.error) for r in told] == [
+        ("R5", "is not authorized (unlock it)"),
+        ("tcp:lab:5037", "no answer (start the server)"),
+    ]
+    results, written = run(tmp_path, TABLE.replace('"host"', '"host", "R5"'))
+    assert [r.outcome for r in results if r.device == "R5"] == ["missing"]
+    assert len(written) == 2
+    with pytest.raises(DeviceError, match="no phone program"):
+        find("phones")

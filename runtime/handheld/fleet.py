@@ -164,15 +164,27 @@ class Fleet:
             os.environ[adb.SERVERS] = ",".join(matrix.adb_servers)
 
     def find(self) -> tuple[dict[str, Device], list[Result]]:
-        """Return the devices that are there, by id, and a result for each name that is not."""
+        """Return the devices that are there, by id, and a result for each that cannot be used.
+
+        A phone that is attached and not authorized, or a lab's adb server that is down, is one of
+        the latter, even where other phones were found.
+        """
         found: dict[str, Device] = {}
         missing = []
         for name in self.matrix.devices:
             try:
                 # A phone that two servers know, or two names mean, is still one phone.
                 found.update({d.id: d for d in devices.find(name)})
+                kept = devices.obstacles(name)
             except DeviceError as error:
                 missing.append(Result(name, "", "missing", error=str(error)))
+                continue
+            known = {d.serial for d in found.values()}
+            missing += [
+                Result(o.device or name, "", "missing", error=f"{o.what} ({o.remedy})")
+                for o in kept
+                if o.device not in known
+            ]
         return found, missing
 
     def finished(self, device: str, cell: Cell) -> RunRecord | None:

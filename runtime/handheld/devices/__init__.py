@@ -9,7 +9,7 @@ from handheld.errors import DeviceError
 
 GROUP = "handheld.devices"
 
-__all__ = ["GROUP", "Device", "Devices", "Obstacle", "find", "providers"]
+__all__ = ["GROUP", "Device", "Devices", "Obstacle", "find", "obstacles", "providers"]
 
 
 def providers() -> dict[str, Devices]:
@@ -35,9 +35,19 @@ def find(wanted: str) -> list[Device]:
     chosen = [d for d in devices if wanted in (d.kind, d.id, d.serial)]
     if chosen:
         return chosen
-    for provider in kinds.values():
-        for obstacle in provider.obstacles():
-            if wanted in kinds or obstacle.device == wanted:
-                raise DeviceError(obstacle.what, path=obstacle.device, remedy=obstacle.remedy)
+    for obstacle in obstacles(wanted):
+        raise DeviceError(obstacle.what, path=obstacle.device, remedy=obstacle.remedy)
     names = ", ".join([*providers(), *(d.id for d in devices)])
     raise DeviceError(f"there is no device '{wanted}'", remedy=f"choose one of: all, {names}")
+
+
+def obstacles(wanted: str) -> list[Obstacle]:
+    """Return why devices that ``wanted`` means cannot be used.
+
+    ``all`` means what is attached: a kind that lacks its program is no obstacle then.
+    """
+    kinds = providers()
+    if wanted in kinds:
+        return kinds[wanted].obstacles()
+    found = [o for provider in kinds.values() for o in provider.obstacles()]
+    return [o for o in found if (o.device if wanted == "all" else o.device == wanted)]
