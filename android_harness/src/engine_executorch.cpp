@@ -293,7 +293,7 @@ class ExecuTorchEngine final : public Engine {
     --users_;
   }
 
-  bool must_pack(const ArtifactInfo& info) override { return cache_ && !cache_->find(info.sha256); }
+  bool must_pack(const ArtifactInfo& info) override { return cache_ && !cache_->has(info.sha256); }
 
   std::unique_ptr<Model> load(const ArtifactInfo& info) override {
     last_log.clear();

@@ -305,7 +305,7 @@ class LiteRtEngine final : public Engine {
 
   bool must_pack(const ArtifactInfo& info) override {
     PackCache* cache = this->cache();
-    return cache && !cache->find(info.sha256);
+    return cache && !cache->has(info.sha256);
   }
 
   bool takes(const std::string& option, const std::string& value) const override {

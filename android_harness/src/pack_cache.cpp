@@ -93,6 +93,8 @@ bool PackedFile::intact() const {
                   now.st_mtim.tv_nsec == then_.st_mtim.tv_nsec);
 }
 
+void PackedFile::prefetch() const { ::posix_fadvise(fd_.get(), 0, 0, POSIX_FADV_WILLNEED); }
+
 std::string processor_id() {
   utsname name{};
   ::uname(&name);
@@ -132,6 +134,13 @@ std::string PackCache::file(const std::string& artifact_sha256) const {
 }
 
 std::optional<PackedFile> PackCache::find(const std::string& artifact_sha256) {
+  std::optional<PackedFile> found = look(artifact_sha256);
+  // The pages will be wanted soon; a helper's thread may fetch them while another model runs.
+  if (found) found->prefetch();
+  return found;
+}
+
+std::optional<PackedFile> PackCache::look(const std::string& artifact_sha256) {
   if (!usable_) return std::nullopt;
   std::string path = file(artifact_sha256);
   Fd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK));
@@ -147,8 +156,6 @@ std::optional<PackedFile> PackCache::find(const std::string& artifact_sha256) {
     if (verify_ && stamp.substr(gap + 1) != hash_text(fd.get(), true) + "\n") return std::nullopt;
     verified_[path] = stamp;
   }
-  // The pages will be wanted soon; a helper's thread may fetch them while another model runs.
-  ::posix_fadvise(fd.get(), 0, 0, POSIX_FADV_WILLNEED);
   return PackedFile(path, std::move(fd));
 }
 

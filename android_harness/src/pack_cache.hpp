@@ -23,6 +23,8 @@ class PackedFile {
   const std::string& path() const { return path_; }
   // False once anyone wrote to the file or cut it off.
   bool intact() const;
+  // Asks for its pages without waiting for them.
+  void prefetch() const;
 
  private:
   std::string path_;
@@ -42,7 +44,10 @@ class PackCache {
   PackCache(std::string folder, const std::string& build, bool verify);
 
   bool usable() const { return usable_; }
+  // What is found will be used: its pages are fetched.
   std::optional<PackedFile> find(const std::string& artifact_sha256);
+  // Asked of all artifacts at the start, when most of them will be used much later, if at all.
+  bool has(const std::string& artifact_sha256) { return look(artifact_sha256).has_value(); }
 
   // Only one process packs an artifact; the others wait, and then find it. Held until destroyed.
   class Turn {
@@ -64,6 +69,7 @@ class PackCache {
  private:
   std::string key(const std::string& artifact_sha256) const;
   std::string file(const std::string& artifact_sha256) const;
+  std::optional<PackedFile> look(const std::string& artifact_sha256);
   void remove_leftovers() const;
 
   std::string folder_, tag_;
