@@ -9,7 +9,9 @@ The peer gets an fp16 checkpoint of the same shapes with random weights, which i
 and q2_k once; loading is measured from the converted file. It encodes its prompt itself, which is
 timed apart; the memory of its text encoders is part of its peak. Every configuration is a process
 of its own, and its peak is the high-water mark of that process. A U-Net step is what its log calls
-sampling, with one step.
+sampling, with one step. Run records of both sides are appended to one file beside the summary: a
+peer's picture is without its text encoding, and its calls are U-Net and decoder. A page shows them.
+Exit code 1 says that a configuration failed or that a promised ratio is missed.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from functools import cache
+from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,12 +36,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+import full_size_promises as promised
 import watch
-from full_size import MAKE, parts
+from full_size import MAKE, decoder_kind, parts
+from handheld import __version__, records
 from handheld.bundle import Bundle
 from handheld.devices.host import HostDevice
 from handheld.errors import HandheldError, MissingDependencyError
+from handheld.files import sha256_file, write_file
+from handheld.protocol import Iteration, Load, Memory
+from handheld.records import BundleFacts, MemoryFigures, Pass, RunRecord, Settings
+from handheld.report import page, plots
 from make_sdxl import peak
+from promises import Line, show, verdict
 from stages import (
     ROOT,
     Stages,
@@ -141,10 +153,112 @@ def generate(settings: dict[str, Any]) -> None:
     say(json.dumps({"load_ms": load_ms, "loaded_peak": loaded, "peak": peak()}))
 
 
+def as_record(
+    figures: Mapping[str, Any],
+    times: Mapping[str, Sequence[float]],
+    model: BundleFacts,
+    arguments: Any,
+    started: datetime,
+) -> RunRecord:
+    """Return what was seen of one configuration of the peer as a run record.
+
+    Parameters
+    ----------
+    figures : mapping
+        Of the configuration; ``failed`` says why there is no more.
+    times : mapping of stage to milliseconds
+        One value per picture, the first of which warms up.
+    """
+    finished = datetime.now(UTC)
+    failed = figures.get("failed")
+    pictures = range(0 if failed else len(times["total_ms"]))
+    iterations = tuple(
+        Iteration(
+            t_ms=sum(times["total_ms"][: i + 1]),
+            index=i,
+            kind="timed" if i else "first",
+            total_ms=times["total_ms"][i] - times["text_ms"][i],
+            engine_ms=times["unet_step_ms"][i] + times["decoder_ms"][i],
+            calls_ms=(times["unet_step_ms"][i], times["decoder_ms"][i]),
+        )
+        for i in pictures
+    )
+    mark = None if failed else round(figures["peak_rss_mb"] * 1e6)
+    seen = Pass(
+        purpose="latency",
+        started=started,
+        finished=finished,
+        loads=() if failed else (Load(t_ms=0.0, artifact="model", ms=figures["load_ms"]),),
+        iterations=iterations,
+        memory=() if failed else (Memory(t_ms=0.0, phase="end", peak_rss=mark),),
+        done=not failed,
+        error=failed,
+    )
+    facts = HostDevice().facts()
+    return RunRecord(
+        id=records.new_id(started),
+        status="failed" if failed else "ok",
+        error=failed,
+        started=started,
+        finished=finished,
+        handheld=__version__,
+        command=command(),
+        device=facts.model_copy(update={"engines": _peer_version()}),
+        bundle=model,
+        settings=Settings(
+            residency="resident",
+            threads=arguments.threads,
+            seed=0,
+            warmup=0,
+            iterations=arguments.pictures,
+            min_seconds=0.0,
+            cache=False,
+        ),
+        passes=(seen,),
+        memory=None if failed else MemoryFigures(separate_pass=False, peak_rss=mark),
+    )
+
+
+@cache
+def _digest(path: Path) -> str:
+    return sha256_file(path)
+
+
+def facts_of(model: Path, kind: str, decoder: str, configuration: str, size: str) -> BundleFacts:
+    """Return what a record says of the peer's model and configuration."""
+    return BundleFacts(
+        sha256=_digest(model),
+        model=f"sdxl-random, {decoder} decoder",
+        target=f"stable-diffusion.cpp, {configuration}",
+        precision=kind,
+        size=size,
+        steps=1,
+        bytes=model.stat().st_size,
+    )
+
+
 def peer(
-    model: Path, kind: str, tiny: Path | None, name: str, arguments: Any, stages: Stages
+    model: Path,
+    kind: str,
+    tiny: Path | None,
+    name: str,
+    arguments: Any,
+    log: Path,
+    stages: Stages,
 ) -> dict[str, Any]:
-    """Measure one configuration of the peer."""
+    """Measure one configuration of the peer; append a record."""
+    decoder = "tiny" if tiny else "full"
+    facts = facts_of(model, kind, decoder, name, arguments.size)
+    started = datetime.now(UTC)
+    figures, times = _peer(model, kind, tiny, name, arguments, stages)
+    record = as_record(figures, times, facts, arguments, started)
+    records.append(log, record)
+    return figures | {"peer_record": record.id}
+
+
+def _peer(
+    model: Path, kind: str, tiny: Path | None, name: str, arguments: Any, stages: Stages
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
     width, height = (int(n) for n in arguments.size.split("x"))
     settings = {
         "model_path": str(model),
@@ -167,7 +281,7 @@ def peer(
         times = parse(seen.errors)
         if seen.code or any(len(v) != arguments.pictures + 1 for v in times.values()):
             end(f"failed with code {seen.code}: {last(seen.errors)}")
-            return figures | {"failed": last(seen.errors)}
+            return figures | {"failed": last(seen.errors)}, times
         own = json.loads(last(seen.output))
         # The first picture warms up.
         figures |= {k: round(statistics.median(v[1:]), 1) for k, v in times.items()}
@@ -175,7 +289,7 @@ def peer(
         figures["load_ms"] = round(own["load_ms"], 1)
         figures["peak_rss_mb"] = round(own["peak"] / 1e6, 1)
         end(f"step {figures['unet_step_ms']:.0f} ms, peak {figures['peak_rss_mb']:.0f} MB")
-    return figures
+    return figures, times
 
 
 def ours(bundle: Bundle, arguments: Any, log: Path, folder: Path, stages: Stages) -> dict[str, Any]:
@@ -183,14 +297,14 @@ def ours(bundle: Bundle, arguments: Any, log: Path, folder: Path, stages: Stages
     with stderr_to(folder / "runs.log"):
         record = measure(
             bundle, HostDevice(), "resident", log, stages,
-            threads=arguments.threads, iterations=max(3, arguments.pictures),
+            threads=arguments.threads, iterations=max(3, arguments.pictures), size=arguments.size,
         )  # fmt: skip
     figures = row(record, bundle)
-    kl = any("mid_block" in u for a in bundle.manifest.artifacts if a.component == "decoder"
-             for u in a.units)  # fmt: skip
     return {
         "who": f"handheld {bundle.path.name}",
-        "decoder": "full" if kl else "tiny",
+        "model": bundle.manifest.model.id,
+        "target": bundle.manifest.target,
+        "decoder": decoder_kind(bundle),
         "configuration": "resident",
         "size": record.bundle.size,
         "picture_ms": figures["median_ms"],
@@ -212,7 +326,8 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ]  # fmt: skip
         for who in dict.fromkeys(r["who"] for r in same):
             theirs = [r for r in same if r["who"] == who]
-            entry = {"ours": mine["who"], "theirs": who, "decoder": mine["decoder"]}
+            entry = {"ours": mine["who"], "theirs": who}
+            entry |= {k: mine[k] for k in ("model", "target", "decoder", "size")}
             for key in ("unet_step_ms", "decoder_ms", "picture_ms", "load_ms", "peak_rss_mb"):
                 best = min(r[key] for r in theirs)
                 entry[key] = round(best / mine[key], 2) if mine[key] else None
@@ -220,8 +335,8 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def show(rows: list[dict[str, Any]], compared: list[dict[str, Any]]) -> None:
-    """Print both tables."""
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """Print a table of all that was measured."""
     console = Console()
     if not console.is_terminal:
         console.width = 140
@@ -237,11 +352,51 @@ def show(rows: list[dict[str, Any]], compared: list[dict[str, Any]]) -> None:
         )
         table.add_row(r["who"], r["decoder"], r["configuration"], *cells)
     console.print(table)
-    for c in compared:
-        say(
-            f"{c['ours']}, {c['decoder']} decoder, against the best of {c['theirs']}: step "
-            f"{c['unet_step_ms']}x, decoder {c['decoder_ms']}x, picture {c['picture_ms']}x faster"
-        )
+
+
+def draw(summary: Mapping[str, Any], lines: Sequence[Line], path: Path) -> None:
+    """Write a page with tables and plots; every part has a scale of its own for each decoder."""
+    sections = [
+        "<h1>SDXL beside stable-diffusion.cpp</h1>",
+        f"<p>{escape(' '.join(summary['command']))}</p>",
+        page.table(
+            "Promises",
+            "How many times faster than the best configuration of the peer.",
+            ("what", "where", "value", "promised", ""),
+            [_tds(x.what, x.where, x.value, x.wanted, verdict(x)) for x in lines],
+        ),
+    ]
+    for kind in ("tiny", "full"):
+        rows = [r for r in summary["rows"] if r["decoder"] == kind and "failed" not in r]
+        if not rows:
+            continue
+        slowest = max(r["picture_ms"] or 0 for r in rows)
+        biggest = max(r["peak_rss_mb"] or 0 for r in rows)
+        made = []
+        for r in rows:
+            step, decoding = r["unet_step_ms"] or 0, r["decoder_ms"] or 0
+            times = plots.bars(
+                [("U-Net step", step, "one"), ("decoder", decoding, "two")], slowest, "ms"
+            )
+            memory = plots.bars([("peak", r["peak_rss_mb"] or 0, "one")], biggest, "MB")
+            made.append(
+                _tds(r["who"], r["configuration"])
+                + f"<td>{_text(r['picture_ms'])} ms{times}</td>"
+                + f"<td>{_text(r['peak_rss_mb'])} MB{memory}</td>"
+                + _tds(_text(r["load_ms"]))
+            )
+        names = ("who", "configuration", "U-Net step and decoder", "peak", "load ms")
+        note = "One picture, one step; text encoding is not in the time, but in the peer's peak."
+        sections.append(page.table(f"With the {kind} decoder", note, names, made))
+    write_file(path, page.document("SDXL beside stable-diffusion.cpp", sections).encode())
+
+
+def _tds(*values: object) -> str:
+    return "".join(f"<td>{escape(str(v))}</td>" for v in values)
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def main() -> int:
@@ -295,13 +450,16 @@ def main() -> int:
         for decoder in arguments.decoder or ("full", "tiny"):
             for name in arguments.configuration or CONFIGURATIONS:
                 taesd = tiny if decoder == "tiny" else None
-                rows.append(peer(model, kind, taesd, name, arguments, stages))
+                rows.append(peer(model, kind, taesd, name, arguments, log, stages))
                 write_summary(arguments.json, summary)
     summary["ratios"] = ratios(rows)
     write_summary(arguments.json, summary)
-    show(rows, summary["ratios"])
-    say(f"written: {arguments.json}")
-    return 1 if any("failed" in r for r in rows) else 0
+    print_rows(rows)
+    lines = promised.against(summary)
+    missed = show(lines, "times faster than the peer's best") if lines else 0
+    draw(summary, lines, arguments.json.with_suffix(".html"))
+    say(f"written: {arguments.json}, {log}, {arguments.json.with_suffix('.html')}")
+    return 1 if missed or any("failed" in r for r in rows) else 0
 
 
 def converted(source: str, kind: str, output: str) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +85,30 @@ def runs(found: Iterable[records.RunRecord]) -> Iterator[Line]:
         yield Line(what, where, f"{len(hashes)} picture(s)", "1", len(hashes) == 1)
 
 
+def at_most(what: str, where: str, value: float, most: float | None, unit: str) -> Line:
+    wanted = "" if most is None else f"<= {most:g}{unit}"
+    return Line(what, where, f"{value:.1f}{unit}", wanted, None if most is None else value <= most)
+
+
+def show(lines: Sequence[Line], title: str) -> int:
+    """Print figures and what was promised; return 1 if one is missed."""
+    table = Table(title=title)
+    for heading in ("what", "where", "value", "promised", ""):
+        table.add_column(heading, overflow="fold")
+    for x in lines:
+        table.add_row(x.what, x.where, x.value, x.wanted, verdict(x))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    console.print(table)
+    return 1 if any(x.kept is False for x in lines) else 0
+
+
+def verdict(line: Line) -> str:
+    """Return whether a figure is kept, in a word; nothing where nothing is promised."""
+    return "" if line.kept is None else "kept" if line.kept else "MISSED"
+
+
 def main() -> int:
     """Print the figures and check them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
@@ -96,17 +120,7 @@ def main() -> int:
     folders = sorted({r["bundle"] for r in summary["rows"]})
     lines = [x for f in folders for x in accuracy(Bundle.open(path.parent / "bundles" / f))]
     lines += runs(known[i] for i in wanted)
-    table = Table(title=str(path))
-    for heading in ("what", "where", "value", "promised", ""):
-        table.add_column(heading, overflow="fold")
-    for x in lines:
-        kept = "" if x.kept is None else "kept" if x.kept else "MISSED"
-        table.add_row(x.what, x.where, x.value, x.wanted, kept)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120
-    console.print(table)
-    return 1 if any(x.kept is False for x in lines) else 0
+    return show(lines, str(path))
 
 
 if __name__ == "__main__":

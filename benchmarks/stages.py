@@ -98,13 +98,22 @@ def build_harness(stages: Stages) -> None:
         end(", ".join(f"{name} {number}" for name, number in sorted(paths.engines.items())))
 
 
-def export(checkpoint: Path, target: str, precision: str, folder: Path, stages: Stages) -> Bundle:
-    """Export a bundle through the cache."""
+def export(
+    checkpoint: Path,
+    target: str,
+    precision: str,
+    folder: Path,
+    stages: Stages,
+    *,
+    sizes: Sequence[str] = (),
+) -> Bundle:
+    """Export a bundle through the cache, of several sizes or of the checkpoint's own."""
+    from handheld.commands.plan import picture_size
     from handheld_export.checkpoint import Checkpoint
     from handheld_export.export import Options, Progress
     from handheld_export.export import export as run
 
-    path = folder / f"{checkpoint.name}-{target}-{precision}"
+    path = folder / "-".join((checkpoint.name, target, precision, *sizes))
     cached = 0
 
     def count(segment: str, weights: int, meta: dict[str, Any] | None) -> None:
@@ -113,10 +122,9 @@ def export(checkpoint: Path, target: str, precision: str, folder: Path, stages: 
 
     name = f"exporting {checkpoint.name} for {target}, {precision}"
     with stages(name) as end, stderr_to(folder / "export.log"):
-        manifest = run(
-            Checkpoint(checkpoint), Options(target, precision), path, progress=Progress(done=count)
-        )
-        size = sum(a.nbytes for a in manifest.artifacts)
+        options = Options(target, precision, sizes=tuple(map(picture_size, sizes)))
+        manifest = run(Checkpoint(checkpoint), options, path, progress=Progress(done=count))
+        size = manifest.nbytes
         end(f"{len(manifest.artifacts)} artifacts ({cached} from the cache), {size / 1e6:.1f} MB")
         if (snr := manifest.verification.snr_db) is not None:
             end(f"{snr:.1f} dB")
@@ -179,9 +187,9 @@ def row(record: RunRecord, bundle: Bundle) -> dict[str, Any]:
         "p95_ms": _rounded(figures["p95_ms"]),
         "first_ms": _rounded(figures["first_ms"]),
         "load_ms": _rounded(figures["load_ms"]),
-        "peak_rss_mb": _mb(memory.peak_rss if memory else None),
-        "rss_anon_mb": _mb(memory.anon if memory else None),
-        "artifact_mb": _mb(sum(a.nbytes for a in bundle.manifest.artifacts)),
+        "peak_rss_mb": megabytes(memory.peak_rss if memory else None),
+        "rss_anon_mb": megabytes(memory.anon if memory else None),
+        "artifact_mb": megabytes(sum(a.nbytes for a in bundle.manifest.artifacts)),
         "snr_db": _rounded(check.snr_db if check else None),
         "psnr_db": _rounded(check.psnr_db if check else None),
         "export_snr_db": _rounded(bundle.manifest.verification.snr_db),
@@ -197,7 +205,8 @@ def _rounded(value: Any) -> float | None:
     return None if value is None else round(float(value), 2)
 
 
-def _mb(value: int | None) -> float | None:
+def megabytes(value: int | None) -> float | None:
+    """Return bytes as MB (10^6 bytes)."""
     return None if value is None else round(value / 1e6, 2)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +31,28 @@ def test_sdxl_is_known_by_name_and_by_its_folder(tmp_path):
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text(json.dumps(config))
     assert planning.figures(planning.architecture(str(tmp_path))) == figures
+
+
+@pytest.mark.parametrize("stack", ["stack1", "stack2", "stack3"])
+def test_a_student_is_planned_with_its_own_grids_and_steps(stack):
+    folder = f"models/critter-{stack}"
+    student, base = planning.architecture(folder), planning.architecture("models/critter")
+    own = json.loads(Path(folder, "unet", "quantization.json").read_text())["layers"]
+    assert student.grids == {n: Stored(x["grid"], x["group_size"]) for n, x in own.items()}
+    assert (base.steps, student.steps) == (12, 1)  # six with guidance
+    assert base.grids == {}
+    floats = dataclasses.replace(student, grids={})
+    assert planning.unet_bytes(student) < 0.3 * planning.unet_bytes(floats)
+
+
+def test_grids_that_nobody_knows_are_refused(tmp_path):
+    for part, config in (("unet", SDXL | {"sample_size": 8}), ("vae", VAE)):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps(config))
+    for layers in ({"conv": {"grid": "int3"}}, {"conv": "int8"}, ["conv"]):
+        (tmp_path / "unet" / "quantization.json").write_text(json.dumps({"layers": layers}))
+        with pytest.raises(CheckpointError, match="each with a grid of int8, int4, int2"):
+            planning.architecture(str(tmp_path))
 
 
 def test_macs_follow_the_picture():

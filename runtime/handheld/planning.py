@@ -133,6 +133,8 @@ class Shape:
 def architecture(name: str, size: int | None = None) -> Shape:
     """Read the configurations of a checkpoint's folder, or of an architecture known by name.
 
+    A student's grids are read, too, and how many steps ``handheld.json`` asks for.
+
     Parameters
     ----------
     name : str
@@ -156,7 +158,36 @@ def architecture(name: str, size: int | None = None) -> Shape:
                 remedy=f"give a folder with unet/config.json and vae/config.json, or {names}",
             )
     unet, vae = (_config(folder / part / "config.json") for part in ("unet", "vae"))
-    return shape_of(unet, vae, size, str(folder))
+    shape = shape_of(unet, vae, size, str(folder))
+    return replace(shape, grids=_grids(folder / "unet"), steps=_steps(folder, shape.steps))
+
+
+def _grids(folder: Path) -> dict[str, Stored]:
+    """Return the grids of a student's layers, none of a checkpoint in float."""
+    path = folder / "quantization.json"
+    if not path.is_file():
+        return {}
+    layers = _config(path).get("layers", {})
+    try:
+        grids = {n: Stored(x["grid"], x.get("group_size")) for n, x in layers.items()}
+        _ = [BITS[stored.grid] for stored in grids.values()]
+    except (AttributeError, KeyError, TypeError):
+        raise CheckpointError(
+            f"is no table of layers, each with a grid of {', '.join(BITS)}",
+            path=path,
+            field="layers",
+        ) from None
+    return grids
+
+
+def _steps(folder: Path, default: int) -> int:
+    """Return the U-Net's runs for one picture, two of each step with guidance."""
+    path = folder / "handheld.json"
+    settings = _config(path) if path.is_file() else {}
+    steps = settings.get("steps") or default
+    if not isinstance(steps, int):
+        raise CheckpointError("is no number of steps", path=path, field="steps")
+    return steps * (1 if settings.get("guidance", 1.0) == 1.0 else 2)
 
 
 def shape_of(unet: Config, vae: Config, size: int | None, path: str) -> Shape:
