@@ -114,6 +114,52 @@ def test_latency_is_macs_over_a_rate_with_a_source(capsys, tmp_path):
     assert slow["seconds"] is None
 
 
+def test_rates_that_come_along_have_sources_and_are_asked_for_by_name(capsys):
+    assert all(r.source for d in plans.devices() for r in d.targets.values())
+    (row,) = rows(capsys, "sdxl", "-s", "stack1", "-t", "executorch-xnnpack", "--device",
+                  "oneplus 12")  # fmt: skip
+    assert row["seconds"] == pytest.approx((row["unet_macs"] + row["decoder_macs"]) / 253e9)
+    assert "https://" in row["rate_source"]
+    (unknown,) = rows(capsys, "sdxl", "-t", "litert-cpu", "--device", "OnePlus 12")
+    assert (unknown["seconds"], unknown["rate_source"]) == (None, None)
+
+
+def test_phones_limits_are_published_or_assumed_and_what_is_unknown_stays_unknown(capsys):
+    (row,) = rows(capsys, "sdxl", "-s", "stack1", "--size", "512x512", "-t", "executorch-xnnpack",
+                  "--phone", "OnePlus 12", "--phone", "iPhone 13 Pro", "--phone", "Xiaomi Redmi 7A",
+                  "--phone", "oneplus 12")  # fmt: skip
+    found = {(p["phone"], p["ram_gb"]): p for p in row["phones"]}
+    assert [p["ram_gb"] for p in row["phones"]] == [12, 16, 24, 6, 2, 3]
+    fast, published = found["OnePlus 12", 12], found["iPhone 13 Pro", 6]
+    assert fast["app_bytes"] == 6 * 2**30 and fast["app_source"].startswith("assumed: 0.5")
+    assert fast["seconds"] == pytest.approx((row["unet_macs"] + row["decoder_macs"]) / 253e9)
+    assert published["app_bytes"] == 3_120_000_000
+    assert published["app_source"].startswith("https://")
+    assert (published["seconds"], published["rate_source"]) == (None, None)
+    small = found["Xiaomi Redmi 7A", 2]["verdict"]
+    assert (small["resident"], published["verdict"]["resident"]) == ("too much", "fits")
+
+
+def test_a_phone_of_whose_app_nobody_knows_the_limit_has_no_verdict():
+    from handheld import phone_plans
+    from handheld.release import catalogue
+    from handheld.release.rules import read
+
+    row = plans.row(planning.architecture("models/critter-stack1"), "litert-cpu")
+    rules = read().model_copy(update={"budget": {}})
+    (entry,) = catalogue.named("Google Pixel 8")
+    (found,) = phone_plans.on_phone(row, entry, rules)
+    assert (found["app_bytes"], found["app_source"], found["verdict"]) == (None, "unknown", None)
+
+
+def test_tables_of_phones_name_their_sources(capsys):
+    assert run(["plan", "critter-stack1", "-t", "litert-cpu", "--phone", "Google Pixel 8"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "4295.0 assumed" in told
+    assert "wiki.lineageos.org/devices/shiba" in told and "rules.toml" in told
+    assert told.count("unknown") >= 2  # seconds, here and on the phone
+
+
 def test_precision_fills_what_is_float(capsys):
     plain, coded = (
         rows(capsys, "sdxl", "-t", "litert-cpu", *more)[0] for more in ([], ["--precision", "int8"])
@@ -135,6 +181,9 @@ def test_precision_fills_what_is_float(capsys):
         (["sdxl", "--precision", "int3"], "unknown"),
         (["sdxl", "-o", "plan.png"], "no .svg"),
         (["nowhere"], "no configurations"),
+        (["sdxl", "--device", "a phone"], "known are OnePlus 12"),
+        (["sdxl", "--device", "OnePlus 12", "--rates", "x.toml"], "exclude each other"),
+        (["sdxl", "--phone", "a phone"], "no phone 'a phone' in the catalogue"),
     ],
 )
 def test_bad_usage(capsys, words, said):

@@ -112,6 +112,10 @@ def test_the_catalogue_is_sourced():
     assert len({e.name for e in entries}) == len(entries)
     assert all(e.source.startswith("https://") for e in entries)
     assert all(0 < ram <= 24 for e in entries for ram in e.ram_gb)
+    limited = [e for e in entries if e.app_mb is not None]
+    assert limited
+    assert all(e.app_source.startswith("https://") for e in limited)
+    assert all(0 < e.app_mb * 10**6 < min(e.ram_gb) * GB for e in limited)
 
 
 def test_every_phone_of_the_catalogue_is_explained():

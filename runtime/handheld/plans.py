@@ -19,6 +19,7 @@ from handheld.counting import Layer
 from handheld.errors import UsageError
 from handheld.planning import Shape, Stored
 from handheld.program import Model
+from handheld.socs import is_soc
 
 CHANNEL_BYTES: Final[Mapping[str, int]] = {"litert-cpu": 8}
 """Of each quantized channel in a file: LiteRT keeps an int64 zero point beside every scale."""
@@ -76,10 +77,51 @@ class Rate(Model):
 
 
 class Rates(Model):
-    """A device table: a name, and a rate for each target."""
+    """What a device computes: a rate for each target.
+
+    Parameters
+    ----------
+    device : str
+    soc : str, optional
+        Other devices with the same one are taken to compute as fast.
+    targets : dict of str to Rate
+    """
 
     device: str
+    soc: str | None = None
     targets: dict[str, Rate]
+
+
+@cache
+def devices() -> tuple[Rates, ...]:
+    """Return the devices whose rates come along."""
+    text = (files("handheld") / "device_rates.toml").read_text(encoding="utf-8")
+    return tuple(
+        Rates.model_validate({"device": row.pop("name"), **row})
+        for row in tomllib.loads(text)["device"]
+    )
+
+
+def rates_of(device: str) -> Rates:
+    """Return the rates of a device that comes along.
+
+    Raises
+    ------
+    UsageError
+        If there is none of that name.
+    """
+    for rates in devices():
+        if rates.device.casefold() == device.casefold():
+            return rates
+    raise UsageError(
+        f"no rates of '{device}' are known",
+        remedy=f"give a table with --rates; known are {'; '.join(r.device for r in devices())}",
+    )
+
+
+def rates_of_soc(soc: str) -> Rates | None:
+    """Return the rates of a device with a SoC, None if there is none."""
+    return next((r for r in devices() if r.soc and is_soc(soc, r.soc)), None)
 
 
 def read_rates(path: Path) -> Rates:
@@ -237,10 +279,8 @@ def row(
     peaks = {"resident": unet + decoder + activations, "stream": streamed + activations}
     unet_figures = counting.summary(shape.layers)
     decoder_figures = counting.summary(shape.decoder_layers)
-    macs = unet_figures["macs"] * shape.steps + decoder_figures["macs"]
-    rate = rates.targets.get(target) if rates else None
     estimated = peak_bytes(shape, target)
-    return {
+    found: dict[str, Any] = {
         "target": target,
         "width": shape.latent[1] * _scale(shape),
         "height": shape.latent[0] * _scale(shape),
@@ -259,11 +299,20 @@ def row(
         "verdict": {k: verdict(p, peaks[k], budget) for k, p in estimated.items()}
         if estimated and budget is not None
         else None,
-        "seconds": macs / (rate.gmacs_per_second * 1e9) if rate else None,
-        "rate_source": rate.source if rate else None,
         "exceeds": {k: v > budget for k, v in peaks.items()} if budget is not None else None,
         "notes": list(shape.notes),
     }
+    found["seconds"], found["rate_source"] = seconds(found, rates)
+    return found
+
+
+def seconds(row: Mapping[str, Any], rates: Rates | None) -> tuple[float | None, str | None]:
+    """Return how long a picture of a row takes, and where the rate is from; None if unknown."""
+    rate = rates.targets.get(row["target"]) if rates else None
+    if rate is None:
+        return None, None
+    macs = row["unet_macs"] * row["steps"] + row["decoder_macs"]
+    return macs / (rate.gmacs_per_second * 1e9), rate.source
 
 
 def _scale(shape: Shape) -> int:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,8 +48,16 @@ def plan(
     budget: Annotated[
         float | None, typer.Option(help="MB (10^6 bytes) of peak memory that must do.")
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="A device whose rates come along, for latency: 'OnePlus 12'."),
+    ] = None,
     rates: Annotated[
-        Path | None, typer.Option(help="Device table in TOML; without it latency is unknown.")
+        Path | None, typer.Option(help="A device table of your own in TOML, for latency.")
+    ] = None,
+    phone: Annotated[
+        list[str] | None,
+        typer.Option(help="Does it fit a phone of the catalogue? Repeatable; or all."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Picture of stacked bars, .svg.")
@@ -60,6 +69,7 @@ def plan(
     \b
     handheld plan sdxl --stack stack1 --stack stack2 --size 512x512 --budget 1500
     handheld plan critter --precision int8 --target litert-cpu --json
+    handheld plan sdxl --stack stack2 --size 512x512 --phone "OnePlus 12" --phone "iPhone 13 Pro"
     """  # noqa: D301
     if budget is not None and not (math.isfinite(budget) and budget > 0):
         raise UsageError(f"--budget {budget:g} is out of range", remedy="give MB above 0")
@@ -75,7 +85,10 @@ def plan(
     if os.sep not in checkpoint and checkpoint in models.names():
         name = str(models.checkpoint(checkpoint))
     first = planning.architecture(name)
-    table = plans.read_rates(rates) if rates else None
+    if device is not None and rates is not None:
+        raise UsageError("--device and --rates exclude each other", remedy="leave one out")
+    table = plans.rates_of(device) if device else plans.read_rates(rates) if rates else None
+    fits = _on_phones(phone) if phone else None
     rows: list[dict[str, Any]] = []
     for label, path in _recipes(stack or [], recipe or [], Path(name).name):
         shape = recipes.shape_after(path, first) if path else first
@@ -86,6 +99,9 @@ def plan(
                 | plans.row(sized, t, budget=round(budget * 1e6) if budget else None, rates=table)
                 for t in targets
             ]
+    if fits is not None:
+        for row in rows:
+            row["phones"] = fits(row)
     report = {
         "checkpoint": checkpoint,
         "estimate": True,
@@ -99,6 +115,17 @@ def plan(
         print_json(json.loads(json.dumps(report)))
     else:
         _print(report)
+
+
+def _on_phones(names: list[str]) -> Callable[[dict[str, Any]], list[dict[str, Any]]]:
+    """Return a function that says of a row whether it fits phones."""
+    from handheld import phone_plans  # takes the code of releases with it
+    from handheld.release import catalogue
+    from handheld.release.rules import read
+
+    entries = list(dict.fromkeys(e for name in names for e in catalogue.named(name)))
+    rules = read()
+    return lambda row: [x for e in entries for x in phone_plans.on_phone(row, e, rules)]
 
 
 def _recipes(stacks: list[str], files: list[Path], family: str) -> list[tuple[str, Path | None]]:
@@ -146,6 +173,8 @@ def _print(report: dict[str, Any]) -> None:
     if not console.is_terminal:
         console.width = 150
     console.print(table)
+    if any("phones" in r for r in report["rows"]):
+        console.print(_phones(report["rows"]))
     for note in dict.fromkeys(n for r in report["rows"] for n in r["notes"]):
         console.print(f"estimate: {note}", highlight=False)
     console.print(
@@ -153,8 +182,44 @@ def _print(report: dict[str, Any]) -> None:
         "within 10 % of a budget they are close to it, and say no more.",
         highlight=False,
     )
-    for source in dict.fromkeys(r["rate_source"] for r in report["rows"] if r["rate_source"]):
-        console.print(f"{report['device']}: {source}", highlight=False, markup=False)
+    for line in dict.fromkeys(_sources(report)):
+        console.print(line, highlight=False, markup=False)
+
+
+def _phones(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    names = ("phone", "memory\nGB", "an app's\nMB", "model", "size", "target", "resident",
+             "streamed", "seconds")  # fmt: skip
+    for name in names:
+        table.add_column(name, justify="right" if "\n" in name or name == "seconds" else "left")
+    for r in rows:
+        for p in r["phones"]:
+            limit = "unknown" if p["app_bytes"] is None else megabytes(p["app_bytes"])
+            assumed = " assumed" if p["app_source"].startswith("assumed") else ""
+            fits = p["verdict"] or dict.fromkeys(("resident", "stream"), "unknown")
+            table.add_row(
+                p["phone"],
+                str(p["ram_gb"]),
+                f"{limit}{assumed}",
+                r["model"],
+                f"{r['width']}x{r['height']}",
+                r["target"],
+                fits["resident"],
+                fits["stream"],
+                "unknown" if p["seconds"] is None else f"{p['seconds']:.2f}",
+            )
+    return table
+
+
+def _sources(report: dict[str, Any]) -> Iterator[str]:
+    """Yield where rates and limits are from."""
+    for r in report["rows"]:
+        if r["rate_source"]:
+            yield f"{report['device']}: {r['rate_source']}"
+        for p in r.get("phones", ()):
+            yield f"{p['phone']}: memory: {p['ram_source']}; an app's: {p['app_source']}"
+            if p["rate_source"]:
+                yield f"{p['phone']} ({p['soc']}), seconds: {p['rate_source']}"
 
 
 def _verdict(row: dict[str, Any], residency: str) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import tomllib
 from functools import cache
 from importlib.resources import files
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from handheld.errors import UsageError
 from handheld.program import Model
@@ -28,6 +28,17 @@ class Entry(Model):
     """Major version of the system that the phone can run, at least."""
     source: str
     """Where the figures are published."""
+    app_mb: Annotated[int, Field(gt=0)] | None = None
+    """MB (10^6 bytes) that the system gave one app without an entitlement, as somebody saw it;
+    absent where nobody published it."""
+    app_source: str | None = None
+    """Where that is published."""
+
+    @model_validator(mode="after")
+    def _sourced(self) -> Self:
+        if (self.app_mb is None) != (self.app_source is None):
+            raise ValueError(f"{self.name}: app_mb and app_source go together")
+        return self
 
 
 @cache
@@ -52,7 +63,12 @@ def phones(entry: Entry) -> list[Phone]:
 
 
 def find(name: str) -> list[Phone]:
-    """Return the phones of a name, or all.
+    """Return the phones of a name, or all; see :func:`named`."""
+    return [p for e in named(name) for p in phones(e)]
+
+
+def named(name: str) -> list[Entry]:
+    """Return the entry of a name, or all.
 
     Raises
     ------
@@ -67,4 +83,4 @@ def find(name: str) -> list[Phone]:
             f"there is no phone '{name}' in the catalogue",
             remedy=f"did you mean {', '.join(close[:5])}?" if close else "give --soc and --ram",
         )
-    return [p for e in chosen for p in phones(e)]
+    return chosen
