@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
 import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -148,6 +152,45 @@ def test_the_walk_through_targets_runs(tmp_path, monkeypatch):
     space: dict[str, object] = {"__name__": "walk"}
     exec(compile("\n".join(blocks), "docs/adding-a-target.md", "exec"), space)
     assert (tmp_path / "small.pt2").is_file()
+
+
+@pytest.mark.slow
+def test_the_walk_throughs_target_is_exported_and_verified_once_installed(tmp_path, smallest):
+    pytest.importorskip("torch")
+    text = (ROOT / "docs" / "adding-a-target.md").read_text(encoding="utf-8")
+    blocks = dict(reversed(FENCE.findall(text)))  # the first of each language
+    entries = tomllib.loads(blocks["toml"])["project"]["entry-points"]["handheld.targets"]
+    module = entries["torch-program"].partition(":")[0]
+    file = tmp_path.joinpath(*module.split(".")).with_suffix(".py")
+    file.parent.mkdir()
+    (file.parent / "__init__.py").touch()
+    file.write_text(blocks["python"], encoding="utf-8")
+    # What pip would leave beside it.
+    facts = tmp_path / "my_package-1.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: my_package\nVersion: 1.0\n")
+    (facts / "entry_points.txt").write_text(
+        "[handheld.targets]\n" + "".join(f"{n} = {v}\n" for n, v in entries.items())
+    )
+    paths = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": paths, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+    def handheld(*arguments):
+        done = subprocess.run(
+            [sys.executable, "-m", "handheld", *arguments, "--json"],
+            env=environment, capture_output=True, text=True, check=False, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+    out = tmp_path / "out"
+    (made,) = handheld(
+        "export", str(smallest), "--target", "torch-program", "-p", "fp32", "-o", str(out)
+    )
+    assert made["target"] == "torch-program"
+    assert made["snr_db"] > 100
+    report = handheld("verify", str(out), "--checkpoint", str(smallest))
+    assert report["passed"]
 
 
 def test_committed_files_hold_no_traces_of_a_machine():
