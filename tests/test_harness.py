@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -314,11 +315,26 @@ def test_memory_budget_wants_workspaces(built, copy, inputs, tmp_path):
     assert "artifacts[1].workspace" in message
 
 
-def test_cache_is_built_once_and_again_if_damaged(built, bundle, inputs, tmp_path):
+@pytest.fixture(scope="session")
+def chained(tmp_path_factory):
+    return tflites.chain(tmp_path_factory.mktemp("chained")).path
+
+
+@pytest.fixture(params=["executorch", "litert"])
+def faulty(request):
+    """For each engine, a function that makes jobs on a bundle of three artifacts."""
+    if request.param == "executorch":
+        parts = [request.getfixturevalue(name) for name in ("bundle", "inputs")]
+        return functools.partial(job, *parts)
+    given = {"bundle": str(request.getfixturevalue("chained")), "size": "16x8", "seed": 3}
+    return lambda **changes: {**given, **changes}
+
+
+def test_cache_is_built_once_and_again_if_damaged(built, faulty, tmp_path):
     cache = tmp_path / "cache" / "deep"
 
     def states():
-        status, events = run(built, tmp_path, job(bundle, inputs, cache=str(cache)))
+        status, events = run(built, tmp_path, faulty(cache=str(cache)))
         assert status == 0
         hashes.add(picture(events))
         return [e.cache for e in events if e.event == "load"]
@@ -340,20 +356,20 @@ def test_cache_is_built_once_and_again_if_damaged(built, bundle, inputs, tmp_pat
     assert len(hashes) == 1
 
 
-def packed(built, bundle, inputs, tmp_path):
-    """Pack a bundle's weights; return the cache, and a function that runs with it."""
+def packed(built, faulty, tmp_path):
+    """Return a cache, and a function that runs with it: the picture, and how weights came."""
     cache = tmp_path / "cache"
 
     def again(**changes):
-        status, events = run(built, tmp_path, job(bundle, inputs, cache=str(cache), **changes))
+        status, events = run(built, tmp_path, faulty(cache=str(cache), **changes))
         assert status == 0, events[-1]
         return picture(events), [e.cache for e in events if e.event == "load"]
 
     return cache, again
 
 
-def test_one_wrong_bit_in_packed_weights_is_noticed(built, bundle, inputs, tmp_path):
-    cache, again = packed(built, bundle, inputs, tmp_path)
+def test_one_wrong_bit_in_packed_weights_is_noticed(built, faulty, tmp_path):
+    cache, again = packed(built, faulty, tmp_path)
     good, _ = again()
     file = max(cache.glob("*.packed"), key=lambda p: p.stat().st_size)
     then = file.stat()
@@ -365,8 +381,8 @@ def test_one_wrong_bit_in_packed_weights_is_noticed(built, bundle, inputs, tmp_p
     assert again() == (good, ["hit"] * 3)
 
 
-def test_packed_weights_of_another_artifact_or_version(built, bundle, inputs, tmp_path):
-    cache, again = packed(built, bundle, inputs, tmp_path)
+def test_packed_weights_of_another_artifact_or_version(built, faulty, tmp_path):
+    cache, again = packed(built, faulty, tmp_path)
     good, _ = again()
     one, two, three = sorted(cache.glob("*.packed"))
     for target, source in ((one, two), (three, two)):
@@ -385,13 +401,32 @@ def test_packed_weights_of_another_artifact_or_version(built, bundle, inputs, tm
     assert again()[0] == good
 
 
+def test_packed_weights_of_an_older_build_go_once_they_are_packed_again(built, faulty, tmp_path):
+    cache, again = packed(built, faulty, tmp_path)
+    again()
+    one, two, three = sorted(cache.glob("*.packed"))
+
+    def move(path, build=None, processor=None):
+        artifact, own, here = path.stem.split("-")
+        moved = path.with_name(f"{artifact}-{build or own}-{processor or here}.packed")
+        path.with_name(path.name + ".stamp").rename(moved.with_name(moved.name + ".stamp"))
+        return path.rename(moved)
+
+    old, other = move(one, build="0" * 16), move(two, processor="0" * 16)
+    assert sorted(again()[1]) == ["built", "built", "hit"]
+    # Whoever shares the folder from another kind of machine still needs its own.
+    assert sorted(cache.glob("*.packed")) == sorted([one, two, three, other])
+    assert not old.with_name(old.name + ".stamp").exists()
+    assert other.with_name(other.name + ".stamp").exists()
+
+
 @pytest.mark.parametrize("residency", ["resident", "stream"])
 @pytest.mark.parametrize("how", ["cut", "removed", "written"])
-def test_packed_weights_that_change_during_runs(built, bundle, inputs, tmp_path, residency, how):
-    cache, again = packed(built, bundle, inputs, tmp_path)
+def test_packed_weights_that_change_during_runs(built, faulty, tmp_path, residency, how):
+    cache, again = packed(built, faulty, tmp_path)
     good, _ = again()
     options = {"residency": residency, "prefetch": False, "cache": str(cache)}
-    process, lines = start(built, tmp_path, job(bundle, inputs, min_seconds=2, **options))
+    process, lines = start(built, tmp_path, faulty(min_seconds=2, **options))
     for file in cache.glob("*.packed"):
         if how == "removed":
             file.unlink()
@@ -429,14 +464,14 @@ def test_session_goes_on_after_its_cache_was_spoiled(bundle, tmp_path):
         assert (session.output() == good).all()
 
 
-def test_disk_that_is_full_before_packing(built, bundle, inputs, tmp_path):
+def test_disk_that_is_full_before_packing(built, faulty, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
     if os.geteuid() != 0 or subprocess.run(mounted, check=False, capture_output=True).returncode:
         pytest.skip("a small disk can only be mounted by root")
     try:
-        code, message = refused(built, tmp_path, job(bundle, inputs, cache=str(disk / "cache")))
+        code, message = refused(built, tmp_path, faulty(cache=str(disk / "cache")))
         assert code == "io"
         assert "no room to pack its weights" in message
         assert "run without a cache" in message
@@ -444,8 +479,8 @@ def test_disk_that_is_full_before_packing(built, bundle, inputs, tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_disk_that_fills_up_while_packing(built, bundle, inputs, tmp_path):
-    cache, again = packed(built, bundle, inputs, tmp_path)
+def test_disk_that_fills_up_while_packing(built, faulty, tmp_path):
+    cache, again = packed(built, faulty, tmp_path)
     good, _ = again()
     kept = sorted(cache.glob("*.packed"))
     kept[0].with_name(kept[0].name + ".stamp").unlink()  # this one is packed again
@@ -455,7 +490,7 @@ def test_disk_that_fills_up_while_packing(built, bundle, inputs, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
 
     path = tmp_path / "job.json"
-    path.write_text(json.dumps(job(bundle, inputs, cache=str(cache))))
+    path.write_text(json.dumps(faulty(cache=str(cache))))
     result = subprocess.run(
         [built.program, path],
         capture_output=True,

@@ -109,18 +109,22 @@ def _map(name: str, index: int) -> Any:
     return item
 
 
-def program(width: int, artifact: str) -> Program:
+def program(width: int, *artifacts: str) -> Program:
+    """Call artifacts one after the other, and draw what comes out."""
     shape = (1, HEIGHT, width, CHANNELS)
+    drawn = [f"drawn.{i}" for i in range(len(artifacts))]
     return Program(
         inputs=(Input(name="noise", role="noise"),),
         tensors={
-            "noise": spec(*shape),
-            "drawn": spec(*shape),
+            **{name: spec(*shape) for name in ("noise", *drawn)},
             "picture": spec(*shape, dtype="uint8"),
         },
         ops=(
-            Call(artifact=artifact, args={"x": "noise"}, results={"y": "drawn"}),
-            Affine(terms=(Term(x="drawn", scale=20.0),), bias=100.0, out="picture"),
+            *(
+                Call(artifact=artifact, args={"x": x}, results={"y": y})
+                for artifact, (x, y) in zip(artifacts, pairwise(("noise", *drawn)), strict=True)
+            ),
+            Affine(terms=(Term(x=drawn[-1], scale=20.0),), bias=100.0, out="picture"),
         ),
         outputs={"picture": "picture"},
     )
@@ -128,15 +132,40 @@ def program(width: int, artifact: str) -> Program:
 
 def write(path: Path, artifacts: dict[int, tuple[Path, ...]], engine: Any = "litert") -> Bundle:
     """Write a bundle of one artifact for each width, which is one file or several."""
-    files = {f"artifacts/{p.name}": p.read_bytes() for own in artifacts.values() for p in own}
-    made = []
-    for width, (file, *parts) in artifacts.items():
-        one, *others = (
-            ref(f"artifacts/{p.name}", files[f"artifacts/{p.name}"]) for p in (file, *parts)
-        )
-        made.append(
+    made = {f"unet.{w}x{HEIGHT}": (w, files) for w, files in artifacts.items()}
+    sizes = {
+        f"{w}x{HEIGHT}": Size(width=w, height=HEIGHT, program=program(w, name))
+        for name, (w, _) in made.items()
+    }
+    return _write(path, made, sizes, engine)
+
+
+def chain(folder: Path, count: int = 3) -> Bundle:
+    """Write a bundle of one size that calls artifacts one after the other."""
+    width = SIZES[0]
+    made: dict[str, tuple[int, tuple[Path, ...]]] = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        file = folder / f"unet.{i}.tflite"
+        file.write_bytes(convolutions(width, weights(i)))
+        made[f"unet.{i}"] = (width, (file,))
+    size = Size(width=width, height=HEIGHT, program=program(width, *made))
+    return _write(folder / "bundle", made, {f"{width}x{HEIGHT}": size}, "litert")
+
+
+def _write(
+    path: Path,
+    made: dict[str, tuple[int, tuple[Path, ...]]],
+    sizes: dict[str, Size],
+    engine: Any,
+) -> Bundle:
+    files = {f"artifacts/{p.name}": p.read_bytes() for _, own in made.values() for p in own}
+    artifacts = []
+    for name, (width, own) in made.items():
+        one, *others = (ref(f"artifacts/{p.name}", files[f"artifacts/{p.name}"]) for p in own)
+        artifacts.append(
             Artifact(
-                id=f"unet.{width}x{HEIGHT}",
+                id=name,
                 target="litert-cpu",
                 engine=engine,
                 engine_version="2.3.0",
@@ -153,11 +182,8 @@ def write(path: Path, artifacts: dict[int, tuple[Path, ...]], engine: Any = "lit
         model=ModelInfo(id="s", checkpoint_sha256="0" * 64, steps=1, sampler="none", guidance=1.0),
         target="litert-cpu",
         precision="int8",
-        sizes={
-            f"{w}x{HEIGHT}": Size(width=w, height=HEIGHT, program=program(w, f"unet.{w}x{HEIGHT}"))
-            for w in artifacts
-        },
-        artifacts=tuple(made),
+        sizes=sizes,
+        artifacts=tuple(artifacts),
         text=TextInfo(tokens=1, width=1),
     )
     written = bundles.write(manifest, files, path)

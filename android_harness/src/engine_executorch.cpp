@@ -281,8 +281,8 @@ class ExecuTorchEngine final : public Engine {
     if (!et::get_backend_class(kBackend))
       throw Error("engine-missing", "this build of ExecuTorch has no XNNPACK backend");
     if (!options.cache_dir.empty())
-      cache_.emplace(options.cache_dir, std::string("executorch ") + HANDHELD_EXECUTORCH_VERSION +
-                                            " " + library_hash() + " " + processor_id(),
+      cache_.emplace(options.cache_dir,
+                     std::string("executorch ") + HANDHELD_EXECUTORCH_VERSION + " " + library_hash(),
                      options.verify_cache);
     if (cache_ && !cache_->usable()) cache_.reset();
     set_threads(options.threads);

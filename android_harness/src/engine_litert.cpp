@@ -372,8 +372,7 @@ class LiteRtEngine final : public Engine {
     if (options_.cache_dir.empty()) return nullptr;
     if (!cache_)
       cache_.emplace(options_.cache_dir,
-                     std::string("litert ") + HANDHELD_LITERT_VERSION + " " + api().build + " " +
-                         processor_id(),
+                     std::string("litert ") + HANDHELD_LITERT_VERSION + " " + api().build,
                      options_.verify_cache);
     return cache_->usable() ? &*cache_ : nullptr;
   }

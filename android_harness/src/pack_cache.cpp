@@ -74,10 +74,31 @@ std::string facts_of(int fd, const std::string& key) {
          std::to_string(st.st_mtim.tv_nsec) + " ";
 }
 
+std::string short_hash(const std::string& text) {
+  Sha256 hash;
+  hash.update(text.data(), text.size());
+  return hash.hex().substr(0, 16);
+}
+
 std::string hash_text(int fd, bool whole) {
   struct stat st {};
   if (::fstat(fd, &st) != 0) return {};
   return std::to_string(hash_blocks(fd, static_cast<uint64_t>(st.st_size), whole));
+}
+
+// Tells this processor from others: packed layouts depend on its instructions.
+std::string processor_id() {
+  utsname name{};
+  ::uname(&name);
+  std::string text = name.machine;
+  Fd fd(::open("/proc/cpuinfo", O_RDONLY | O_CLOEXEC));
+  char buffer[16384];
+  ssize_t n = fd ? ::read(fd.get(), buffer, sizeof buffer - 1) : 0;
+  buffer[n > 0 ? n : 0] = '\0';
+  for (const char* field : {"\nflags", "\nFeatures"})
+    if (const char* found = std::strstr(buffer, field))
+      text.append(found + 1, std::strcspn(found + 1, "\n"));
+  return text;
 }
 
 }  // namespace
@@ -95,20 +116,6 @@ bool PackedFile::intact() const {
 
 void PackedFile::prefetch() const { ::posix_fadvise(fd_.get(), 0, 0, POSIX_FADV_WILLNEED); }
 
-std::string processor_id() {
-  utsname name{};
-  ::uname(&name);
-  std::string text = name.machine;
-  Fd fd(::open("/proc/cpuinfo", O_RDONLY | O_CLOEXEC));
-  char buffer[16384];
-  ssize_t n = fd ? ::read(fd.get(), buffer, sizeof buffer - 1) : 0;
-  buffer[n > 0 ? n : 0] = '\0';
-  for (const char* field : {"\nflags", "\nFeatures"})
-    if (const char* found = std::strstr(buffer, field))
-      text.append(found + 1, std::strcspn(found + 1, "\n"));
-  return text;
-}
-
 PackCache::PackCache(std::string folder, const std::string& build, bool verify)
     : folder_(std::move(folder)), verify_(verify) {
   if (folder_.empty()) return;
@@ -118,9 +125,7 @@ PackCache::PackCache(std::string folder, const std::string& build, bool verify)
   // Paths travel to engines in short options, and as text between quotes.
   if (folder_.size() + 128 > kMaxPath || folder_.find_first_of("\"\n\\") != std::string::npos)
     folder_ = "/proc/self/fd/" + std::to_string(directory_.get());
-  Sha256 hash;
-  hash.update(build.data(), build.size());
-  tag_ = hash.hex().substr(0, 16);
+  tag_ = short_hash(build) + "-" + short_hash(processor_id());
   usable_ = true;
   remove_leftovers();
 }
@@ -218,6 +223,7 @@ std::optional<PackedFile> PackCache::publish(const std::string& artifact_sha256,
     abandon(temporary);
     throw;
   }
+  remove_others(artifact_sha256);
   const std::lock_guard lock(mutex_);
   verified_[path] = stamp;
   return PackedFile(path, std::move(fd));
@@ -234,6 +240,22 @@ void PackCache::remove_leftovers() const {
     auto pid = static_cast<pid_t>(std::strtol(entry->d_name + std::strlen(kTemporary), nullptr, 10));
     if (pid > 0 && ::kill(pid, 0) != 0 && errno == ESRCH)
       ::unlinkat(directory_.get(), entry->d_name, 0);
+  }
+}
+
+// What other builds of the engine packed of an artifact for this processor. A process that has such a
+// file mapped goes on with it.
+void PackCache::remove_others(const std::string& artifact_sha256) const {
+  std::unique_ptr<DIR, int (*)(DIR*)> folder(::opendir(folder_.c_str()), ::closedir);
+  if (!folder) return;
+  const std::string own = key(artifact_sha256);
+  const std::string artifact = own.substr(0, own.find('-') + 1);
+  const std::string processor = own.substr(own.rfind('-')) + ".packed";
+  while (const dirent* entry = ::readdir(folder.get())) {
+    const std::string name = entry->d_name;
+    if (!name.starts_with(artifact) || !name.ends_with(processor) || name.starts_with(own)) continue;
+    ::unlinkat(directory_.get(), (name + ".stamp").c_str(), 0);
+    ::unlinkat(directory_.get(), name.c_str(), 0);
   }
 }
 

@@ -35,10 +35,11 @@ class PackedFile {
 // Files are built under a temporary name, one process at a time, stamped with what they are for,
 // size, time of change and content, and renamed. A file that does not match its stamp is as good as
 // absent: one that was cut off, changed, or made for another engine or artifact is built again.
+// Once it is, what another build of the engine packed of the same artifact for this processor goes.
 // Any number of processes and threads may share a folder.
 class PackCache {
  public:
-  // `build` is what besides the artifact decides how packed weights look. With `verify`, files are
+  // `build` is what besides artifact and processor decides how packed weights look. With `verify`, files are
   // read whole when the process first uses them, otherwise samples of them. An unusable folder
   // gives a cache that is not usable.
   PackCache(std::string folder, const std::string& build, bool verify);
@@ -71,6 +72,7 @@ class PackCache {
   std::string file(const std::string& artifact_sha256) const;
   std::optional<PackedFile> look(const std::string& artifact_sha256);
   void remove_leftovers() const;
+  void remove_others(const std::string& artifact_sha256) const;
 
   std::string folder_, tag_;
   bool usable_ = false, verify_ = false;
@@ -79,8 +81,5 @@ class PackCache {
   std::mutex mutex_;
   std::map<std::string, std::string> verified_;  // path to the stamp that was true
 };
-
-// Tells this processor from others: packed layouts depend on its instructions.
-std::string processor_id();
 
 }  // namespace hh
