@@ -120,8 +120,10 @@ def _plan(seen: dict[str, Any], asked: str | None, where: str) -> Iterator[Line]
         if planned is None or not found:
             continue
         off = planned / found - 1
-        kept = None if asked is None else abs(off) <= most
-        wanted = "" if asked is None else f"within {most:.0%}"
+        # Within a budget the plan is a bound, and the budget is what is promised.
+        held = asked is not None and seen["memory_budget_mb"] is None
+        kept = abs(off) <= most if held else None
+        wanted = f"within {most:.0%}" if held else ""
         yield Line(what, where, f"{planned:.1f} MB, {off:+.1%}", wanted, kept)
 
 

@@ -149,12 +149,23 @@ def main() -> int:
     """Plan, export, run, compare."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("models", nargs="*", help="CHECKPOINT or CHECKPOINT=BUNDLE")
-    parser.add_argument("--target", choices=planning.PLANNED, default="litert-cpu")
-    parser.add_argument("--precision", default="int8")
-    parser.add_argument("--size", action="append", help="WIDTHxHEIGHT; all in one bundle")
+    parser.add_argument(
+        "--target", choices=planning.PLANNED, default="litert-cpu", help="of what is exported here"
+    )
+    parser.add_argument(
+        "--precision", default="int8", help="of layers without codes in what is exported here"
+    )
+    parser.add_argument(
+        "--size", action="append", help="WIDTHxHEIGHT; all are in one bundle; default its own"
+    )
     parser.add_argument("--residency", action="append", choices=RESIDENCIES, help="default all")
-    parser.add_argument("--min-seconds", type=float, default=3.0)
-    parser.add_argument("--output", type=Path, default=ROOT / "build" / "plan_against_runs")
+    parser.add_argument("--min-seconds", type=float, default=3.0, help="of timed runs in each")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=ROOT / "build" / "plan_against_runs",
+        help="folder for bundles, records and a summary",
+    )
     arguments = parser.parse_args()
     folder: Path = arguments.output
     folder.mkdir(parents=True, exist_ok=True)

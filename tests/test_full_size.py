@@ -108,6 +108,7 @@ def test_budgets_memory_and_files_are_promised_of_every_bundle():
     what = "highest of all processes"
     assert held(small | {"highest_mb": 299.0})[what] == [True]
     assert held(small | {"highest_mb": 301.0})[what] == [False]
+    assert held({"way": "within 1500 MB", "memory_budget_mb": 1500})["planned peak"] == [None]
     grown = {"model": "other", "drift_mb": 6.0}
     assert held(grown | {"pictures": 100})["growth over 100 pictures"] == [False]
     assert held(grown | {"pictures": 99})["growth over 99 pictures"] == [None]

@@ -449,12 +449,11 @@ def test_packed_weights_that_change_during_runs(built, faulty, tmp_path, residen
     assert again()[0] == good
 
 
-def test_session_goes_on_after_its_cache_was_spoiled(bundle, tmp_path):
+def test_session_goes_on_after_its_cache_was_spoiled(faulty, tmp_path):
     from handheld.native import NativeError, Session
 
     cache = tmp_path / "cache"
-    with Session(Job(bundle=str(bundle), size=SIZE, seed=11, cache=str(cache))) as session:
-        session.set_inputs(hb.inputs())
+    with Session(Job.model_validate(faulty(cache=str(cache)))) as session:
         session.run()
         good = session.output()
         os.utime(sorted(cache.glob("*.packed"))[0])
