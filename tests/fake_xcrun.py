@@ -325,6 +325,20 @@ def fails(text: str) -> NoReturn:
     sys.exit(1)
 
 
+def lay_out(bundle: Path) -> None:
+    """Make a bundle's files of those that are named by their hashes, as Objects.lay does."""
+    bundle.mkdir()
+    Path("incoming/manifest.json").replace(bundle / "manifest.json")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    refs = [ref for a in manifest["artifacts"] for ref in (a["file"], *a["parts"])]
+    if manifest["constants"]:
+        refs.append(manifest["constants"])
+    for ref in refs:
+        (bundle / ref["path"]).parent.mkdir(parents=True, exist_ok=True)
+        if not (bundle / ref["path"]).exists():
+            os.link(Path("objects") / ref["sha256"], bundle / ref["path"])
+
+
 def app(folder: Path, state: dict[str, Any], arguments: list[str]) -> None:
     """Do what the benchmark app does."""
     home = folder / "container" / "Documents" / "handheld"
@@ -341,13 +355,13 @@ def app(folder: Path, state: dict[str, Any], arguments: list[str]) -> None:
     shutil.rmtree("runs")
     for path in Path().glob("report-*"):
         path.unlink()
+    shutil.rmtree("bundle", ignore_errors=True)
     if arguments[0] != "--job":
         shutil.rmtree("incoming")
-        Path("manifest.json").unlink(missing_ok=True)
     if arguments[0] == "--report":
         report = {
             "objects": {p.name: p.stat().st_size for p in Path("objects").iterdir()},
-            "engines": {"litert": "2.3.0"}, "ram_bytes": 8_000_000_000,
+            "engines": {"litert": "2.3.0", "coreml": "18.1"}, "ram_bytes": 8_000_000_000,
             "free_bytes": state.get("free", 90_000_000_000), "cores": 6,
             "thermal": state.get("thermal", 0), "battery_percent": 77, "charging": True,
         }  # fmt: skip
@@ -357,11 +371,12 @@ def app(folder: Path, state: dict[str, Any], arguments: list[str]) -> None:
     if arguments[0] == "--job":
         run = Path(arguments[1])
         run.mkdir(parents=True)
-        Path("incoming/manifest.json").replace("manifest.json")
+        lay_out(Path("bundle"))
         Path("incoming/job.json").replace(run / "job.json")
         cache = json.loads((run / "job.json").read_text())["cache"]
         if cache:
             Path(cache).mkdir(parents=True, exist_ok=True)
+        shutil.copytree("bundle", folder / "bundle-of-the-last-job", dirs_exist_ok=True)
         with (run / "events.jsonl").open("wb") as out:
             subprocess.run(
                 [sys.executable, "-SE", folder / "fake_harness.py", run / "job.json"],

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
 from handheld import bundle as bundles
 from handheld.bundle import Bundle
@@ -199,6 +199,20 @@ def content(**changes: Any) -> tuple[Manifest, dict[str, bytes]]:
 def write_bundle(path: Path, **changes: Any) -> Bundle:
     manifest, files = content(**changes)
     written = bundles.write(manifest, files, path)
+    assert written is not None
+    return written
+
+
+def write_bundle_with_calls(path: Path) -> Bundle:
+    """Write a bundle whose reference holds what its call gives, if not what the sample's gives."""
+    manifest, files = content()
+    shape = (1, HEIGHT, WIDTH, 3)
+    stored = load(files["reference.safetensors"]) | {"call.0.y": np.ones(shape, np.float32)}
+    files["reference.safetensors"] = save(stored)
+    assert manifest.reference is not None
+    file = ref("reference.safetensors", files["reference.safetensors"])
+    reference = manifest.reference.model_copy(update={"file": file})
+    written = bundles.write(manifest.model_copy(update={"reference": reference}), files, path)
     assert written is not None
     return written
 

@@ -241,6 +241,16 @@ def test_what_goes_wrong_is_recorded(phone, device, sample, monkeypatch, fault, 
 
 
 @system
+def test_the_first_wrong_segment_is_named(phone, device, tmp_path, monkeypatch):
+    monkeypatch.setenv("HANDHELD_FAKE", "wrong")
+    record = bench.run(samples.write_bundle_with_calls(tmp_path / "calls"), device, FAST)
+    assert record.status == "failed"
+    assert "the first segment that went wrong is 'unet.0' (call 0, 0.0 dB" in record.error
+    assert record.passes[-1].purpose == "diagnosis"
+    assert phone.left() == []
+
+
+@system
 def test_a_harness_that_hangs_is_ended_on_the_phone(phone, device, sample, monkeypatch):
     monkeypatch.setattr(process, "GRACE_S", 0.5)
     monkeypatch.setenv("HANDHELD_FAKE", "hang,deaf")

@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 
 import numpy as np
 import pytest
-from safetensors.numpy import load, save
 
 import fake_harness
 import samples
@@ -138,16 +137,7 @@ def test_what_goes_wrong_is_recorded(sample, host, monkeypatch, fault, status, m
 
 
 def test_the_first_wrong_segment_is_named(tmp_path, host, monkeypatch):
-    manifest, files = samples.content()
-    stored = {**load(files["reference.safetensors"]),
-              "call.0.y": np.ones((1, 8, 16, 3), np.float32)}  # fmt: skip
-    files["reference.safetensors"] = save(stored)
-    reference = manifest.reference.model_copy(
-        update={"file": samples.ref("reference.safetensors", files["reference.safetensors"])}
-    )
-    sample = samples.bundles.write(
-        manifest.model_copy(update={"reference": reference}), files, tmp_path / "b"
-    )
+    sample = samples.write_bundle_with_calls(tmp_path / "b")
     monkeypatch.setenv("HANDHELD_FAKE", "wrong")
     record = bench.run(sample, host, FAST)
     assert record.status == "failed"

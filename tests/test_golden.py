@@ -39,8 +39,32 @@ def test_files_are_current():
     assert extra == {"README.md", "make.py", "make_releases.py"}
 
 
-def test_the_bundle():
-    assert Bundle.open(GOLDEN / "bundle").sha256 == INDEX["bundle"]["sha256"]
+@pytest.mark.parametrize("kind", ["bundle", "packages"])
+def test_the_bundles(kind):
+    case = INDEX[kind]
+    assert Bundle.open(GOLDEN / case["folder"]).sha256 == case["sha256"]
+
+
+def test_what_the_engine_of_a_package_sees_and_answers_draws_the_reference():
+    case = INDEX["packages"]
+    bundle = Bundle.open(GOLDEN / case["folder"])
+    (artifact,) = bundle.manifest.artifacts
+    assert all(ref.path.startswith(f"{case['package']}/") for ref in artifact.files)
+    features, reference = load_file(GOLDEN / case["features"]), bundle.reference()
+    names = {f"in{i}" for i in range(len(artifact.ports.inputs))}
+    assert set(features) == names | {"out0"}
+
+    def call(name, args):
+        assert name == artifact.id
+        for i, port in enumerate(artifact.ports.inputs):
+            assert args[port].tobytes() == features[f"in{i}"].tobytes()
+        return {port: features[f"out{i}"] for i, port in enumerate(artifact.ports.outputs)}
+
+    program = bundle.size()[1].program
+    inputs = {k.removeprefix("input."): v for k, v in reference.items() if k.startswith("input.")}
+    drawn = execute(program, bundle.constants(), inputs, call, seed=case["seed"])
+    assert drawn["picture"].tobytes() == reference["picture"].tobytes()
+    assert reference["call.0.y"].tobytes() == features["out0"].tobytes()
 
 
 @pytest.mark.parametrize("case", cases("manifests") + cases("sizes_manifests"))

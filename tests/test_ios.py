@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import threading
 import time
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -16,6 +18,7 @@ import samples
 from fake_xcrun import CORE, UDID, IPhone
 from handheld import bench, devices, fleet
 from handheld.bench import Options
+from handheld.bundle import MANIFEST, Bundle, references
 from handheld.devices import devicectl, ios, process, programs, pymobiledevice3
 from handheld.devices.devicectl import DevicectlError
 from handheld.devices.ios import IosDevices
@@ -23,6 +26,7 @@ from handheld.devices.pymobiledevice3 import Pymobiledevice3
 from handheld.errors import DeviceBusyError, DeviceError, HandheldError
 from handheld.thermal_gate import Gate
 
+GOLDEN = Path(__file__).parent / "golden"
 FAST = Options(iterations=3, timeout_s=60, first_ever=False, gate=Gate(patience_s=0))
 
 
@@ -253,12 +257,44 @@ def test_a_whole_job_and_a_second_that_sends_nothing(iphone, sample):
         ("wrong", "failed", "the picture is wrong"),
         ("die", "partial", "ended before its job was done"),
         ("bundle", "failed", "is not a flatbuffer"),
+        ("protocol", "failed", "install an app of the same version"),
     ],
 )
 def test_what_goes_wrong_is_recorded(iphone, sample, harness, status, message):
     iphone.set(harness=harness)
     record = bench.run(sample, device(), FAST)
     assert (record.status, message in record.error) == (status, True), record.error
+
+
+@pytest.fixture
+def packages(tmp_path):
+    """A bundle for Core ML, whose reference holds what its call gives."""
+    return Bundle.open(shutil.copytree(GOLDEN / "packages", tmp_path / "packages"))
+
+
+@pytest.mark.slow
+def test_a_package_is_whole_on_the_phone(iphone, packages):
+    record = bench.run(packages, device(), FAST)
+    assert (record.status, record.error, record.check.psnr_db) == ("ok", None, 999.0)
+    there = iphone.folder / "bundle-of-the-last-job"
+    opened = [packages.path / MANIFEST, packages.file(packages.manifest.constants)]
+    opened += [packages.file(ref) for ref in packages.manifest.artifacts[0].files]
+    wanted = {p.relative_to(packages.path): p.read_bytes() for p in opened}
+    found = {p.relative_to(there): p.read_bytes() for p in there.rglob("*") if p.is_file()}
+    assert found == wanted
+    # Equal files are sent once.
+    assert record.transfer.files == len({ref.sha256 for _, ref in references(packages.manifest)})
+    assert iphone.left() == []
+
+
+@pytest.mark.slow
+def test_the_first_wrong_segment_is_named(iphone, packages):
+    iphone.set(harness="wrong")
+    record = bench.run(packages, device(), FAST)
+    assert record.status == "failed"
+    assert "the first segment that went wrong is 'unet.0' (call 0, 0.0 dB" in record.error
+    assert record.passes[-1].purpose == "diagnosis"
+    assert iphone.left() == []
 
 
 @pytest.mark.slow

@@ -80,10 +80,8 @@ struct Bench {
         for name in try files.contentsOfDirectory(atPath: home.path) where name.hasPrefix("report-") {
             try files.removeItem(at: home.appendingPathComponent(name))
         }
-        if !keepJob {
-            try files.removeItem(at: incoming)
-            try? files.removeItem(at: home.appendingPathComponent("manifest.json"))
-        }
+        try? files.removeItem(at: home.appendingPathComponent("bundle"))
+        if !keepJob { try files.removeItem(at: incoming) }
     }
 
     private struct Report: Encodable {
@@ -122,9 +120,11 @@ struct Bench {
         let files = FileManager.default
         let folder = home.appendingPathComponent(run)
         try files.createDirectory(at: folder, withIntermediateDirectories: true)
-        let manifest = home.appendingPathComponent("manifest.json")
-        try? files.removeItem(at: manifest)
-        try files.moveItem(at: home.appendingPathComponent("incoming/manifest.json"), to: manifest)
+        let bundle = home.appendingPathComponent("bundle")
+        try files.createDirectory(at: bundle, withIntermediateDirectories: true)
+        try files.moveItem(
+            at: home.appendingPathComponent("incoming/manifest.json"),
+            to: bundle.appendingPathComponent("manifest.json"))
         let data = try Data(contentsOf: home.appendingPathComponent("incoming/job.json"))
         let events = folder.appendingPathComponent("events.jsonl")
         files.createFile(atPath: events.path, contents: nil)
@@ -144,7 +144,8 @@ struct Bench {
             sink(Event(milliseconds: 0, body: .error(Failure(code: .job, message: "\(error)"))))
             return
         }
-        try Runner(job: job, folder: home, engines: engines, sink: sink).run()
+        let objects = home.appendingPathComponent("objects")
+        try Runner(job: job, folder: home, objects: objects, engines: engines, sink: sink).run()
     }
 
     private static var engines: [String: Engine] {

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -22,6 +22,7 @@ import samples
 from handheld import bundle, memory_plan, noise
 from handheld.errors import UsageError
 from handheld.execute import execute
+from handheld.manifest import Manifest
 from handheld.program import (
     Affine,
     Concat,
@@ -357,7 +358,7 @@ def programs() -> dict[str, tuple[Program, dict[str, Any], dict[str, Any]]]:
         },
         ops=(
             Affine(terms=(Term(x="x", scale=1.0),), out="narrow"),
-            Affine(terms=(Term(x="h", scale=64.0), Term(x="h", scale=-0.5)), bias=0.1, out="wide"),
+            Affine(terms=(Term(x="h", scale=64.0), Term(x="h", scale=0.3)), bias=0.1, out="wide"),
             Affine(terms=(Term(x="h", scale=1.0),), out="again"),
         ),
         outputs={"narrow": "narrow", "wide": "wide", "again": "again"},
@@ -452,6 +453,44 @@ def text_api() -> tuple[dict[str, bytes], list[Tree]]:
     return out, listed
 
 
+PACKAGE = "artifacts/unet.0.mlpackage"
+
+
+def packages() -> tuple[Manifest, dict[str, bytes], bytes]:
+    """Return a bundle with a package of Core ML, its files, and what the engine sees."""
+    weights = f"{PACKAGE}/Data/com.apple.CoreML/weights/weight.bin"
+    package = {
+        f"{PACKAGE}/Manifest.json": b"{}\n",
+        f"{PACKAGE}/Data/com.apple.CoreML/model.mlmodel": b"not really a model",
+        weights: b"not really weights",
+        # Files of the same content are one object on a phone.
+        weights.replace("weight.bin", "again.bin"): b"not really weights",
+    }
+    manifest, files = samples.content(target="coreml", precision="fp16")
+    first, *parts = (samples.ref(path, data) for path, data in package.items())
+    changes = {"target": "coreml", "engine": "coreml", "file": first, "parts": tuple(parts)}
+    artifact = manifest.artifacts[0].model_copy(update=changes)
+    # Core ML names tensors by their position among the ports.
+    features: dict[str, Any] = {}
+
+    def call(name: str, args: Any) -> dict[str, Any]:
+        results = samples.call(name, args)
+        features.update({f"in{i}": args[port] for i, port in enumerate(artifact.ports.inputs)})
+        features.update({f"out{i}": results[port] for i, port in enumerate(artifact.ports.outputs)})
+        return results
+
+    inputs = {k: v[None] for k, v in samples.embeddings().items()}
+    execute(samples.program(), samples.CONSTANTS, inputs, call, seed=5)
+    stored = load(files["reference.safetensors"]) | {"call.0.y": features["out0"]}
+    del files["artifacts/unet.0.tflite"]
+    files |= package | {"reference.safetensors": save(stored)}
+    assert manifest.reference is not None
+    file = samples.ref("reference.safetensors", files["reference.safetensors"])
+    reference = manifest.reference.model_copy(update={"file": file})
+    manifest = manifest.model_copy(update={"artifacts": (artifact,), "reference": reference})
+    return manifest, files, save({k: np.ascontiguousarray(v) for k, v in features.items()})
+
+
 def text(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
@@ -529,7 +568,6 @@ def files() -> dict[str, bytes]:
         named = None if valid else field or bundle.field_path(path)
         # That file continues nothing, since it does not begin where a page ends.
         runs = (valid and name != "valid-sizes-with-parts") or path == ("references",)
-        # Apart, for runtimes that read manifests of version 1 only.
         index["sizes_manifests"].append(
             {"file": file, "valid": valid, "runs": runs, "field": named}
         )
@@ -551,7 +589,7 @@ def files() -> dict[str, bytes]:
         }
         out[f"programs/{name}.json"] = text(program.model_dump(mode="json"))
         out[f"programs/{name}.safetensors"] = save(tensors)
-        # Apart, for runtimes that read manifests of version 1 only.
+        # Apart, since these want manifests of version 2.
         index["half_programs" if halves(program) else "programs"].append(
             {
                 "file": f"programs/{name}.json",
@@ -576,6 +614,17 @@ def files() -> dict[str, bytes]:
     out["noise.json"] = text(vectors)
     index["noise"] = "noise.json"
     index["bundle"] = {"folder": "bundle", "sha256": manifest.sha256}
+    packed, content, seen = packages()
+    out |= {f"packages/{name}": data for name, data in content.items()}
+    out["packages/manifest.json"] = bundle.manifest_bytes(packed)
+    out["features.safetensors"] = seen
+    index["packages"] = {
+        "folder": "packages",
+        "sha256": packed.sha256,
+        "package": PACKAGE,
+        "features": "features.safetensors",
+        "seed": 5,
+    }
     made, index["text"] = text_api()
     out |= made
     out["index.json"] = text(index)

@@ -4,7 +4,7 @@ import Foundation
 import HandheldProtocol
 import HandheldRuntime
 
-/// Runs `.mlpackage` and `.mlmodelc` artifacts.
+/// Runs packages that `handheld export` made.
 public final class CoreMLEngine: Engine {
     public let version: String
     private let units: MLComputeUnits
@@ -20,19 +20,18 @@ public final class CoreMLEngine: Engine {
         let configuration = MLModelConfiguration()
         configuration.computeUnits = units
         let model = try MLModel(
-            contentsOf: try compiled(file, artifact.file.sha256, cache), configuration: configuration)
-        return CoreMLModel(model, artifact.ports)
+            contentsOf: try compiled(file, artifact.contents, cache), configuration: configuration)
+        return CoreMLModel(model, try Features(artifact))
     }
 
     /// Compiling takes long, so the result is kept, by the hash of what it was made from.
-    private func compiled(_ file: URL, _ sha256: String, _ cache: URL?) throws -> URL {
-        if file.pathExtension == "mlmodelc" { return file }
-        guard let cache else { return try MLModel.compileModel(at: file) }
-        let kept = cache.appendingPathComponent("\(sha256).mlmodelc")
+    private func compiled(_ package: URL, _ contents: String, _ cache: URL?) throws -> URL {
+        if package.pathExtension == "mlmodelc" { return package }
+        guard let cache else { return try MLModel.compileModel(at: package) }
+        let kept = cache.appendingPathComponent("\(contents).mlmodelc")
         if FileManager.default.fileExists(atPath: kept.path) { return kept }
         try FileManager.default.createDirectory(at: cache, withIntermediateDirectories: true)
-        let made = try MLModel.compileModel(at: file)
-        _ = try FileManager.default.replaceItemAt(kept, withItemAt: made)
+        try FileManager.default.moveItem(at: try MLModel.compileModel(at: package), to: kept)
         return kept
     }
 
@@ -40,7 +39,7 @@ public final class CoreMLEngine: Engine {
         _ artifact: Manifest.Artifact, file: URL, cache: URL?
     ) throws -> [String: Int]? {
         guard #available(iOS 17.4, macOS 14.4, *) else { return nil }
-        let (compiled, units) = (try compiled(file, artifact.file.sha256, cache), self.units)
+        let (compiled, units) = (try compiled(file, artifact.contents, cache), self.units)
         // Core ML answers on a thread of its own; a runner is on one that may wait.
         let answer = Answer()
         let done = DispatchSemaphore(value: 0)
@@ -85,24 +84,19 @@ public final class CoreMLEngine: Engine {
 
 private final class CoreMLModel: Model {
     private let model: MLModel
-    private let ports: Manifest.Ports
+    private let features: Features
 
-    init(_ model: MLModel, _ ports: Manifest.Ports) {
+    init(_ model: MLModel, _ features: Features) {
         self.model = model
-        self.ports = ports
+        self.features = features
     }
 
     func run(_ args: [String: Tensor]) throws -> [String: Tensor] {
-        let features = try args.mapValues { MLFeatureValue(multiArray: try array($0)) }
-        let results = try model.prediction(from: MLDictionaryFeatureProvider(dictionary: features))
-        var out: [String: Tensor] = [:]
-        for (name, spec) in ports.outputs {
-            guard let found = results.featureValue(for: name)?.multiArrayValue else {
-                throw HarnessFailure(.engine, "the model gave no '\(name)'")
-            }
-            out[name] = try tensor(found, spec)
+        let given = try features.given(args).mapValues { MLFeatureValue(multiArray: try array($0)) }
+        let results = try model.prediction(from: MLDictionaryFeatureProvider(dictionary: given))
+        return try features.results { name, spec in
+            try results.featureValue(for: name)?.multiArrayValue.map { try tensor($0, spec) }
         }
-        return out
     }
 
     private func array(_ tensor: Tensor) throws -> MLMultiArray {

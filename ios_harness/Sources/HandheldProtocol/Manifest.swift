@@ -3,7 +3,8 @@ import Foundation
 /// The part of a bundle's manifest.json that a runtime needs. Fields that only tools read
 /// (text, reference, verification, provenance, ...) are passed over.
 public struct Manifest: Decodable, Equatable, Sendable {
-    public static let schemaVersion = 1
+    /// The newest that is read; what its versions add is in docs/bundle.md.
+    public static let schemaVersion = 3
 
     public struct FileRef: Decodable, Equatable, Sendable {
         public var path: String
@@ -36,17 +37,57 @@ public struct Manifest: Decodable, Equatable, Sendable {
     }
 
     public struct Artifact: Decodable, Equatable, Sendable {
-        public enum Engine: String, Decodable, Sendable { case litert, executorch, coreml, qnn, onnx }
+        public enum Engine: String, Decodable, Sendable {
+            case litert, executorch, coreml, qnn, onnx
+
+            /// Whether its files are whole, or continued by one part.
+            public var isContinued: Bool { self == .litert || self == .executorch }
+        }
         public var id: String
         public var engine: Engine
         public var file: FileRef
+        /// Further files that the engine finds from the first one, or the one that continues it.
+        public var parts: [FileRef]
         public var ports: Ports
+        /// What the engine must be told.
+        public var options: [String: String]
+
+        /// All files, the one that the engine opens first.
+        public var files: [FileRef] { [file] + parts }
+
+        enum CodingKeys: String, CodingKey { case id, engine, file, parts, ports, options }
+
+        public init(from decoder: Decoder) throws {
+            let values = try decoder.container(keyedBy: CodingKeys.self)
+            id = try values.decode(String.self, forKey: .id)
+            engine = try values.decode(Engine.self, forKey: .engine)
+            file = try values.decode(FileRef.self, forKey: .file)
+            parts = try values.decodeIfPresent([FileRef].self, forKey: .parts) ?? []
+            ports = try values.decode(Ports.self, forKey: .ports)
+            options = try values.decodeIfPresent([String: String].self, forKey: .options) ?? [:]
+            try decoder.require(isName(id), "'id' is no name")
+            try decoder.require(
+                !engine.isContinued || parts.count <= 1,
+                "a file of \(engine.rawValue) is continued by one part")
+        }
     }
 
     public struct Size: Decodable, Equatable, Sendable {
         public var width: Int
         public var height: Int
         public var program: Program
+
+        enum CodingKeys: String, CodingKey, CaseIterable { case width, height, program }
+
+        public init(from decoder: Decoder) throws {
+            try decoder.refuseUnknownFields(CodingKeys.self)
+            let values = try decoder.container(keyedBy: CodingKeys.self)
+            width = try values.decode(Int.self, forKey: .width)
+            height = try values.decode(Int.self, forKey: .height)
+            program = try values.decode(Program.self, forKey: .program)
+            try decoder.require(
+                (8...8192).contains(width) && (8...8192).contains(height), "the size is out of range")
+        }
     }
 
     public var sizes: [String: Size]
@@ -77,8 +118,9 @@ public struct Manifest: Decodable, Equatable, Sendable {
         let values = try decoder.container(keyedBy: CodingKeys.self)
         let version = try values.decode(Int.self, forKey: .schemaVersion)
         try decoder.require(
-            version == Self.schemaVersion,
-            "version \(version) was made by another handheld, this one reads \(Self.schemaVersion)")
+            (1...Self.schemaVersion).contains(version),
+            "version \(version) was made by another handheld, this one reads up to "
+                + "\(Self.schemaVersion)")
         sizes = try values.decode([String: Size].self, forKey: .sizes)
         artifacts = try values.decode([Artifact].self, forKey: .artifacts)
         constants = try values.decodeIfPresent(FileRef.self, forKey: .constants)
@@ -88,5 +130,12 @@ public struct Manifest: Decodable, Equatable, Sendable {
         try decoder.require(!artifacts.isEmpty, "there are no artifacts")
         try decoder.require(
             Set(artifacts.map(\.id)).count == artifacts.count, "two artifacts have one id")
+        for (name, size) in sizes {
+            let fits = name == "\(size.width)x\(size.height)"
+            try decoder.require(fits, "size '\(name)' is \(size.width)x\(size.height)")
+        }
+        try decoder.require(
+            version >= 3 || artifacts.allSatisfy { !$0.engine.isContinued || $0.parts.isEmpty },
+            "version \(version) has no parts of LiteRT and ExecuTorch")
     }
 }

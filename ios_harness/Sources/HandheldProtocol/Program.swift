@@ -39,6 +39,11 @@ public struct TensorSpec: Codable, Equatable, Sendable {
 
     enum CodingKeys: String, CodingKey, CaseIterable { case shape, dtype }
 
+    public init(shape: [Int], dtype: DType = .float32) {
+        self.shape = shape
+        self.dtype = dtype
+    }
+
     public init(from decoder: Decoder) throws {
         try decoder.refuseUnknownFields(CodingKeys.self)
         let values = try decoder.container(keyedBy: CodingKeys.self)

@@ -131,7 +131,7 @@ public struct Executor {
             }
             return [out: try xs[0].with(axis, layouts.reduce(0) { $0 + $1.extent }, bytes)]
         case let .affine(terms, bias, out):
-            let read = try terms.map { (Float($0.scale), try self.read(tensors, $0.x).floats()) }
+            let read = try terms.map { (Float($0.scale), try self.read(tensors, $0.x).widened()) }
             let spec = try self.spec(out)
             return [out: try Kernels.affine(read, Float(bias), spec)]
         case let .moments(x, groups, out):

@@ -36,6 +36,20 @@ enum Kernels {
         return sign | UInt16(base + (up ? 1 : 0))
     }
 
+    /// The value of a binary16.
+    static func float(_ bits: UInt16) -> Float {
+        let sign = UInt32(bits & 0x8000) << 16
+        let exponent = UInt32(bits >> 10 & 0x1F)
+        let fraction = UInt32(bits & 0x3FF)
+        switch exponent {
+        case 0:
+            let size = Float(fraction) * 0x1p-24
+            return sign == 0 ? size : -size
+        case 31: return Float(bitPattern: sign | 0x7F80_0000 | fraction << 13)
+        default: return Float(bitPattern: sign | (exponent + 112) << 23 | fraction << 13)
+        }
+    }
+
     static func affine(
         _ terms: [(scale: Float, x: [Float])], _ bias: Float, _ spec: TensorSpec
     ) throws -> Tensor {
@@ -52,10 +66,15 @@ enum Kernels {
             }
             sums[i] = total + bias
         }
-        if spec.dtype == .float32 { return try Tensor(shape: spec.shape, floats: sums) }
-        guard spec.dtype == .uint8 else { throw HarnessFailure(.bundle, "a sum has a wrong type") }
-        let bytes = sums.map { $0.isNaN ? 0 : UInt8(min(max($0.rounded(.toNearestOrEven), 0), 255)) }
-        return try Tensor(shape: spec.shape, dtype: .uint8, bytes: bytes)
+        let bytes: [UInt8]
+        switch spec.dtype {
+        case .float32: return try Tensor(shape: spec.shape, floats: sums)
+        case .float16: bytes = sums.map(half).withUnsafeBytes { Array($0) }
+        case .uint8:
+            bytes = sums.map { $0.isNaN ? 0 : UInt8(min(max($0.rounded(.toNearestOrEven), 0), 255)) }
+        default: throw HarnessFailure(.bundle, "a sum has a wrong type")
+        }
+        return try Tensor(shape: spec.shape, dtype: spec.dtype, bytes: bytes)
     }
 
     /// Per group: how many values, their mean, and the sum of squared deviations; `[1, 3, groups]`.

@@ -3,6 +3,8 @@ import HandheldProtocol
 
 #if canImport(Darwin)
 import Darwin
+#else
+import Glibc
 #endif
 
 /// What the system says about this process and the device; nil where it does not tell.
@@ -51,6 +53,41 @@ public enum Probes {
             }
         }
         return out
+    }
+
+    /// How long ago this process was started, which is before anything of it could look; 0 where the
+    /// system does not tell.
+    public static func ageNanoseconds() -> UInt64 {
+        let seconds: Double?
+        #if canImport(Darwin)
+        var info = kinfo_proc()
+        var size = MemoryLayout<kinfo_proc>.stride
+        var name = [CTL_KERN, KERN_PROC, KERN_PROC_PID, getpid()]
+        if sysctl(&name, UInt32(name.count), &info, &size, nil, 0) == 0 {
+            let started = info.kp_proc.p_un.__p_starttime
+            let then = Double(started.tv_sec) + Double(started.tv_usec) / 1e6
+            seconds = Date().timeIntervalSince1970 - then
+        } else {
+            seconds = nil
+        }
+        #else
+        let stat = try? String(contentsOfFile: "/proc/self/stat", encoding: .utf8)
+        let uptime = try? String(contentsOfFile: "/proc/uptime", encoding: .utf8)
+        seconds = started(stat ?? "", ticks: Double(sysconf(Int32(_SC_CLK_TCK)))).flatMap { started in
+            uptime.flatMap { $0.split(separator: " ").first }.flatMap { Double($0) }.map { $0 - started }
+        }
+        #endif
+        // The clock of the system may have been set meanwhile.
+        guard let seconds, (0..<3600).contains(seconds) else { return 0 }
+        return UInt64(seconds * 1e9)
+    }
+
+    /// The seconds after boot at which a process was started, of its `/proc/PID/stat`.
+    static func started(_ stat: String, ticks: Double) -> Double? {
+        // The name in parentheses may hold anything, parentheses too.
+        guard let end = stat.lastIndex(of: ")") else { return nil }
+        let fields = stat[stat.index(after: end)...].split(separator: " ")
+        return fields.count > 19 ? Double(fields[19]).map { $0 / ticks } : nil
     }
 
     /// On Android's scale of 0 to 6: Apple's nominal, fair, serious and critical.

@@ -9,7 +9,8 @@ public protocol Model: AnyObject {
 /// Loads artifacts of one kind.
 public protocol Engine: AnyObject {
     var version: String { get }
-    /// Load an artifact's file. `cache` is a folder for what the engine prepares, or nil.
+    /// Load an artifact. `file` is what the engine opens: a file, or the folder of a package.
+    /// `cache` is a folder for what the engine prepares, or nil.
     func load(_ artifact: Manifest.Artifact, file: URL, cache: URL?, threads: Int) throws -> Model
     /// How many operations of an artifact each compute unit gets, or nil if that is unknown.
     func units(_ artifact: Manifest.Artifact, file: URL, cache: URL?) throws -> [String: Int]?
@@ -25,21 +26,27 @@ extension Engine {
 public final class Runner {
     private let job: Job
     private let folder: URL
+    private let objects: URL?
     private let engines: [String: Engine]
     private let sink: (Event) -> Void
-    private let start = DispatchTime.now().uptimeNanoseconds
+    private let start: UInt64
     private let heat: () -> Thermal
     private let heatSeconds: Double
     private var heatSeen = 0.0
     private let lock = NSLock()
     private var stopped = false
 
-    /// Paths in the job are relative to `folder`. `heat` is asked at the start, at the end, and
-    /// after the first call that ends `heatSeconds` after the last time.
+    /// Paths in the job are relative to `folder`. With `objects` the bundle is a manifest alone, and
+    /// its files are made of those in there. `heat` is asked at the start, at the end, and after the
+    /// first call that ends `heatSeconds` after the last time.
     public init(
-        job: Job, folder: URL, engines: [String: Engine], heatSeconds: Double = 2,
-        heat: @escaping () -> Thermal = Probes.thermal, sink: @escaping (Event) -> Void
+        job: Job, folder: URL, objects: URL? = nil, engines: [String: Engine],
+        heatSeconds: Double = 2, heat: @escaping () -> Thermal = Probes.thermal,
+        sink: @escaping (Event) -> Void
     ) {
+        let clock = DispatchTime.now().uptimeNanoseconds
+        start = clock - min(clock, Probes.ageNanoseconds())
+        self.objects = objects
         self.heat = heat
         self.heatSeconds = heatSeconds
         self.job = job
@@ -84,6 +91,7 @@ public final class Runner {
         guard let size = manifest.sizes[job.size] else {
             throw HarnessFailure(.job, "the bundle has no size '\(job.size)'")
         }
+        if let objects { try Objects.lay(manifest, from: objects, into: bundle) }
         var constants: [String: Tensor] = [:]
         if let file = manifest.constants {
             constants = try SafeTensors.read(path: path(bundle, file))
@@ -93,6 +101,7 @@ public final class Runner {
         let models = Models(
             manifest: manifest, bundle: bundle, job: job, folder: folder, engines: engines
         ) { [unowned self] load in self.emit(.load(load)) }
+        try models.check(size.program)
         try models.loadResidents(size.program)
         emit(.memory(Probes.memory(.loaded)))
 
@@ -100,10 +109,9 @@ public final class Runner {
         var outputs: [String: Tensor] = [:]
         var timed: [Double] = []
         var index = 0
-        func iterate(_ kind: Iteration.Kind) throws -> Double {
+        func pass(_ told: (String, [String: Tensor]) throws -> Void = { _, _ in }) throws -> [Double] {
             var calls: [Double] = []
             models.waited = 0
-            let begin = now()
             outputs = try executor.run(inputs: inputs, seed: job.seed) { artifact, args in
                 if self.isStopped { throw HarnessFailure(.cancelled, "cancelled") }
                 let model = try models.model(artifact)
@@ -112,8 +120,14 @@ public final class Runner {
                 calls.append(self.now() - before)
                 models.release(artifact)
                 if self.now() - self.heatSeen >= self.heatSeconds * 1000 { self.tellHeat() }
+                try told(artifact, results)
                 return results
             }
+            return calls
+        }
+        func iterate(_ kind: Iteration.Kind) throws -> Double {
+            let begin = now()
+            let calls = try pass()
             let total = now() - begin
             emit(
                 .iteration(
@@ -130,6 +144,13 @@ public final class Runner {
         repeat { timed.append(try iterate(.timed)) } while !StopRule.enough(timed, now() - begin, job)
         emit(.memory(Probes.memory(.end)))
         tellHeat()
+        if let target = job.dumpCalls {
+            // Outside of the measurements: writing would spoil them, and every pass gives the same.
+            let dump = try CallDump(
+                folder.appendingPathComponent(target), manifest, size.program)
+            _ = try pass(dump.write)
+            try dump.commit()
+        }
         try tell(outputs, size.program)
         // Last of all: it may take as long as to load, and memory.
         models.tellUnits(size.program)
@@ -262,6 +283,9 @@ final class Models {
     private var firstLoads: [String: Double] = [:]
     /// Milliseconds waited for artifacts in this run.
     var waited = 0.0
+    /// For files made of two, where there is no cache.
+    private let joined = FileManager.default.temporaryDirectory.appendingPathComponent(
+        "handheld-\(UUID().uuidString)")
 
     init(
         manifest: Manifest, bundle: URL, job: Job, folder: URL, engines: [String: Engine],
@@ -275,6 +299,10 @@ final class Models {
         self.told = told
     }
 
+    deinit {
+        try? FileManager.default.removeItem(at: joined)
+    }
+
     func loadResidents(_ program: Program) throws {
         for case let .call(artifact, _, _) in program.ops
         where loaded[artifact] == nil && !streams(artifact) {
@@ -283,14 +311,19 @@ final class Models {
         waited = 0
     }
 
+    /// Checks the files of what a program calls, so that a broken bundle reaches no engine.
+    func check(_ program: Program) throws {
+        var done: Set<String> = []
+        for case let .call(id, _, _) in program.ops where done.insert(id).inserted {
+            let (artifact, _) = try find(id)
+            try artifact.check(in: bundle, hashes: job.verifyHashes)
+        }
+    }
+
     func model(_ id: String) throws -> Model {
         if let model = loaded[id] { return model }
-        let (artifact, engine, file) = try find(id)
-        if job.verifyHashes {
-            guard let data = try? Data(contentsOf: file, options: .mappedIfSafe),
-                SHA256.hex(data) == artifact.file.sha256
-            else { throw HarnessFailure(.hash, "\(artifact.file.path): has another sha256") }
-        }
+        let (artifact, engine) = try find(id)
+        let file = try opened(artifact)
         let begin = DispatchTime.now().uptimeNanoseconds
         let model = try engine.load(artifact, file: file, cache: cache, threads: job.threads)
         let ms = Double(DispatchTime.now().uptimeNanoseconds - begin) / 1e6
@@ -308,8 +341,8 @@ final class Models {
         var done: Set<String> = []
         for case let .call(id, _, _) in program.ops where done.insert(id).inserted {
             // A run is worth as much without it.
-            guard let ms = firstLoads[id], let (artifact, engine, file) = try? find(id),
-                let units = try? engine.units(artifact, file: file, cache: cache)
+            guard let ms = firstLoads[id], let (artifact, engine) = try? find(id),
+                let file = try? opened(artifact), let units = try? engine.units(artifact, file: file, cache: cache)
             else { continue }
             told(Load(artifact: id, ms: ms, cache: Load.Cache.none, units: units))
         }
@@ -317,14 +350,19 @@ final class Models {
 
     private var cache: URL? { job.cache.map { folder.appendingPathComponent($0) } }
 
-    private func find(_ id: String) throws -> (Manifest.Artifact, Engine, URL) {
-        guard let artifact = manifest.artifacts.first(where: { $0.id == id }) else {
-            throw HarnessFailure(.bundle, "there is no artifact '\(id)'")
-        }
+    private func opened(_ artifact: Manifest.Artifact) throws -> URL {
+        try artifact.opened(in: bundle, joined: cache ?? joined)
+    }
+
+    private func find(_ id: String) throws -> (Manifest.Artifact, Engine) {
+        let artifact = try manifest.artifact(id)
         guard let engine = engines[artifact.engine.rawValue] else {
             throw HarnessFailure(.engineMissing, "engine '\(artifact.engine.rawValue)' is not built in")
         }
-        return (artifact, engine, bundle.appendingPathComponent(artifact.file.path))
+        if let option = artifact.options.keys.min() {
+            throw HarnessFailure(.engineMissing, "'\(id)' wants '\(option)', which no engine here knows")
+        }
+        return (artifact, engine)
     }
 
     func release(_ id: String) {
@@ -333,5 +371,54 @@ final class Models {
 
     private func streams(_ id: String) -> Bool {
         (job.residencyByArtifact[id] ?? job.residency) == .stream
+    }
+}
+
+/// The results of every call of a run, as a safetensors file.
+private final class CallDump {
+    private let file: SafeTensorsWriter
+    private let manifest: Manifest
+
+    init(_ path: URL, _ manifest: Manifest, _ program: Program) throws {
+        self.manifest = manifest
+        var tensors: [(name: String, spec: TensorSpec)] = []
+        var index = 0
+        for case let .call(id, _, _) in program.ops {
+            for (port, spec) in try Self.outputs(manifest, id) {
+                tensors.append(("call.\(index).\(port)", spec))
+            }
+            index += 1
+        }
+        do {
+            file = try SafeTensorsWriter(path, tensors)
+        } catch {
+            throw HarnessFailure(.io, "\(path.lastPathComponent): cannot be written: \(error)")
+        }
+    }
+
+    func write(_ artifact: String, _ results: [String: Tensor]) throws {
+        for (port, _) in try Self.outputs(manifest, artifact) {
+            guard let value = results[port] else {
+                throw HarnessFailure(.engine, "artifact '\(artifact)' gave no '\(port)'")
+            }
+            try file.write(value)
+        }
+    }
+
+    func commit() throws {
+        try file.commit()
+    }
+
+    private static func outputs(_ manifest: Manifest, _ id: String) throws -> [(String, TensorSpec)] {
+        try manifest.artifact(id).ports.outputs.sorted { $0.key < $1.key }.map { ($0.key, $0.value) }
+    }
+}
+
+extension Manifest {
+    fileprivate func artifact(_ id: String) throws -> Artifact {
+        guard let found = artifacts.first(where: { $0.id == id }) else {
+            throw HarnessFailure(.bundle, "there is no artifact '\(id)'")
+        }
+        return found
     }
 }

@@ -41,19 +41,29 @@ public struct Tensor: Equatable, Sendable {
             (0..<count).map { raw.loadUnaligned(fromByteOffset: 4 * $0, as: Float.self) }
         }
     }
+
+    /// The values of float32, and those of float16 widened.
+    func widened() throws -> [Float] {
+        guard dtype == .float16 else { return try floats() }
+        return bytes.withUnsafeBytes { raw in
+            (0..<count).map {
+                Kernels.float(raw.loadUnaligned(fromByteOffset: 2 * $0, as: UInt16.self))
+            }
+        }
+    }
 }
 
 /// Reads safetensors files; every offset is checked against the file.
 public enum SafeTensors {
     static let mostHeaderBytes = 100 << 20
 
-    private struct Entry: Decodable {
+    fileprivate struct Entry: Codable {
         var dtype: String
         var shape: [Int]
         var data_offsets: [Int]
     }
 
-    private static let dtypes: [String: DType] = [
+    fileprivate static let dtypes: [String: DType] = [
         "F32": .float32, "F16": .float16, "U8": .uint8, "I8": .int8, "I32": .int32,
     ]
 
@@ -96,5 +106,65 @@ public enum SafeTensors {
         guard let data = try? Data(contentsOf: URL(fileURLWithPath: path), options: .mappedIfSafe)
         else { throw HarnessFailure(code, "\(path): cannot be read") }
         return try read(data, code: code)
+    }
+}
+
+/// Writes a safetensors file, tensor by tensor; it is there once all of it is.
+final class SafeTensorsWriter {
+    private let path: URL
+    private let part: URL
+    private let out: FileHandle
+    private var missing: ArraySlice<(name: String, spec: TensorSpec)>
+
+    /// `tensors` are in the order in which they will be written.
+    init(_ path: URL, _ tensors: [(name: String, spec: TensorSpec)]) throws {
+        let names = Dictionary(uniqueKeysWithValues: SafeTensors.dtypes.map { ($1, $0) })
+        var header: [String: SafeTensors.Entry] = [:]
+        var end = 0
+        for (name, spec) in tensors {
+            let start = end
+            end += spec.shape.reduce(1, *) * spec.dtype.bytes
+            header[name] = SafeTensors.Entry(
+                dtype: names[spec.dtype]!, shape: spec.shape, data_offsets: [start, end])
+        }
+        var text = try JSONEncoder().encode(header)
+        // So that tensors begin where their values are aligned.
+        text.append(contentsOf: [UInt8](repeating: 0x20, count: (8 - text.count % 8) % 8))
+        self.path = path
+        part = path.appendingPathExtension("part")
+        missing = tensors[...]
+        let length = withUnsafeBytes(of: UInt64(text.count).littleEndian) { Data($0) }
+        try (length + text).write(to: part)
+        out = try FileHandle(forWritingTo: part)
+        try out.seekToEnd()
+    }
+
+    deinit {
+        try? out.close()
+        if !missing.isEmpty { try? FileManager.default.removeItem(at: part) }
+    }
+
+    /// Writes the next tensor.
+    func write(_ tensor: Tensor) throws {
+        guard let (name, spec) = missing.first, tensor.shape == spec.shape, tensor.dtype == spec.dtype
+        else {
+            let what = missing.first.map { "\($0.name) is \($0.spec.dtype) \($0.spec.shape)" }
+            throw HarnessFailure(
+                .engine, "a result is \(tensor.dtype) \(tensor.shape), \(what ?? "none is missing")")
+        }
+        do {
+            try out.write(contentsOf: tensor.bytes)
+        } catch {
+            throw HarnessFailure(.io, "\(name): cannot be written: \(error)")
+        }
+        missing.removeFirst()
+    }
+
+    /// Puts the file in its place.
+    func commit() throws {
+        if let (name, _) = missing.first { throw HarnessFailure(.engine, "\(name) was not written") }
+        try out.close()
+        try? FileManager.default.removeItem(at: path)
+        try FileManager.default.moveItem(at: part, to: path)
     }
 }

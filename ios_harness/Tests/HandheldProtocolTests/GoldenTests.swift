@@ -19,9 +19,11 @@ final class GoldenTests: XCTestCase {
         }
         struct Program: Decodable { var file: String }
         var manifests: [Case]
+        var sizes_manifests: [Case]
         var jobs: [Case]
         var events: [Case]
         var programs: [Program]
+        var half_programs: [Program]
         var noise: String
     }
 
@@ -32,7 +34,8 @@ final class GoldenTests: XCTestCase {
         "engine-unknown", "artifact-id-twice", "no-artifacts", "no-sizes", "name-with-slash",
         "unknown-field-deep", "shape-empty", "shape-zero", "shape-seven", "dtype-unknown",
         "op-unknown", "slice-negative", "scale-over-binary32", "eps-zero", "no-outputs", "broken",
-        "not-an-object", "empty",
+        "not-an-object", "empty", "size-name", "sizes-two-parts", "sizes-part-outside", "sizes-name",
+        "sizes-absurd",
     ]
 
     func data(_ path: String) throws -> Data {
@@ -48,7 +51,11 @@ final class GoldenTests: XCTestCase {
     }
 
     func testManifests() throws {
-        for item in try index().manifests {
+        let index = try self.index()
+        XCTAssertFalse(index.sizes_manifests.isEmpty)
+        let names = Set((index.manifests + index.sizes_manifests).map { name($0.file) })
+        XCTAssertEqual(Self.malformed.subtracting(names), [])
+        for item in index.manifests + index.sizes_manifests {
             let text = try data(item.file)
             if item.valid {
                 XCTAssertNoThrow(try JSONDecoder().decode(Manifest.self, from: text), item.file)
@@ -63,13 +70,25 @@ final class GoldenTests: XCTestCase {
         let ports = try XCTUnwrap(manifest.artifacts.first).ports
         XCTAssertEqual(ports.inputOrder, ["x", "mean", "rstd", "time", "text", "pooled"])
         XCTAssertEqual(ports.outputOrder, ["y"])
-        for item in try index().manifests where item.valid {
+        let index = try self.index()
+        for item in index.manifests + index.sizes_manifests where item.valid {
             let read = try Manifest.read(data(item.file))
             for ports in read.artifacts.map(\.ports) {
                 XCTAssertEqual(ports.inputOrder.map(Set.init), Set(ports.inputs.keys), item.file)
                 XCTAssertEqual(ports.outputOrder.map(Set.init), Set(ports.outputs.keys), item.file)
             }
         }
+    }
+
+    func testSeveralSizesAndParts() throws {
+        let manifest = try Manifest.read(data("manifests/valid-sizes-with-parts.json"))
+        XCTAssertEqual(Set(manifest.sizes.keys), ["16x8", "24x8"])
+        XCTAssertEqual(manifest.artifacts.map(\.files.count), [2, 2])
+        // Before version 3 nothing continued a file.
+        let text = String(decoding: try data("manifests/valid-sizes-with-parts.json"), as: UTF8.self)
+        let older = text.replacingOccurrences(of: #""schema_version": 3"#, with: #""schema_version": 2"#)
+        XCTAssertNotEqual(older, text)
+        XCTAssertThrowsError(try Manifest.read(Data(older.utf8)))
     }
 
     func testKeysInTheOrderOfTheText() {
@@ -113,7 +132,8 @@ final class GoldenTests: XCTestCase {
     }
 
     func testPrograms() throws {
-        for item in try index().programs {
+        let index = try self.index()
+        for item in index.programs + index.half_programs {
             let program = try JSONDecoder().decode(Program.self, from: data(item.file))
             let again = try JSONDecoder().decode(Program.self, from: JSONEncoder().encode(program))
             XCTAssertEqual(program, again, item.file)

@@ -3,15 +3,15 @@
 The benchmark app of ``ios_harness`` does on the phone what the harness does elsewhere. It is
 started with a job and writes events to its container, from which they are copied. In its
 ``Documents/handheld``: ``objects`` (files, named by their sha256) and ``weights`` are a cache;
-``incoming``, ``manifest.json`` and ``runs`` belong to the run under way. The app itself checks
-and moves what came in, and clears away what earlier runs left.
+``incoming``, ``bundle`` and ``runs`` belong to the run under way. The app itself checks and moves
+what came in, lays the bundle's files out again as its manifest has them, since Core ML opens
+packages by their folder, and clears away what earlier runs left.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import tempfile
 import time
@@ -25,7 +25,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from handheld.bundle import MANIFEST, Bundle, references
 from handheld.devices import devicectl, lock, process, pymobiledevice3
-from handheld.devices.android import flattened
 from handheld.devices.base import Device, Devices, Obstacle, Place, Received, Sending
 from handheld.devices.iphone import Iphone, NotInstalledError
 from handheld.errors import DeviceError, HarnessError
@@ -262,12 +261,9 @@ class IosPlace(Place):
         with tempfile.TemporaryDirectory(prefix="handheld-") as name:
             folder = Path(name)
             # The app clears its folder when it starts, so a job brings all that it needs.
-            for file, text in (
-                (MANIFEST, json.dumps(flattened(self._bundle))),
-                ("job.json", remote.model_dump_json()),
-            ):
-                (folder / file).write_text(text)
-                self._copy_to(folder / file, f"incoming/{file}")
+            self._copy_to(self._bundle.path / MANIFEST, f"incoming/{MANIFEST}")
+            (folder / "job.json").write_text(remote.model_dump_json())
+            self._copy_to(folder / "job.json", "incoming/job.json")
             pid = self._launch("--job", self._run)
             ended = False
             self.running, self.thermal = True, None
@@ -309,6 +305,7 @@ class IosPlace(Place):
                     event = process.parse(line)
                     if event is None:
                         continue
+                    process.check_protocol(event, "install an app of the same version as handheld")
                     yield Received(event, event.t_ms)
                     if isinstance(event, Failure):
                         raise NativeError(event.code, f"{event.code}: {event.message}")
@@ -344,7 +341,7 @@ class IosPlace(Place):
 
         return job.model_copy(
             update={
-                "bundle": ".",
+                "bundle": "bundle",
                 "inputs": {name: sent(source) for name, source in job.inputs.items()},
                 "expect": sent(job.expect) if job.expect else None,
                 "cache": _weights(job.cache) if job.cache else None,

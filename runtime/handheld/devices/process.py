@@ -114,11 +114,7 @@ def _events(
         event = parse(item[0])
         if event is None:
             continue
-        if isinstance(event, Hello) and event.protocol != PROTOCOL_VERSION:
-            raise HarnessError(
-                f"the harness speaks protocol {event.protocol}, this handheld {PROTOCOL_VERSION}",
-                remedy="run `handheld harness build`",
-            )
+        check_protocol(event, "run `handheld harness build`")
         failure = event if isinstance(event, Failure) else failure
         done = done or isinstance(event, Done)
         yield Received(event, item[1])
@@ -153,6 +149,21 @@ def parse(line: bytes) -> AnyEvent | None:
         return _EVENT.validate_json(line)
     except ValidationError:
         return None
+
+
+def check_protocol(event: AnyEvent, remedy: str) -> None:
+    """Refuse a harness of another protocol.
+
+    Raises
+    ------
+    HarnessError
+        If the event says so.
+    """
+    if isinstance(event, Hello) and event.protocol != PROTOCOL_VERSION:
+        raise HarnessError(
+            f"the harness speaks protocol {event.protocol}, this handheld {PROTOCOL_VERSION}",
+            remedy=remedy,
+        )
 
 
 def _describe_end(code: int, errors: IO[bytes]) -> str:

@@ -37,7 +37,6 @@ from handheld.release.manifest import (
     Gate,
     Mode,
     Needs,
-    Platform,
     ReleaseManifest,
     Source,
     Variant,
@@ -46,8 +45,6 @@ from handheld.release.rules import Rules
 from handheld.release.rules import read as read_rules
 
 _UNITS = ("npu", "gpu", "cpu")
-_READ_ON_IOS = 1
-"""The version of bundles' manifests that ios_harness reads; it refuses others."""
 
 
 @dataclass(frozen=True)
@@ -144,21 +141,13 @@ def examine(
                 )
         mine = tuple(own[key] for key in sorted(own))
         gate = _gate(bundle, options)
-        platforms = _platforms(bundle.manifest, rules)
+        platforms = rules.target(bundle.manifest.target).platforms
         found.append(
             Candidate(
                 name, bundle, mine, gate, _faults(bundle, mine, gate, options.gates, platforms)
             )
         )
     return found
-
-
-def _platforms(manifest: Manifest, rules: Rules) -> tuple[Platform, ...]:
-    """Return where a target runs and the manifest can be read."""
-    platforms = rules.target(manifest.target).platforms
-    if manifest.schema_version <= _READ_ON_IOS:
-        return platforms
-    return tuple(p for p in platforms if p != "ios")
 
 
 def _gate(bundle: Bundle, options: Options) -> Gate | None:
@@ -210,11 +199,6 @@ def _faults(
             snr, least = own.figure(verification), getattr(own, kind)
             if snr is None or snr < least:
                 faults.append(f"{what} has {snr:.1f} dB, the gate asks {least:g}")
-    if not platforms:
-        faults.append(
-            f"only ios runs {manifest.target}, and its app reads manifests of version "
-            f"{_READ_ON_IOS}, not {manifest.schema_version}"
-        )
     if not records:
         faults.append("no run record says that it ran on a device")
     for record in records:
@@ -228,7 +212,7 @@ def _faults(
     if good and len(manifest.sizes) > 1:
         ran = {r.bundle.size for r in good}
         faults += [f"no good run drew {size}" for size in manifest.sizes if size not in ran]
-    if good and platforms and not any(r.device.kind in platforms for r in good):
+    if good and not any(r.device.kind in platforms for r in good):
         kinds = ", ".join(sorted({r.device.kind for r in good}))
         faults.append(f"it ran on {kinds} only, and is for {', '.join(platforms)}")
     if records and not any(_is_measured(r) for r in records):
@@ -415,7 +399,7 @@ def _variant(
         chunks=_write(folder, f"chunks/{candidate.id}.json", chunks),
         records=_write(folder, f"records/{candidate.id}.jsonl", records) if records else None,
         needs=Needs(
-            platforms=_platforms(manifest, rules) or wants.platforms,
+            platforms=wants.platforms,
             soc=wants.soc,
             min_os=wants.min_os,
             engines=tuple(sorted({a.engine for a in manifest.artifacts})),
