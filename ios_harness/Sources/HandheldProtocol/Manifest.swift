@@ -33,7 +33,17 @@ public struct Manifest: Decodable, Equatable, Sendable {
         public var inputOrder: [String]?
         public var outputOrder: [String]?
 
-        enum CodingKeys: String, CodingKey { case inputs, outputs }
+        enum CodingKeys: String, CodingKey, CaseIterable { case inputs, outputs }
+
+        public init(from decoder: Decoder) throws {
+            try decoder.refuseUnknownFields(CodingKeys.self)
+            let values = try decoder.container(keyedBy: CodingKeys.self)
+            inputs = try values.decode([String: TensorSpec].self, forKey: .inputs)
+            outputs = try values.decode([String: TensorSpec].self, forKey: .outputs)
+            try decoder.require(
+                inputs.keys.allSatisfy(isName) && outputs.keys.allSatisfy(isName),
+                "a port's name is malformed")
+        }
     }
 
     public struct Artifact: Decodable, Equatable, Sendable {
@@ -55,9 +65,14 @@ public struct Manifest: Decodable, Equatable, Sendable {
         /// All files, the one that the engine opens first.
         public var files: [FileRef] { [file] + parts }
 
-        enum CodingKeys: String, CodingKey { case id, engine, file, parts, ports, options }
+        enum CodingKeys: String, CodingKey, CaseIterable {
+            case id, engine, file, parts, ports, options
+            case target, engineVersion = "engine_version", units, component, weights, held, macs
+            case partitions, workspace, tools, verification
+        }
 
         public init(from decoder: Decoder) throws {
+            try decoder.refuseUnknownFields(CodingKeys.self)
             let values = try decoder.container(keyedBy: CodingKeys.self)
             id = try values.decode(String.self, forKey: .id)
             engine = try values.decode(Engine.self, forKey: .engine)
@@ -95,10 +110,11 @@ public struct Manifest: Decodable, Equatable, Sendable {
     public var constants: FileRef?
     public var constantSpecs: [String: TensorSpec]
 
-    enum CodingKeys: String, CodingKey {
+    enum CodingKeys: String, CodingKey, CaseIterable {
         case schemaVersion = "schema_version"
         case sizes, artifacts, constants
         case constantSpecs = "constant_specs"
+        case model, target, precision, text, reference, references, verification, licence, provenance
     }
 
     /// Reads a manifest with the order of its artifacts' ports.
@@ -121,6 +137,10 @@ public struct Manifest: Decodable, Equatable, Sendable {
             (1...Self.schemaVersion).contains(version),
             "version \(version) was made by another handheld, this one reads up to "
                 + "\(Self.schemaVersion)")
+        try decoder.refuseUnknownFields(CodingKeys.self)
+        for key in [CodingKeys.model, .target, .precision, .text] {
+            try decoder.require(values.contains(key), "there is no '\(key.stringValue)'")
+        }
         sizes = try values.decode([String: Size].self, forKey: .sizes)
         artifacts = try values.decode([Artifact].self, forKey: .artifacts)
         constants = try values.decodeIfPresent(FileRef.self, forKey: .constants)
@@ -130,9 +150,22 @@ public struct Manifest: Decodable, Equatable, Sendable {
         try decoder.require(!artifacts.isEmpty, "there are no artifacts")
         try decoder.require(
             Set(artifacts.map(\.id)).count == artifacts.count, "two artifacts have one id")
+        try decoder.require(
+            constants != nil || constantSpecs.isEmpty, "there is no file of the constants")
+        let ports = Dictionary(uniqueKeysWithValues: artifacts.map { ($0.id, $0.ports) })
         for (name, size) in sizes {
             let fits = name == "\(size.width)x\(size.height)"
             try decoder.require(fits, "size '\(name)' is \(size.width)x\(size.height)")
+            let program = size.program
+            do {
+                try program.check(artifacts: ports, constants: constantSpecs)
+            } catch let fault as ProgramFault {
+                throw decoder.malformed("sizes.\(name).program.\(fault.field): \(fault.message)")
+            }
+            guard let picture = program.outputs["picture"] else { continue }
+            let wanted = TensorSpec(shape: [1, size.height, size.width, 3], dtype: .uint8)
+            let found = program.tensors[picture] ?? constantSpecs[picture]
+            try decoder.require(found == wanted, "the picture of '\(name)' is not \(wanted.text)")
         }
         try decoder.require(
             version >= 3 || artifacts.allSatisfy { !$0.engine.isContinued || $0.parts.isEmpty },

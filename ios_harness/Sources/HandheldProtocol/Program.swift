@@ -34,6 +34,9 @@ public enum DType: String, Codable, Sendable {
 }
 
 public struct TensorSpec: Codable, Equatable, Sendable {
+    static let mostExtent = 1 << 31
+    static let mostBytes = 4 << 30
+
     public var shape: [Int]
     public var dtype: DType
 
@@ -50,7 +53,13 @@ public struct TensorSpec: Codable, Equatable, Sendable {
         shape = try values.decode([Int].self, forKey: .shape)
         dtype = try values.decodeIfPresent(DType.self, forKey: .dtype) ?? .float32
         try decoder.require((1...6).contains(shape.count), "a tensor has 1 to 6 axes")
-        try decoder.require(shape.allSatisfy { (1...(1 << 31)).contains($0) }, "an extent is wrong")
+        try decoder.require(
+            shape.allSatisfy { (1...Self.mostExtent).contains($0) }, "an extent is wrong")
+        var bytes = dtype.bytes
+        for extent in shape {
+            try decoder.require(bytes <= Self.mostBytes / extent, "a tensor is over the limit")
+            bytes *= extent
+        }
     }
 }
 

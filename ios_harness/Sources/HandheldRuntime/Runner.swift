@@ -95,6 +95,10 @@ public final class Runner {
         var constants: [String: Tensor] = [:]
         if let file = manifest.constants {
             constants = try SafeTensors.read(path: path(bundle, file))
+            let specs = constants.mapValues { TensorSpec(shape: $0.shape, dtype: $0.dtype) }
+            guard specs == manifest.constantSpecs else {
+                throw HarnessFailure(.bundle, "\(file.path): holds other constants than the manifest")
+            }
         }
         var inputs: [String: Tensor] = [:]
         for (name, source) in job.inputs { inputs[name] = try tensor(source, size.program, name) }

@@ -25,6 +25,12 @@ final class RuntimeTests: XCTestCase {
             var features: String
             var seed: UInt64
         }
+        struct Manifest: Decodable {
+            var file: String
+            var runs: Bool
+        }
+        var manifests: [Manifest]
+        var sizes_manifests: [Manifest]
         var programs: [Program]
         var half_programs: [Program]
         var packages: Packages
@@ -181,6 +187,34 @@ final class RuntimeTests: XCTestCase {
             heatSeconds: heatSeconds, heat: heat
         ) { events.append($0) }.run()
         return events
+    }
+
+    func testWhatIsWrongWithAManifestReachesNoEngine() throws {
+        let index = try self.index()
+        let folder = try folderWithBundle()
+        let place = folder.appendingPathComponent("bundle/manifest.json")
+        let text = """
+            {"bundle": "bundle", "size": "16x8", "warmup": 0, "inputs": {
+             "prompt_embeds": {"path": "bundle/reference.safetensors", "tensor": "input.prompt_embeds"},
+             "pooled": {"path": "bundle/reference.safetensors", "tensor": "input.pooled"}}}
+            """
+        let job = try JSONDecoder().decode(Job.self, from: Data(text.utf8))
+        for item in index.manifests + index.sizes_manifests {
+            // An engine that opens files in place wants the first one to end with a page; this harness
+            // writes them to one.
+            let runs = item.runs || item.file == "manifests/valid-sizes-with-parts.json"
+            try data(item.file).write(to: place)
+            let engine = Slow()
+            let runner = Runner(job: job, folder: folder, engines: ["litert": engine]) { _ in }
+            do {
+                try runner.run()
+                XCTAssertTrue(runs, item.file)
+            } catch let failure as HarnessFailure {
+                XCTAssertFalse(runs, "\(item.file): \(failure)")
+                XCTAssertTrue([.bundle, .hash].contains(failure.code), "\(item.file): \(failure)")
+            }
+            XCTAssertEqual(engine.loads, runs ? 1 : 0, item.file)
+        }
     }
 
     func testHeatIsToldWhileAJobRuns() throws {
