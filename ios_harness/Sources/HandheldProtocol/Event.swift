@@ -9,6 +9,7 @@ public struct Event: Codable, Equatable, Sendable {
 
     public enum Body: Equatable, Sendable {
         case hello(Hello)
+        case plan(Plan)
         case load(Load)
         case iteration(Iteration)
         case memory(Memory)
@@ -29,7 +30,7 @@ public struct Event: Codable, Equatable, Sendable {
     }
 
     private enum Kind: String, Codable {
-        case hello, load, iteration, memory, thermal, output, error, done
+        case hello, plan, load, iteration, memory, thermal, output, error, done
     }
 
     public init(from decoder: Decoder) throws {
@@ -38,6 +39,7 @@ public struct Event: Codable, Equatable, Sendable {
         body =
             switch try values.decode(Kind.self, forKey: .event) {
             case .hello: .hello(try Hello(from: decoder))
+            case .plan: .plan(try Plan(from: decoder))
             case .load: .load(try Load(from: decoder))
             case .iteration: .iteration(try Iteration(from: decoder))
             case .memory: .memory(try Memory(from: decoder))
@@ -54,6 +56,7 @@ public struct Event: Codable, Equatable, Sendable {
         let (kind, part): (Kind, any Encodable) =
             switch body {
             case let .hello(x): (.hello, x)
+            case let .plan(x): (.plan, x)
             case let .load(x): (.load, x)
             case let .iteration(x): (.iteration, x)
             case let .memory(x): (.memory, x)
@@ -88,6 +91,15 @@ public struct Hello: Codable, Equatable, Sendable {
         self.base_rss_bytes = base_rss_bytes
         self.engine_library_bytes = engine_library_bytes
     }
+}
+
+/// What stays in memory within a budget; this harness plans none, but others tell it.
+public struct Plan: Codable, Equatable, Sendable {
+    public var resident: [String]
+    public var streamed: [String]
+    public var prefetch: Bool
+    public var peak_bytes: Int
+    public var budget_bytes: Int
 }
 
 public struct Load: Codable, Equatable, Sendable {

@@ -86,6 +86,13 @@ public final class Runner {
                     base_rss_bytes: Probes.memory(.start).rss)))
         emit(.memory(Probes.memory(.start)))
         tellHeat()
+        guard job.memoryBudget == nil else {
+            throw HarnessFailure(
+                .job, "this harness plans no memory (choose a residency instead of a memory budget)")
+        }
+        guard !job.resetPeak else {
+            throw HarnessFailure(.job, "the high-water mark of memory cannot be reset here")
+        }
         let bundle = folder.appendingPathComponent(job.bundle)
         let manifest = try readManifest(bundle)
         guard let size = manifest.sizes[job.size] else {

@@ -528,6 +528,15 @@ final class RuntimeTests: XCTestCase {
         }
     }
 
+    func testWhatThisHarnessCannotDoIsRefused() throws {
+        let folder = try folderWithObjects(try index().packages.folder)
+        for wish in [#""memory_budget": 600000000"#, #""reset_peak": true"#] {
+            XCTAssertThrowsError(try runPackages(Packages([:]), folder, more: ", " + wish)) { error in
+                XCTAssertEqual((error as? HarnessFailure)?.code, .job, wish)
+            }
+        }
+    }
+
     func testAJobRunsAndSaysSo() throws {
         let folder = try folderWithBundle()
         let job = try JSONDecoder().decode(
