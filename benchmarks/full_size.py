@@ -30,10 +30,10 @@ from typing import Any
 
 import full_size_promises as promised
 import watch
-from handheld import models, planning, recipes
+from handheld import models, recipes
 from handheld.bundle import Bundle
 from handheld.devices.host import HostDevice
-from handheld.errors import HandheldError, UsageError
+from handheld.errors import CheckpointError, HandheldError, UsageError
 from handheld.files import weights_cache, write_file
 from handheld.program import Call
 from handheld.protocol import Residency
@@ -254,9 +254,11 @@ class Runs:
         """Run a bundle at each size and residency, and at its default size in all other ways."""
         manifest = bundle.manifest
         plans: dict[str, dict[str, Any]] = {}
-        banded = manifest.provenance.options.get("decoder_bands") is not None
-        if checkpoint is not None and manifest.target in planning.PLANNED and not banded:
-            plans = planned(checkpoint, bundle)
+        if checkpoint is not None:
+            try:
+                plans = planned(checkpoint, bundle)
+            except (CheckpointError, UsageError) as error:
+                say(f"no plan beside the runs: {error}")
         residencies = self.arguments.residency or RESIDENCIES
         for size in manifest.sizes:
             for residency in residencies:
