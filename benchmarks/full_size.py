@@ -98,8 +98,7 @@ def export(
             seen = watch.run(words, {"XDG_CACHE_HOME": str(cache)})
             (folder / "export.log").open("a").write(seen.errors)
             if seen.code:
-                last = seen.errors.strip().splitlines()[-1:] or ["no reason given"]
-                raise HandheldError(f"the export failed: {last[0]}", path=output)
+                raise HandheldError(f"the export failed: {_reason(seen)}", path=output)
             figures[f"{name}_s"] = round(seen.seconds, 1)
             figures[f"{name}_peak_mb"] = round(seen.peak / 1e6, 1)
             figures[f"{name}_peak_once_mb"] = round(seen.peak_once / 1e6, 1)
@@ -113,6 +112,15 @@ def export(
     if result["lowered"]:
         raise HandheldError(f"{result['lowered']} artifacts were lowered again", path=output)
     return output, figures
+
+
+def _reason(seen: watch.Watched) -> str:
+    """Return why a command with ``--json`` failed: it says so in JSON, unless it was killed."""
+    try:
+        return str(json.loads(seen.output)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        lines = seen.errors.strip().splitlines()
+        return f"code {seen.code}: {lines[-1] if lines else 'no reason given'}"
 
 
 def _full(source: Path) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +59,16 @@ def made(folder: Path) -> tuple[dict[int, tuple[Path, ...]], dict[int, Path]]:
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     return made(tmp_path_factory.mktemp("programs"))
+
+
+def test_programs_are_read_by_a_process_that_has_written_none(both):
+    code = "import sys, pathlib; from handheld_export.pte_shared import _Program as P; "
+    code += "print(len(P(pathlib.Path(sys.argv[1])).names))"
+    path = next(iter(both[1].values()))
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) > 0
 
 
 def test_results_are_the_same_bits(both):

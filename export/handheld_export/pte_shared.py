@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from executorch.exir._serialize._flatbuffer_program import _patch_generated_flatbuffer_aliases
 from executorch.exir._serialize._program import _ExtendedHeader, _get_extended_header
 from executorch.exir._serialize.generated.executorch_flatbuffer.Program import Program
 
@@ -35,6 +36,8 @@ class _Program:
         if header is None or not header.is_valid():
             raise TargetError("has no segments", path=path)
         self.header = header
+        # ExecuTorch does this before it writes a program, and here none may have been written.
+        _patch_generated_flatbuffer_aliases()
         self.table: Any = Program.GetRootAs(self.data, 0)
         named = (self.table.NamedData(i) for i in range(self.table.NamedDataLength()))
         self.names = {entry.Key().decode(): int(entry.SegmentIndex()) for entry in named}
