@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -129,7 +130,7 @@ def test_files_that_lie_flat_by_their_hash_are_found_as_on_phones(tmp_path):
             shutil.copy(bundle.file(file), flat / "objects" / file.sha256)
     raw = [tmp_path / "a.raw", tmp_path / "b.raw"]
     for folder, output in zip((bundle.path, flat), raw, strict=True):
-        events = run(tmp_path, bundle, bundle=str(folder), output=str(output))
+        events = run(tmp_path, SimpleNamespace(path=folder), output=str(output))
         assert events[-1].event == "done", events[-1]
     assert raw[0].read_bytes() == raw[1].read_bytes()
 
