@@ -15,7 +15,7 @@ import hashlib
 import json
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -29,6 +29,8 @@ from handheld_export.compress import card
 from handheld_export.compress.painter import Painter, weights
 from handheld_export.critter import data, evaluate, judge
 from handheld_export.quantization import round_to_nearest
+from promises import Line, at_least
+from promises import show as tell
 
 LARGE = ("face_color", "head", "body_color")
 FREE = ("body_color", "body", "eyes", "mouth")
@@ -103,63 +105,51 @@ def right(read: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
     return (read[:, columns] == asked[:, columns]).double().mean(dim=1)
 
 
-class Line(NamedTuple):
-    """One figure, and what it must be."""
-
-    what: str
-    value: str
-    wanted: str
-    kept: bool
-
-
 def promises(report: dict[str, Any]) -> list[Line]:
     """Hold the figures against what the stacks promise."""
     models = report["models"]
     first, *students = models
     teacher, real = models[first], report["real"]
     mean = {name: row["large"]["classifier"] for name, row in models.items()}
-    lines: list[Line] = []
-
-    def at_least(what: str, value: float, wanted: float, unit: str = " %") -> None:
-        lines.append(Line(what, f"{value:.1f}{unit}", f">= {wanted:g}{unit}", value >= wanted))
-
     share = mean[first] / real["large"]["classifier"]
-    at_least("teacher's accuracy, of that on real pictures", 100 * share, 95)
+    lines = [at_least("accuracy, of that on real pictures", first, 100 * share, 95, " %")]
     for name in LARGE:
         own = teacher["accuracy"]["classifier"][name] / real["accuracy"]["classifier"][name]
-        at_least(f"  {name}", 100 * own, 95)
+        lines.append(at_least(f"  {name}", first, 100 * own, 95, " %"))
     if "onestep" in models:
-        row = models["onestep"]
-        at_least("onestep's accuracy, of the teacher's", 100 * mean["onestep"] / mean[first], 98)
-        far = row["distance"]
-        lines.append(Line("onestep's feature distance", f"{far:.2f}x", "<= 1.25x", far <= 1.25))
+        share = mean["onestep"] / mean[first]
+        lines.append(at_least("accuracy, of the teacher's", "onestep", 100 * share, 98, " %"))
+        far = models["onestep"]["distance"]
+        lines.append(Line("feature distance", "onestep", f"{far:.2f}x", "<= 1.25x", far <= 1.25))
     if {"onestep", "warmup"} <= models.keys():
-        for judge_name in ("classifier", "nearest_truth"):
-            change = -sum(models["warmup"]["against_onestep"][judge_name]) / 2
-            at_least(f"onestep above warmup, {judge_name}", 100 * change, 0, " points")
-        near = models["warmup"]["distance"] - models["onestep"]["distance"]
-        at_least("onestep's feature distance below warmup's", near, 0, "x")
+        for judged in ("classifier", "nearest_truth"):
+            change = -50 * sum(models["warmup"]["against_onestep"][judged])
+            lines.append(at_least(f"above warmup, {judged}", "onestep", change, 0, " points"))
+        near, far = (models[n]["distance"] for n in ("onestep", "warmup"))
+        wanted = f"<= {far:.2f}x, warmup's"
+        lines.append(Line("feature distance", "onestep", f"{near:.2f}x", wanted, near <= far))
     for name in students:
         if "plain" not in name:
-            at_least(f"{name}'s coverage, of the teacher's", 100 * models[name]["coverage"], 90)
+            share = models[name]["coverage"]
+            lines.append(at_least("coverage, of the teacher's", name, 100 * share, 90, " %"))
     for name, points in (("stack1", 1), ("stack2", 3), ("stack3", 5)):
-        change = models.get(name, {}).get("against_onestep", {})
-        for judge_name, (low, high) in change.items():
-            at_least(f"{name} to onestep, {judge_name}", 50 * (low + high), -points, " points")
+        for judged, both in models.get(name, {}).get("against_onestep", {}).items():
+            change = 50 * sum(both)
+            lines.append(at_least(f"to onestep, {judged}", name, change, -points, " points"))
     if "stack2" in models:
         for what in ("params", "macs"):
-            at_least(
-                f"stack2's {what} trimmed", 100 * (1 - models["stack2"][what] / teacher[what]), 30
-            )
+            left = models["stack2"][what] / teacher[what]
+            lines.append(at_least(f"{what} trimmed", "stack2", 100 * (1 - left), 30, " %"))
     if "stack3" in models:
-        at_least("stack3's layers below fp16", 16 / models["stack3"]["bits_per_weight"], 7.5, "x")
+        smaller = 16 / models["stack3"]["bits_per_weight"]
+        lines.append(at_least("layers below fp16", "stack3", smaller, 7.5, "x"))
     for name, row in models.items():
         if "against_student" in row:
             worse = -100 * row["against_student"]["nearest_truth"][1]
-            at_least(f"{name}: worse by, at 95 %", worse, 0, " points")
+            lines.append(at_least("worse by, at 95 %", name, worse, 0, " points"))
         elif name in ("stack1", "stack2", "stack3"):
             fewer = teacher["decoder_macs"] / row["decoder_macs"]
-            at_least(f"{name}'s decoder: MACs below the VAE's", fewer, 5, "x")
+            lines.append(at_least("decoder's MACs below the VAE's", name, fewer, 5, "x"))
     return lines
 
 
@@ -385,12 +375,7 @@ def show(report: dict[str, Any], held: list[Line]) -> None:
             f"{row['seconds_per_picture']:.2f}",
         )
     Console().print(shown)
-    told = Table(title="Promises")
-    for column in ("what", "measured", "asked", "kept"):
-        told.add_column(column, justify="left" if column == "what" else "right")
-    for line in held:
-        told.add_row(line.what, line.value, line.wanted, "yes" if line.kept else "[red]no[/]")
-    Console().print(told)
+    tell(held, "promises")
 
 
 if __name__ == "__main__":

@@ -39,9 +39,9 @@ class PackedFile {
 // Any number of processes and threads may share a folder.
 class PackCache {
  public:
-  // `build` is what besides artifact and processor decides how packed weights look. With `verify`, files are
-  // read whole when the process first uses them, otherwise samples of them. An unusable folder
-  // gives a cache that is not usable.
+  // `build` is what besides artifact and processor decides how packed weights look. With `verify`,
+  // files are read whole when the process first uses them, otherwise samples of them. An unusable
+  // folder gives a cache that is not usable.
   PackCache(std::string folder, const std::string& build, bool verify);
 
   bool usable() const { return usable_; }

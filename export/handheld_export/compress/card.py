@@ -30,14 +30,15 @@ def text(settings: Mapping[str, Any]) -> str:
         The student's ``handheld.json``: ``made_from``, ``recipe``, ``data`` and ``history``.
     """
     history: Sequence[Mapping[str, Any]] = settings["history"]
-    teacher, machine = settings["made_from"], history[-1].get("machine", {})
+    teacher = settings["made_from"]
+    machines = (", ".join(f"{k} {v}" for k, v in e.get("machine", {}).items()) for e in history)
     minutes = sum(float(e.get("seconds", 0)) for e in history) / 60
     kinds = ", ".join(WORDS.get(e["step"], e["step"]) for e in history)
     rows = {
         "teacher": f"{teacher['name']}, sha256 {teacher['sha256']}",
         "recipe": f"{settings['recipe']}: {kinds}",
         "data": settings["data"],
-        "machine": ", ".join(f"{k} {v}" for k, v in machine.items()),
+        "machine": "; ".join(dict.fromkeys(filter(None, machines))),
         "time": f"{minutes:.0f} minutes",
         "drawn with": f"{settings.get('steps', 20)} step(s), timesteps {settings.get('timesteps')}",
     }

@@ -534,7 +534,12 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> 
         }
         for i, entry in state["state"].items()
     }
-    optimizer.load_state_dict({"state": laid, "param_groups": state["param_groups"]})
+    # Rates are the recipe's.
+    groups = [
+        {**kept, "peak": own["peak"]}
+        for kept, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({"state": laid, "param_groups": groups})
 
 
 def save_atomic(state: object, path: Path) -> None:
