@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import signal
 
@@ -47,6 +48,13 @@ if importlib.util.find_spec("torch") is not None:
     import tiny
 
     torch.set_num_threads(1)  # models this small only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def _heard_again():
+    """A command silences the libraries of its whole process; here other tests are in it, too."""
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
