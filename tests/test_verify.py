@@ -79,6 +79,26 @@ def test_against_the_checkpoint(bundle, made):
         verify(Bundle.open(bundle), made / "bad")
 
 
+def test_several_noises(bundle, made):
+    one = verify(Bundle.open(bundle), made / "good")
+    report = verify(Bundle.open(bundle), made / "good", noises=3)
+    assert report.passed
+    assert report.draws[0] == one.end_to_end
+    figures = [d.snr_db for d in report.draws]
+    assert len(set(figures)) == 3
+    assert report.end_to_end.snr_db == pytest.approx(sum(figures) / 3)
+    assert report.end_to_end.max_abs_error == max(d.max_abs_error for d in report.draws)
+    assert report.worst_db == min(figures)
+    told = json.loads(run(bundle, "--checkpoint", str(made / "good"), "--json").stdout)
+    assert [n["snr_db"] for n in told["noises"]] == pytest.approx(figures)
+
+
+def test_one_noise_without_the_checkpoint(bundle):
+    report = verify(Bundle.open(bundle), noises=2)
+    assert len(report.draws) == 1
+    assert any(n.startswith("one noise only") for n in report.notes)
+
+
 def test_swapped_artifacts(bundle):
     def swap(artifacts, _):
         a, b = artifacts["unet.01.mid_block"], artifacts["decoder.00.mid_block"]

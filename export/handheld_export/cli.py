@@ -264,6 +264,9 @@ def verify(
             help="Compute unit: cpu, gpu or ane for coreml on macOS, cpu or gpu for litert-gpu."
         ),
     ] = None,
+    noises: Annotated[
+        int, typer.Option(min=1, help="Pictures to draw, each from another noise.")
+    ] = 3,
     html: Annotated[
         Path | None, typer.Option(help="Write a page with all figures and pictures.")
     ] = None,
@@ -290,7 +293,7 @@ def verify(
     skipped: list[TargetError] = []
     for one in opened:
         try:
-            reports += [run(one, path, gate, unit, size) for size in one.manifest.sizes]
+            reports += [run(one, path, gate, unit, size, noises) for size in one.manifest.sizes]
         except TargetError as e:
             if len(opened) == 1:
                 raise

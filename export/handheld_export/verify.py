@@ -3,16 +3,18 @@
 The program runs once more with the artifacts in their engine's Python runtime. Every call
 is given the reference's tensors, not what the artifacts before it made, so an error is
 found where it arises; a second run lets errors accumulate as they do on a phone, and a third one
-draws another prompt. The reference is the checkpoint in torch or, where that is not here, what
+draws another prompt. The second may be repeated with other noises: one picture's SNR is several dB
+above or below another's. The reference is the checkpoint in torch or, where that is not here, what
 travels in the bundle (``export --references``). The student is torch with the artifact's codes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -90,10 +92,13 @@ class Report:
         ``checkpoint``, or ``bundle`` where its own references were compared with.
     rows : tuple of Row
     end_to_end : Verification
+        Means over the noises that were drawn; the largest error.
+    draws : tuple of Verification
+        Each of them, the bundle's own noise first.
     text : float or None
         Strength of text in what the decoder gives.
     gate : Gate
-        Of the whole.
+        Of the whole: for the means.
     problems : tuple of str
         Anything else that is wrong, such as a wrong engine version.
     notes : tuple of str
@@ -109,11 +114,18 @@ class Report:
     reference: str
     rows: tuple[Row, ...]
     end_to_end: Verification
+    draws: tuple[Verification, ...]
     text: float | None
     gate: Gate
     problems: tuple[str, ...]
     notes: tuple[str, ...] = ()
     pictures: Mapping[str, Array] = field(default_factory=dict)
+
+    @property
+    def worst_db(self) -> float | None:
+        """The least SNR that the gate is for, over all noises."""
+        figures = [f for d in self.draws if (f := self.gate.figure(d)) is not None]
+        return min(figures, default=None)
 
     @property
     def whole_passed(self) -> bool:
@@ -139,6 +151,7 @@ class Report:
             "passed": self.passed,
             "gate": asdict(self.gate),
             "end_to_end": self.end_to_end.model_dump() | {"text": self.text},
+            "noises": [d.model_dump() for d in self.draws],
             "artifacts": [
                 {**vars(r), "gate": asdict(r.gate), "passed": r.passed} for r in self.rows
             ],
@@ -157,6 +170,7 @@ def verify(
     gate: Path | None = None,
     unit: str | None = None,
     size: str | None = None,
+    noises: int = 1,
 ) -> Report:
     """Verify a bundle at one of its sizes.
 
@@ -172,12 +186,15 @@ def verify(
         Compute unit that artifacts run on, for targets that have several.
     size : str, optional
         Key of the manifest's sizes; by default the one that is drawn by default.
+    noises : int
+        How many pictures are drawn with the reference's prompt, each from a noise of its own.
+        Without the checkpoint there is one.
 
     Raises
     ------
     UsageError, CheckpointError, TargetError
     """
-    return _Verification(bundle, checkpoint, gate, unit, bundle.size(size)[0]).report()
+    return _Verification(bundle, checkpoint, gate, unit, bundle.size(size)[0]).report(noises)
 
 
 @dataclass
@@ -190,6 +207,17 @@ class _Found:
     text: float | None = None
     asked: bool = False
     """Whether another prompt was tried."""
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """One picture, drawn from one noise."""
+
+    figures: Verification
+    decoded: Array
+    """By the artifacts."""
+    student: Array | None
+    pictures: Mapping[str, Array]
 
 
 class _Verification:
@@ -232,9 +260,7 @@ class _Verification:
         self.constants = bundle.constants()
         self.stored = bundle.reference(size)
         self.inputs = {
-            i.name: self.stored[f"input.{i.name}"]
-            for i in self.program.inputs
-            if f"input.{i.name}" in self.stored
+            i.name: self.stored[f"input.{i.name}"] for i in self.program.inputs if i.role != "noise"
         }
         self.calls = [op for op in self.program.ops if isinstance(op, Call)]
         caveat = self.target.caveat()
@@ -272,31 +298,21 @@ class _Verification:
                 f"compared with the bundle's references, strength of text not measured: {error}"
             )
 
-    def report(self) -> Report:
+    def report(self, noises: int) -> Report:
         other, other_inputs = _other_text(self.bundle, self.program, self.inputs)
         found, decoded, picture = self._forced(other_inputs)
         pictures = {"reference": picture}
-        whole, text = Verification(snr_db=-measure.CAP_DB), None
+        draws, text = [Verification(snr_db=-measure.CAP_DB)], None
         if not self.failures:
-            results, drawn = self._run(self.runners, self.inputs)
-            student_snr = None
-            base = decoded
-            if self.student is not None:
-                base, pictures["student"] = self._run(self.student, self.inputs)
-                student_snr = measure.snr_db(base, results)
-            pictures["artifact"] = drawn
-            whole = Verification(
-                snr_db=measure.snr_db(decoded, results),
-                student_snr_db=student_snr,
-                max_abs_error=_max_error(decoded, results),
-                psnr_db=measure.psnr_db(picture, drawn),
-            )
+            draw = self._draw((decoded, picture), self.seed)
+            draws = [draw.figures, *self._more(noises - 1)]
+            pictures |= draw.pictures
             if (torch := self._base()) is not None:
                 wanted, pictures[f"torch, {other}"] = self._run(torch, other_inputs)
                 given, pictures[f"artifact, {other}"] = self._run(self.runners, other_inputs)
-                if self.gate.against == "checkpoint" and self.torch is not None:
-                    base = decoded
-                text = measure.strength((base, wanted), (results, given))
+                judged = self.gate.against == "student" and self.student is not None
+                base = draw.student if judged and draw.student is not None else decoded
+                text = measure.strength((base, wanted), (draw.decoded, given))
         rows = tuple(self._row(a, values) for a, values in found.items() if values.snr_db)
         return Report(
             bundle=str(self.bundle.path),
@@ -306,7 +322,8 @@ class _Verification:
             size=self.size,
             reference="bundle" if self.torch is None else "checkpoint",
             rows=rows,
-            end_to_end=whole,
+            end_to_end=_mean(draws),
+            draws=tuple(draws),
             text=text,
             gate=self.gate,
             problems=tuple(self._problems(rows, text)),
@@ -314,17 +331,55 @@ class _Verification:
             pictures={name: np.asarray(p)[0] for name, p in pictures.items()},
         )
 
+    def _more(self, count: int) -> Iterator[Verification]:
+        """Draw further noises with the checkpoint and with the artifacts."""
+        if self.torch is None:
+            if count > 0:
+                self.notes.append("one noise only: references of others need the checkpoint")
+            return
+        for seed in range(self.seed + 1, self.seed + 1 + count):
+            outputs = self._outputs(self.torch, self.inputs, seed)
+            yield self._draw(self._reference(outputs), seed).figures
+
+    def _draw(self, reference: tuple[Array, Array], seed: int) -> _Draw:
+        """Draw with the artifacts, and with the student if there is one."""
+        decoded, picture = reference
+        results, drawn = self._run(self.runners, self.inputs, seed)
+        pictures, student, student_snr = {}, None, None
+        if self.student is not None:
+            student, pictures["student"] = self._run(self.student, self.inputs, seed)
+            student_snr = measure.snr_db(student, results)
+        figures = Verification(
+            snr_db=measure.snr_db(decoded, results),
+            student_snr_db=student_snr,
+            max_abs_error=_max_error(decoded, results),
+            psnr_db=measure.psnr_db(picture, drawn),
+        )
+        return _Draw(figures, results, student, pictures | {"artifact": drawn})
+
     def _base(self) -> TorchArtifacts | None:
         """Return what the whole is judged against."""
         return self.student if self.gate.against == "student" and self.student else self.torch
 
-    def _run(self, call: _CallFunction, inputs: Mapping[str, Array]) -> tuple[Array, Array]:
+    def _run(
+        self, call: _CallFunction, inputs: Mapping[str, Array], seed: int | None = None
+    ) -> tuple[Array, Array]:
         """Return what the decoder gave, and the picture."""
-        outputs = self._outputs(call, inputs)
+        outputs = self._outputs(call, inputs, seed)
         return outputs["decoded"], outputs["picture"]
 
-    def _outputs(self, call: _CallFunction, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        return execute(self.watched, self.constants, inputs, call, seed=self.seed)
+    def _outputs(
+        self, call: _CallFunction, inputs: Mapping[str, Array], seed: int | None = None
+    ) -> dict[str, Array]:
+        seed = self.seed if seed is None else seed
+        return execute(self.watched, self.constants, inputs, call, seed=seed)
+
+    def _reference(self, outputs: Mapping[str, Array]) -> tuple[Array, Array]:
+        """Return what the decoder gave in torch, without bands, and the picture."""
+        if self.whole is None:
+            return outputs["decoded"], outputs["picture"]
+        picture, decoded = self.whole(outputs["latent"])
+        return decoded, picture
 
     def _forced(self, other: Mapping[str, Array]) -> tuple[dict[str, _Found], Array, Array]:
         """Give every call the reference's tensors."""
@@ -346,11 +401,8 @@ class _Verification:
         def _differs(name: str) -> bool:
             return other[name] is not self.inputs[name]
 
-        outputs = self._outputs(forced, self.inputs)
-        if self.whole is not None:
-            picture, values = self.whole(outputs["latent"])
-            return found, values, picture
-        return found, outputs["decoded"], outputs["picture"]
+        decoded, picture = self._reference(self._outputs(forced, self.inputs))
+        return found, decoded, picture
 
     def _compare(
         self,
@@ -422,6 +474,21 @@ class _Verification:
             path = self.bundle.file(a.files[0])
             problems += [f"{a.id}: {told}" for told in self.target.conflicts(path, a.tools)]
         return problems
+
+
+def _mean(draws: Sequence[Verification]) -> Verification:
+    """Return means of SNR and PSNR, and the largest error; None where one lacks it."""
+
+    def over(name: str, fold: Callable[[list[float]], float]) -> float | None:
+        values = [getattr(d, name) for d in draws]
+        return None if None in values else fold(values)
+
+    return Verification(
+        snr_db=over("snr_db", fmean),
+        student_snr_db=over("student_snr_db", fmean),
+        max_abs_error=over("max_abs_error", max),
+        psnr_db=over("psnr_db", fmean),
+    )
 
 
 def _worst(wanted: Mapping[str, Array], results: Mapping[str, Array]) -> float:
