@@ -83,8 +83,8 @@ def _ok(result: fleet.Result) -> bool:
 def _plan(runner: fleet.Fleet, as_json: bool) -> int:
     found, missing = runner.find()
     rows = [
-        {"device": d, "cell": c.name, "would_run": runner.finished(d, c) is None}
-        for d in found
+        {"device": d.id, "cell": c.name, "would_run": runner.finished(d, c) is None}
+        for d in found.values()
         for c in runner.cells
     ]
     rows += [

@@ -288,8 +288,13 @@ def test_unplugged_while_files_are_sent(phone, device, sample):
         phone.state.__setattr__("plugged", n < 2000)
         or (n >= 2000 and [h.abort() for h in list(phone._hosts)])
     )
-    with pytest.raises(DeviceError):
-        bench.run(sample, device, FAST)
+    kept = []
+    with pytest.raises(DeviceError) as error:
+        bench.run(sample, device, FAST, keep=kept.append)
+    (failed,) = kept
+    assert (failed.status, failed.error) == ("failed", str(error.value))
+    assert (failed.passes, failed.transfer) == ((), None)
+    assert failed.device.model == "samsung SM-S921B"
     phone.state.on_bytes = None
     phone.plug()
     record = bench.run(sample, device, FAST)
@@ -323,8 +328,11 @@ def test_the_phone_fills_while_files_are_sent(phone, device, sample, monkeypatch
     monkeypatch.setattr(android, "SPARE_BYTES", 0)
     monkeypatch.setattr(android, "parse_free", lambda text: None)
     phone.state.capacity = phone.used() + 3000
+    kept = []
     with pytest.raises(DeviceError, match="storage is full"):
-        bench.run(sample, device, FAST)
+        bench.run(sample, device, FAST, keep=kept.append)
+    assert [r.status for r in kept] == ["failed"]
+    assert "storage is full" in kept[0].error
     assert phone.left() == []
 
 
@@ -380,8 +388,10 @@ def test_machines_take_turns_on_a_phone(phone, device, sample):
     boot = (phone.system / "boot_id").read_text().strip()
     lock.mkdir(parents=True)
     (lock / "owner").write_text(f"another {boot}\n")
+    kept = []
     with pytest.raises(DeviceError, match="another machine is using this phone"):
-        bench.run(sample, device, FAST)
+        bench.run(sample, device, FAST, keep=kept.append)
+    assert kept == [], "nothing was tried"
     assert (lock / "owner").is_file(), "its lock stays"
     (lock / "owner").write_text("")
     with pytest.raises(DeviceBusyError):

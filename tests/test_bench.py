@@ -278,6 +278,20 @@ def test_a_sustained_pass_that_is_cut_off_keeps_what_it_saw(sample, host, monkey
     assert record.passes[-1].error == "interrupted"
 
 
+def test_what_was_seen_before_a_mistake_of_ours_is_kept(sample, host):
+    def seen(purpose, event):
+        if isinstance(event, Iteration) and event.index == 1:
+            raise ZeroDivisionError("ours")
+
+    kept = []
+    with pytest.raises(ZeroDivisionError):
+        bench.run(sample, host, FAST, progress=seen, keep=kept.append)
+    (record,) = kept
+    assert record.status == "partial"
+    assert record.error.startswith("unexpected ZeroDivisionError in test_bench.py")
+    assert len(record.passes[-1].iterations) == 2
+
+
 def test_what_else_this_process_does_is_load(host, sample, monkeypatch):
     """A fleet that drives phones disturbs the host that it measures meanwhile."""
     monkeypatch.setenv("HANDHELD_FAKE", "busy")

@@ -155,3 +155,39 @@ def test_what_keeps_devices_away_is_told_though_others_are_there(tmp_path, monke
     assert len(written) == 2
     with pytest.raises(DeviceError, match="no phone program"):
         find("phones")
+
+
+def test_a_mistake_of_ours_stops_no_other_run(tmp_path, monkeypatch):
+    real = fleet.bench.run
+    runs = []
+
+    def broken(*arguments, **options):
+        runs.append(1)
+        if len(runs) == 1:
+            raise ZeroDivisionError("of a phone's thread")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(fleet.bench, "run", broken)
+    results, written = run(tmp_path)
+    assert [r.outcome for r in results] == ["failed", "done"]
+    assert "unexpected ZeroDivisionError in test_fleet.py" in results[0].error
+    assert len(written) == 1
+
+
+def test_records_of_another_harness_do_not_count(tmp_path, monkeypatch):
+    _, written = run(tmp_path)
+    file = tmp_path / "records.jsonl"
+    file.unlink()
+    older = written[0].model_copy(update={"handheld": "0.0.9"})
+    facts = written[1].device.model_copy(update={"engines": {"litert": "1.0"}})
+    for record in (older, written[1].model_copy(update={"device": facts})):
+        records.append(file, record)
+    assert [r.outcome for r in run(tmp_path)[0]] == ["done", "done"]
+    assert [r.outcome for r in run(tmp_path)[0]] == ["already", "already"]
+    # What a device that does not answer has by now is not known: its records stay.
+    monkeypatch.setattr("handheld.devices.host.HostDevice.facts", gone)
+    assert [r.outcome for r in run(tmp_path)[0]] == ["already", "already"]
+
+
+def gone(device):
+    raise DeviceError("gone")

@@ -31,11 +31,13 @@ from handheld.bundle import Bundle
 from handheld.devices.base import Device, Place
 from handheld.errors import (
     BundleError,
+    DeviceBusyError,
     DeviceError,
     GateError,
     HandheldError,
     HarnessError,
     UsageError,
+    unexpected,
 )
 from handheld.files import output_errors, weights_cache
 from handheld.manifest import Size
@@ -162,8 +164,9 @@ def run(
 ) -> RunRecord:
     """Run a bundle on a device and return what was seen.
 
-    Whatever happens once the device is ready, ``keep`` is told the record, complete or not;
-    after a KeyboardInterrupt it is raised again.
+    Whatever happens once the device is being prepared, ``keep`` is told the record, complete or
+    not: one of a device that went away or filled up before anything was run has no passes. A
+    KeyboardInterrupt, and an exception that nobody expected, is raised again.
 
     Raises
     ------
@@ -191,49 +194,13 @@ def run(
     def waiting(reasons: list[str], seconds: float) -> None:
         notice(f"waiting for {device.id}, {seconds:.0f} s: {', '.join(reasons)}")
 
-    with (
-        _inputs(bundle, size_name, size, options) as given,
-        device.prepare(bundle, sending) as place,
-    ):
-        if device.kind == "ios":
-            # Only its app, which has run by now, tells what is in the phone.
-            facts = device.facts()
-            _check_engines(bundle, facts)
-        heat_start, gate = wait(options.gate, device.heat, waiting=waiting)
-        attempt = _Attempt(bundle, device, place, options, size_name, given, progress)
-        started = datetime.now(UTC)
-        status: Literal["ok", "failed", "partial"] = "ok"
-        error: str | None = None
-        interrupt: KeyboardInterrupt | None = None
-        try:
-            attempt.run()
-        except KeyboardInterrupt as e:
-            interrupt = e
-            status, error = "partial", INTERRUPTED
-        except HandheldError as e:
-            status, error = "failed", str(e)
-            if any(p.iterations for p in attempt.passes) and not isinstance(e, GateError):
-                status = "partial"
-        heat_end = _heat(device)
-        check = attempt.check
-        if status == "ok" and check is not None and not check.matches:
-            status = "failed"
-            error = f"the picture is wrong: {check.psnr_db:.1f} dB from the reference"
-            if check.first_wrong:
-                error += f"; {check.first_wrong}"
-        hello = next((p.hello for p in attempt.passes if p.hello), None)
-        if hello is not None:
-            facts = facts.model_copy(update={"engines": hello.engines})
-        latency = next((p for p in attempt.passes if p.purpose == "latency"), None)
-        record = RunRecord(
+    def record(given: _Given, started: datetime, **seen: Any) -> RunRecord:
+        return RunRecord(
             id=new_id(started),
-            status=status,
-            error=error,
             started=started,
             finished=datetime.now(UTC),
             handheld=__version__,
             command=command,
-            device=facts,
             bundle=BundleFacts(
                 sha256=bundle.sha256,
                 model=bundle.manifest.model.id,
@@ -245,6 +212,58 @@ def run(
             ),
             settings=options.settings(given.seed, given.source),
             round=turn,
+            **seen,
+        )
+
+    with (
+        _inputs(bundle, size_name, size, options) as given,
+        contextlib.ExitStack() as held,
+    ):
+        started = datetime.now(UTC)
+        try:
+            place = held.enter_context(device.prepare(bundle, sending))
+            if device.kind == "ios":
+                # Only its app, which has run by now, tells what is in the phone.
+                facts = device.facts()
+                _check_engines(bundle, facts)
+            heat_start, gate = wait(options.gate, device.heat, waiting=waiting)
+        except DeviceBusyError:
+            raise
+        except DeviceError as error:
+            keep(record(given, started, status="failed", error=str(error), device=facts))
+            raise
+        attempt = _Attempt(bundle, device, place, options, size_name, given, progress)
+        started = datetime.now(UTC)
+        status: Literal["ok", "failed", "partial"] = "ok"
+        said: str | None = None
+        raised: BaseException | None = None
+        try:
+            attempt.run()
+        except HandheldError as e:
+            status, said = "failed", str(e)
+            if any(p.iterations for p in attempt.passes) and not isinstance(e, GateError):
+                status = "partial"
+        except BaseException as e:  # raised again once the record is kept
+            raised = e
+            status = "partial"
+            said = INTERRUPTED if isinstance(e, KeyboardInterrupt) else unexpected(e)
+        heat_end = _heat(device)
+        check = attempt.check
+        if status == "ok" and check is not None and not check.matches:
+            status = "failed"
+            said = f"the picture is wrong: {check.psnr_db:.1f} dB from the reference"
+            if check.first_wrong:
+                said += f"; {check.first_wrong}"
+        hello = next((p.hello for p in attempt.passes if p.hello), None)
+        if hello is not None:
+            facts = facts.model_copy(update={"engines": hello.engines})
+        latency = next((p for p in attempt.passes if p.purpose == "latency"), None)
+        seen = record(
+            given,
+            started,
+            status=status,
+            error=said,
+            device=facts,
             transfer=place.transfer,
             passes=tuple(attempt.passes),
             memory=_memory(attempt.passes),
@@ -263,10 +282,10 @@ def run(
             ),
             throttled=gate.too_hot or _throttled(attempt.passes, heat_start, heat_end),
         )
-    keep(record)
-    if interrupt is not None:
-        raise interrupt
-    return record
+    keep(seen)
+    if raised is not None:
+        raise raised
+    return seen
 
 
 def _check_engines(bundle: Bundle, facts: DeviceFacts) -> None:

@@ -6,7 +6,15 @@ meaning. The command line prints the text and exits with :attr:`HandheldError.ex
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
+
+
+def unexpected(error: BaseException) -> str:
+    """Return a line about an exception that is not one of these."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" in {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"unexpected {type(error).__name__}{where}: {error} (report it)"
 
 
 class HandheldError(Exception):

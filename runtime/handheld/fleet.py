@@ -14,15 +14,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from handheld import bench, devices, records
+from handheld import __version__, bench, devices, records
 from handheld.bundle import Bundle, describe_validation
 from handheld.devices import adb
 from handheld.devices.base import Device
-from handheld.errors import DeviceBusyError, DeviceError, HandheldError, UsageError
+from handheld.errors import DeviceBusyError, DeviceError, HandheldError, UsageError, unexpected
 from handheld.files import describe_os_error
 from handheld.program import Model
 from handheld.protocol import Event, Iteration, Residency
-from handheld.records import RunRecord
+from handheld.records import DeviceFacts, RunRecord
 from handheld.thermal_gate import Gate
 
 POLL_S = 2.0
@@ -159,6 +159,7 @@ class Fleet:
         ]
         for cell in self.cells:
             cell.bundle.size(cell.size)
+        self._facts: dict[str, DeviceFacts | None] = {}
         self._past = records.read(records_file) if records_file.exists() else []
         if matrix.adb_servers:
             os.environ[adb.SERVERS] = ",".join(matrix.adb_servers)
@@ -187,22 +188,39 @@ class Fleet:
             ]
         return found, missing
 
-    def finished(self, device: str, cell: Cell) -> RunRecord | None:
-        """Return the record of a cell that need not be run again."""
+    def finished(self, device: Device, cell: Cell) -> RunRecord | None:
+        """Return the record of a cell that need not be run again.
+
+        Of a device that does not answer, it is not known whether its harness is another by now.
+        """
         wanted = self._options(cell).settings(0, "reference")
         for record in reversed(self._past):
             ours = record.settings.model_copy(update={"seed": 0, "inputs": "reference"})
             same = (
-                record.device.id == device
+                record.device.id == device.id
                 and record.bundle.sha256 == cell.bundle.sha256
                 and record.bundle.size == cell.size
                 and ours == wanted
+                and record.handheld == __version__
             )
             # A wrong picture is a result: it would come out again.
             wrong = record.check is not None and not record.check.matches
-            if same and (record.status == "ok" or wrong):
+            if same and (record.status == "ok" or wrong) and self._is_same(device, record):
                 return record
         return None
+
+    def _is_same(self, device: Device, record: RunRecord) -> bool:
+        """Tell whether a device's harness is still the one that made a record."""
+        if device.id not in self._facts:
+            try:
+                self._facts[device.id] = device.facts()
+            except DeviceError:
+                self._facts[device.id] = None
+        facts, then = self._facts[device.id], record.device
+        if facts is None:
+            return True
+        # What an iPhone's app has in it is known once it has run.
+        return facts.harness == then.harness and facts.engines in ({}, then.engines)
 
     def run(self) -> list[Result]:
         """Run what is missing, each device on a thread of its own, and return all results.
@@ -224,21 +242,26 @@ class Fleet:
         return results
 
     def _device(self, device: Device) -> list[Result]:
-        results = []
-        runs = 0
+        results: list[Result] = []
         for cell in self.cells:
-            if record := self.finished(device.id, cell):
-                self._say(device.id, f"{cell.name}: already in {self._records}")
-                results.append(Result(device.id, cell.name, "already", record))
-                continue
-            if self._stop.is_set():
-                results.append(Result(device.id, cell.name, "interrupted"))
-                continue
-            if runs:
-                self._stop.wait(self.matrix.gate.cooldown_s)
-            runs += 1
-            results.append(self._cell(device, cell))
+            rested = all(r.outcome in ("already", "interrupted") for r in results)
+            try:
+                results.append(self._next(device, cell, rested))
+            except Exception as error:  # a mistake of ours stops no other phone
+                text = unexpected(error)
+                self._say(device.id, f"{cell.name}: {text}")
+                results.append(Result(device.id, cell.name, "failed", error=text))
         return results
+
+    def _next(self, device: Device, cell: Cell, rested: bool) -> Result:
+        if record := self.finished(device, cell):
+            self._say(device.id, f"{cell.name}: already in {self._records}")
+            return Result(device.id, cell.name, "already", record)
+        if not rested:
+            self._stop.wait(self.matrix.gate.cooldown_s)
+        if self._stop.is_set():
+            return Result(device.id, cell.name, "interrupted")
+        return self._cell(device, cell)
 
     def _cell(self, device: Device, cell: Cell) -> Result:
         kept: list[RunRecord] = []

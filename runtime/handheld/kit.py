@@ -58,8 +58,9 @@ class Kit:
 
     @property
     def label(self) -> str:
-        """What records say about it."""
-        return f"{self.info.name}: {NAMES.get(self.info.name, 'made elsewhere')}"
+        """What records say about it; another build is another one."""
+        what = NAMES.get(self.info.name, "made elsewhere")
+        return f"{self.info.name}: {what}, build {self.sha256[:12]}"
 
 
 def folder(name: str) -> Path:

@@ -271,7 +271,7 @@ class RunRecord(Model):
     round: Round | None = None
     """Null where bundles did not take turns."""
     transfer: Transfer | None = None
-    """Null where nothing has to be sent."""
+    """Null where nothing has to be sent, and where it could not be."""
     passes: tuple[Pass, ...] = ()
     memory: MemoryFigures | None = None
     gate: GateFigures | None = None
