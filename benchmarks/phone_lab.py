@@ -245,10 +245,25 @@ def _unplug_push(phone: Phone, _: dict[str, str], rng: random.Random) -> Trouble
     return _on_bytes(phone, rng, Trouble(lambda: _cut(phone), phone.plug))
 
 
-def _unplug_run(phone: Phone, _: dict[str, str], rng: random.Random) -> Trouble:
-    trouble = Trouble(phone.unplug, phone.plug)
-    trouble.after(rng.uniform(0.0, 3.0))
+def _in_run(phone: Phone, rng: random.Random, trouble: Trouble) -> Trouble:
+    """Make it at a random moment of a run, the first one or the second."""
+    seconds = rng.uniform(0.0, 6.0)
+
+    def wait() -> None:
+        deadline = time.monotonic() + 60
+        while not phone.harnesses() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(seconds)
+        while not phone.harnesses() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        trouble.now()
+
+    threading.Thread(target=wait, daemon=True).start()
     return trouble
+
+
+def _unplug_run(phone: Phone, _: dict[str, str], rng: random.Random) -> Trouble:
+    return _in_run(phone, rng, Trouble(phone.unplug, phone.plug))
 
 
 def _server(phone: Phone, environment: dict[str, str], rng: random.Random) -> Trouble:
@@ -258,14 +273,7 @@ def _server(phone: Phone, environment: dict[str, str], rng: random.Random) -> Tr
 
 
 def _killed(phone: Phone, _: dict[str, str], rng: random.Random) -> Trouble:
-    def make() -> None:
-        deadline = time.monotonic() + 60
-        while not phone.kill_harness() and time.monotonic() < deadline:
-            time.sleep(0.01)
-
-    trouble = Trouble(make, phone.plug)
-    trouble.after(rng.uniform(0.0, 2.0))
-    return trouble
+    return _in_run(phone, rng, Trouble(lambda: phone.kill_harness() and None, phone.plug))
 
 
 def _full(phone: Phone, _: dict[str, str], rng: random.Random) -> Trouble:
@@ -308,6 +316,10 @@ FAULTS: dict[str, Fault] = {
 }
 
 
+SLOW = ("unplug-run", "harness-killed", "hot")
+"""Faults that are made while something runs."""
+
+
 def faults(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Make every fault at random moments; after each, run again and look what is lost."""
     thermal_gate.POLL_S = bench.WATCH_S = 0.2
@@ -323,8 +335,8 @@ def faults(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     with phones(folder, ["qualcomm"], **more) as ((phone,), environment):
         for name in arguments.fault or FAULTS:
             tries = []
-            # Heat that has passed before anything is measured is nobody's concern.
-            os.environ["HANDHELD_FAKE"] = "slow" if name == "hot" else ""
+            # So that a run lasts, and heat does not pass before anything is measured.
+            os.environ["HANDHELD_FAKE"] = "slow" if name in SLOW else ""
             for i in range(arguments.times):
                 path = folder / f"{name}-{i}.jsonl"
                 tries.append(_once(phone, environment, FAULTS[name], rng, sample.path, path))

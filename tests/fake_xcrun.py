@@ -150,6 +150,11 @@ def command(folder: Path, state: dict[str, Any], words: list[str]) -> dict[str, 
         case ["info", "processes"]:
             found = [{"processIdentifier": p, "executable": "Bench"} for p in _running(folder)]
             return {"runningProcesses": found}
+        case ["info", "lockState"]:
+            if "no_values" in state:
+                raise FailedError(CORE, 1001, "Unknown command.")
+            locked = {"passcodeRequired": "locked" in state, "unlockedSinceBoot": True}
+            return {"deviceIdentifier": IDENTIFIER, **locked}
         case ["install", "app"]:
             installed = {k: v for k, v in state.items() if k != "not_installed"}
             (folder / "state.json").write_text(json.dumps(installed))

@@ -409,6 +409,22 @@ def test_machines_take_turns_on_a_phone(phone, device, sample):
 
 
 @system
+def test_what_an_unplugged_phone_kept_goes_at_the_next_contact(phone, device, sample, server):
+    with device.prepare(sample):
+        phone.unplug()
+    assert phone.left() != []
+    phone.plug()
+    lab.connect(phone, server)
+    device.tidy()
+    assert phone.left() == []
+    lock = phone.storage / "handheld" / "lock"
+    lock.mkdir()
+    (lock / "owner").write_text("another machine's\n")
+    device.tidy()
+    assert lock.is_dir()
+
+
+@system
 def test_a_phone_without_exit_codes(tmp_path, server, kits, monkeypatch, sample):
     for key, value in {**server, "HANDHELD_KITS": str(kits)}.items():
         monkeypatch.setenv(key, value)

@@ -191,3 +191,16 @@ def test_records_of_another_harness_do_not_count(tmp_path, monkeypatch):
 
 def gone(device):
     raise DeviceError("gone")
+
+
+def test_a_device_on_which_nothing_is_missing_is_tidied_up(tmp_path, monkeypatch):
+    tidied = []
+
+    def tidy(device):
+        tidied.append(device.id)
+
+    monkeypatch.setattr("handheld.devices.host.HostDevice.tidy", tidy)
+    run(tmp_path)
+    assert tidied == []
+    run(tmp_path)
+    assert len(tidied) == 1

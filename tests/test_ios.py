@@ -55,8 +55,11 @@ def test_devices_of_every_version(iphone, version):
     found = device()
     facts = found.facts()
     assert found.serial == UDID
-    assert (facts.model, facts.soc, facts.os) == ("iPhone 15 Pro", "iPhone16,1", "iOS 18.1")
-    assert facts.os_build == "22B83"
+    assert (facts.model, facts.soc) == ("iPhone 15 Pro (iPhone16,1)", "A17 Pro")
+    assert (facts.os, facts.os_build) == ("iOS 18.1", "22B83")
+    assert (facts.ram_bytes, facts.free_bytes, facts.cores) == (8 * 10**9, 90 * 10**9, 6)
+    assert facts.engines == {"litert": "2.3.0", "coreml": "18.1"}
+    assert (found.heat().status, found.heat().battery_percent) == (0, 77)
     assert UDID not in facts.model_dump_json()
 
 
@@ -72,6 +75,7 @@ def test_devices_of_every_version(iphone, version):
             "developer services", "Xcode",
         ),
         ({"properties": {"osVersionNumber": "16.7.2"}}, "needs 17", "another phone"),
+        ({"locked": True}, "is locked", "keep it unlocked"),
         ({"timeout": True}, "took too long", "Xcode that is older"),
         ({"garbage": "{"}, "is not understood", "update handheld"),
         ({"silent": True}, "answered nothing", "xcode-select"),
@@ -83,6 +87,26 @@ def test_what_stops_a_phone_is_said_with_its_remedy(iphone, state, what, remedy)
     assert what in obstacle.what
     assert remedy in obstacle.remedy
     assert IosDevices().attached() == []
+
+
+def test_a_phone_whose_app_is_missing_or_in_use_tells_less(iphone, sample):
+    iphone.set(not_installed=True)
+    facts = device().facts()
+    assert (facts.soc, facts.ram_bytes, facts.engines) == ("A17 Pro", None, {})
+    iphone.set(thermal=3)
+    one = device()
+    with one.prepare(sample):
+        launched = len(iphone.calls())
+        other = device()
+        assert other.facts().ram_bytes is None
+        assert other.heat().status is None
+        assert not any("launch" in call for call in iphone.calls()[launched:]), "it would end it"
+    assert device().heat().status == 4
+
+
+def test_an_xcode_that_does_not_know_locks(iphone):
+    iphone.set(locked=True, no_values=True)
+    assert IosDevices().obstacles() == []
 
 
 @pytest.fixture
@@ -97,7 +121,8 @@ def test_a_phone_on_linux(linux):
     found = device()
     facts = found.facts()
     assert found.serial == UDID
-    assert (facts.soc, facts.os, facts.os_build) == ("iPhone16,1", "iOS 18.1", "22B83")
+    assert (facts.soc, facts.os, facts.os_build) == ("A17 Pro", "iOS 18.1", "22B83")
+    assert (facts.model, facts.ram_bytes) == ("iPhone16,1", 8 * 10**9)
     assert facts.transport == "pymobiledevice3"
     assert UDID not in facts.model_dump_json()
 

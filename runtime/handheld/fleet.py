@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -251,6 +252,10 @@ class Fleet:
                 text = unexpected(error)
                 self._say(device.id, f"{cell.name}: {text}")
                 results.append(Result(device.id, cell.name, "failed", error=text))
+        if all(r.outcome == "already" for r in results):
+            # Nothing was prepared, which would have done it.
+            with contextlib.suppress(DeviceError):
+                device.tidy()
         return results
 
     def _next(self, device: Device, cell: Cell, rested: bool) -> Result:

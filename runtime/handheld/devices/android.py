@@ -327,10 +327,18 @@ class AndroidDevice(Device):
             finally:
                 stopped.set()
                 keeper.join()
-                mine = owner()
-                for command in (_SWEEP, f"rm -rf {LOCK}"):
-                    with contextlib.suppress(DeviceError):
-                        self.phone.shell(_if_mine(mine, f"\n{command}\n"), timeout_s=60)
+                with contextlib.suppress(DeviceError):
+                    self._clean()
+
+    def tidy(self) -> None:
+        """Remove what a run of this machine left when the phone went away."""
+        with contextlib.suppress(DeviceBusyError), lock.held(self.id, self.serial):
+            self._clean()
+
+    def _clean(self) -> None:
+        mine = owner()
+        for command in (_SWEEP, f"rm -rf {LOCK}"):
+            self.phone.shell(_if_mine(mine, f"\n{command}\n"), timeout_s=60)
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,15 @@ class Device(ABC):
         """
         self.heat()
 
+    def tidy(self) -> None:  # noqa: B027 (a kind that leaves nothing need not)
+        """Remove what a run of this machine left that could not clean up, if nobody else runs.
+
+        Raises
+        ------
+        DeviceError
+            If the device is not there.
+        """
+
     def glance(self) -> Heat | None:
         """Return the thermal state while a job runs, or None if to look would disturb it."""
         return self.heat()

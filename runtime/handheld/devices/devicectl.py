@@ -26,12 +26,15 @@ from handheld.devices.iphone import (
     NotInstalledError,
     copy_seconds,
     developer_mode_is_off,
+    is_locked,
     is_too_old,
 )
 from handheld.errors import DeviceError
 
 PROGRAM: Final = "HANDHELD_XCRUN"
 """Environment variable: the program to use instead of the ``xcrun`` on PATH."""
+ASK_S = 20.0
+"""How long a phone may take to say whether it is locked."""
 MAX_ANSWER_BYTES = 32 * 2**20
 CORE_DEVICE: Final = "com.apple.dt.CoreDeviceError"
 _MISSING: Final = (CORE_DEVICE, 7000)
@@ -299,6 +302,11 @@ def parse_processes(found: dict[str, Any]) -> set[int]:
     return {pid for pid in listed if isinstance(pid, int)}
 
 
+def is_passcode_required(found: dict[str, Any]) -> bool:
+    """Read ``result`` of ``device info lockState``."""
+    return found.get("passcodeRequired") is True
+
+
 def _is_phone(item: Listed) -> bool:
     physical = item.hardware.reality in (None, "physical")
     return physical and item.hardware.platform in (None, "iOS", "iPadOS")
@@ -354,8 +362,17 @@ class Devicectl(Iphone):
         )
 
     def obstacle(self) -> Obstacle | None:
-        """Return what keeps the phone from being used, as it was listed."""
-        return obstacle(self._item)
+        """Return what keeps the phone from being used, as it was listed, or that it is locked."""
+        if found := obstacle(self._item):
+            return found
+        try:
+            state = self._call("info", "lockState", timeout_s=ASK_S)
+        except programs.TooLongError as error:
+            return Obstacle(error.message, error.remedy or "", self.serial)
+        except DeviceError:
+            # Older versions do not know the question. The start of the app tells then.
+            return None
+        return is_locked(self.serial) if is_passcode_required(state) else None
 
     def launch(self, app: str, arguments: list[str]) -> int:
         """Start an app anew and return its process id."""

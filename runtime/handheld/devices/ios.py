@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from handheld.bundle import MANIFEST, Bundle, references
 from handheld.devices import devicectl, lock, process, pymobiledevice3
 from handheld.devices.base import Device, Devices, Obstacle, Place, Received, Sending
-from handheld.devices.iphone import Iphone, NotInstalledError
+from handheld.devices.iphone import CHIPS, Iphone, NotInstalledError
 from handheld.errors import DeviceError, HarnessError
 from handheld.files import sha256_file
 from handheld.native import NativeError
@@ -100,16 +100,17 @@ class IosDevice(Device):
         digest = hashlib.sha256(f"handheld {self.serial}".encode()).hexdigest()
         self.id = f"ios-{digest[:8]}"
         self._place: IosPlace | None = None
+        self._told: Report | None = None
 
     def facts(self) -> DeviceFacts:
-        """Return what the device is; its memory and engines are known once the app has run."""
+        """Return what the device is; its memory and engines are known if its app is there."""
         known = self._phone.facts
-        report = self._place.report if self._place else Report()
+        report = self._report()
         return DeviceFacts(
             id=self.id,
             kind="ios",
-            model=known.model or known.product_type,
-            soc=known.product_type,
+            model=_joined(known.model, known.product_type),
+            soc=CHIPS.get(known.product_type or ""),
             arch=known.cpu,
             cores=report.cores,
             ram_bytes=report.ram_bytes,
@@ -121,14 +122,23 @@ class IosDevice(Device):
             transport=self._phone.transport,
         )
 
+    def _report(self) -> Report:
+        """Return what the app said last; it is asked once, where nothing runs."""
+        if self._place is not None:
+            return self._place.app.report
+        if self._told is None:
+            self._told = Report()
+            # An app that is not there, or that another handheld uses, tells nothing.
+            with contextlib.suppress(DeviceError), lock.held(self.id, self.serial):
+                self._told = App(self._phone).ask()
+        return self._told
+
     def heat(self) -> Heat:
-        """Return the thermal state, which only the app can tell, during a run."""
-        if self._place is None:
-            return Heat()
-        if self._place.running:
+        """Return the thermal state, which only the app can tell."""
+        if self._place is not None and self._place.running:
             # To ask, the app would have to be started anew.
             return Heat(status=self._place.thermal)
-        report = self._place.ask()
+        report = self._place.app.ask() if self._place else self._report()
         return Heat(
             status=None if report.thermal is None else _STATUS[report.thermal],
             battery_percent=report.battery_percent,
@@ -157,7 +167,8 @@ class IosDevice(Device):
     ) -> Iterator[Place]:
         """Install the app if need be, send what is missing, and clean up afterwards."""
         with lock.held(self.id, self.serial):
-            place = IosPlace(self._phone, bundle)
+            app = App(self._phone)
+            place = IosPlace(app, bundle)
             self._place = place
             try:
                 place.send(sending)
@@ -165,21 +176,17 @@ class IosDevice(Device):
             finally:
                 self._place = None
                 with contextlib.suppress(DeviceError):
-                    place.ask()
+                    app.ask()
+                self._told = app.report
 
 
-class IosPlace(Place):
-    """A bundle in the container of the benchmark app."""
+class App:
+    """The benchmark app and its container. Paths are below :data:`ROOT`."""
 
-    def __init__(self, phone: Iphone, bundle: Bundle) -> None:
-        self._phone = phone
-        self._bundle = bundle
-        self._run = ""
+    def __init__(self, phone: Iphone) -> None:
+        self.phone = phone
         self.report = Report()
-        self.running = False
-        self.thermal: int | None = None
-        """What the last event of the run said."""
-        self.transfer = Transfer()
+        """What it said last."""
 
     def ask(self, *orders: str) -> Report:
         """Start the app so that it clears up, takes in what was sent, and reports.
@@ -192,11 +199,11 @@ class IosPlace(Place):
             If it cannot be started or says nothing.
         """
         name = f"report-{uuid.uuid4().hex}.json"
-        self._launch("--report", name, *orders)
+        self.launch("--report", name, *orders)
         deadline = time.monotonic() + REPORT_S
         with tempfile.TemporaryDirectory(prefix="handheld-") as folder:
             path = Path(folder) / name
-            while not self._copy_from(name, path):
+            while not self.copy_from(name, path):
                 if time.monotonic() > deadline:
                     raise DeviceError(
                         "the app on the phone does not report",
@@ -212,13 +219,48 @@ class IosPlace(Place):
                 ) from None
         return self.report
 
+    def install(self) -> None:
+        """Install the app that was built."""
+        app = os.environ.get(APP)
+        if not app or not Path(app).is_dir():
+            raise DeviceError(
+                "the benchmark app is not installed",
+                remedy=f"build it (ios_harness/README.md) and set {APP} to the .app folder",
+            )
+        self.phone.install(Path(app))
+
+    def launch(self, *arguments: str) -> int:
+        """Start it anew and return its process id."""
+        return self.phone.launch(IDENTIFIER, list(arguments))
+
+    def copy_to(self, source: Path, target: str) -> None:
+        """Send a file."""
+        self.phone.copy_to(IDENTIFIER, source, f"{ROOT}/{target}")
+
+    def copy_from(self, source: str, target: Path) -> bool:
+        """Fetch a file; tell whether it is there."""
+        return self.phone.copy_from(IDENTIFIER, f"{ROOT}/{source}", target)
+
+
+class IosPlace(Place):
+    """A bundle in the container of the benchmark app."""
+
+    def __init__(self, app: App, bundle: Bundle) -> None:
+        self.app = app
+        self._bundle = bundle
+        self._run = ""
+        self.running = False
+        self.thermal: int | None = None
+        """What the last event of the run said."""
+        self.transfer = Transfer()
+
     def send(self, sending: Sending) -> None:
         """Send what the container lacks."""
         try:
-            report = self.ask()
+            report = self.app.ask()
         except NotInstalledError:
-            self._install()
-            report = self.ask()
+            self.app.install()
+            report = self.app.ask()
         refs = {ref.sha256: ref for _, ref in references(self._bundle.manifest)}
         missing = {k: r for k, r in refs.items() if report.objects.get(k) != r.bytes}
         total = sum(r.bytes for r in missing.values())
@@ -231,10 +273,10 @@ class IosPlace(Place):
         sent = 0
         for digest, ref in missing.items():
             sending(Path(ref.path).name, sent, total)
-            self._copy_to(self._bundle.file(ref), f"incoming/{digest}")
+            self.app.copy_to(self._bundle.file(ref), f"incoming/{digest}")
             sent += ref.bytes
         if missing:
-            taken = self.ask().objects
+            taken = self.app.ask().objects
             lost = [r for k, r in missing.items() if taken.get(k) != r.bytes]
             if lost:
                 raise DeviceError(
@@ -261,10 +303,10 @@ class IosPlace(Place):
         with tempfile.TemporaryDirectory(prefix="handheld-") as name:
             folder = Path(name)
             # The app clears its folder when it starts, so a job brings all that it needs.
-            self._copy_to(self._bundle.path / MANIFEST, f"incoming/{MANIFEST}")
+            self.app.copy_to(self._bundle.path / MANIFEST, f"incoming/{MANIFEST}")
             (folder / "job.json").write_text(remote.model_dump_json())
-            self._copy_to(folder / "job.json", "incoming/job.json")
-            pid = self._launch("--job", self._run)
+            self.app.copy_to(folder / "job.json", "incoming/job.json")
+            pid = self.app.launch("--job", self._run)
             ended = False
             self.running, self.thermal = True, None
             try:
@@ -283,7 +325,7 @@ class IosPlace(Place):
                 self.running = False
                 if not ended:
                     with contextlib.suppress(DeviceError):
-                        self._phone.terminate(pid)
+                        self.app.phone.terminate(pid)
 
     def _events(
         self, path: Path, pid: int, timeout_s: float | None
@@ -293,7 +335,7 @@ class IosPlace(Place):
         alive = True
         while True:
             begin = time.monotonic()
-            if self._copy_from(f"{self._run}/events.jsonl", path):
+            if self.app.copy_from(f"{self._run}/events.jsonl", path):
                 if path.stat().st_size > MAX_EVENTS_BYTES:
                     raise HarnessError(
                         f"the app told more than {MAX_EVENTS_BYTES / 1e6:.0f} MB of events",
@@ -323,7 +365,7 @@ class IosPlace(Place):
             # All events are copied every time: of a long run seldom, so as not to disturb it.
             time.sleep(max(POLL_S, PAUSES * (time.monotonic() - begin)))
             # Asked before the last look at its events, so that none is missed.
-            alive = self._phone.is_running(pid)
+            alive = self.app.phone.is_running(pid)
 
     def _translate(self, job: Job) -> Job:
         known = {
@@ -335,7 +377,7 @@ class IosPlace(Place):
             path = Path(source.path).resolve()
             if str(path) not in known:
                 digest = sha256_file(path)
-                self._copy_to(path, f"incoming/{digest}")
+                self.app.copy_to(path, f"incoming/{digest}")
                 known[str(path)] = f"objects/{digest}"
             return TensorFile(path=known[str(path)], tensor=source.tensor)
 
@@ -352,32 +394,17 @@ class IosPlace(Place):
 
     def _fetch(self, job: Job, remote: Job) -> None:
         for source, target in ((remote.output, job.output), (remote.dump_calls, job.dump_calls)):
-            if source and target and not self._copy_from(source, Path(target)):
+            if source and target and not self.app.copy_from(source, Path(target)):
                 raise DeviceError("the app wrote no such file", path=source)
 
     def forget_cache(self, cache: str) -> None:
         """Have the app remove packed weights."""
-        self.ask("--forget", _weights(cache))
-
-    def _install(self) -> None:
-        app = os.environ.get(APP)
-        if not app or not Path(app).is_dir():
-            raise DeviceError(
-                "the benchmark app is not installed",
-                remedy=f"build it (ios_harness/README.md) and set {APP} to the .app folder",
-            )
-        self._phone.install(Path(app))
-
-    def _launch(self, *arguments: str) -> int:
-        return self._phone.launch(IDENTIFIER, list(arguments))
-
-    def _copy_to(self, source: Path, target: str) -> None:
-        self._phone.copy_to(IDENTIFIER, source, f"{ROOT}/{target}")
-
-    def _copy_from(self, source: str, target: Path) -> bool:
-        """Fetch a file; tell whether it is there."""
-        return self._phone.copy_from(IDENTIFIER, f"{ROOT}/{source}", target)
+        self.app.ask("--forget", _weights(cache))
 
 
 def _weights(cache: str) -> str:
     return f"weights/{hashlib.sha256(cache.encode()).hexdigest()[:32]}"
+
+
+def _joined(name: str | None, product: str | None) -> str | None:
+    return f"{name} ({product})" if name and product else name or product

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from handheld.devices.base import Obstacle
 from handheld.errors import DeviceError
@@ -14,6 +15,26 @@ INSTALL_S = 600.0
 SLOWEST_BYTES_PER_S = 250_000
 OLDEST_IOS = 17
 """What the benchmark app asks for, see ios_harness/Package.swift."""
+
+
+def _chips(chip: str, *products: str) -> dict[str, str]:
+    return dict.fromkeys(products, chip)
+
+
+CHIPS: Final = {
+    **_chips("A12 Bionic", "iPhone11,2", "iPhone11,4", "iPhone11,6", "iPhone11,8"),
+    **_chips("A13 Bionic", "iPhone12,1", "iPhone12,3", "iPhone12,5", "iPhone12,8"),
+    **_chips("A14 Bionic", "iPhone13,1", "iPhone13,2", "iPhone13,3", "iPhone13,4"),
+    **_chips("A15 Bionic", "iPhone14,2", "iPhone14,3", "iPhone14,4", "iPhone14,5", "iPhone14,6"),
+    **_chips("A15 Bionic", "iPhone14,7", "iPhone14,8"),
+    **_chips("A16 Bionic", "iPhone15,2", "iPhone15,3", "iPhone15,4", "iPhone15,5"),
+    **_chips("A17 Pro", "iPhone16,1", "iPhone16,2"),
+    **_chips("A18", "iPhone17,3", "iPhone17,4", "iPhone17,5"),
+    **_chips("A18 Pro", "iPhone17,1", "iPhone17,2"),
+    **_chips("A19", "iPhone18,3"),
+    **_chips("A19 Pro", "iPhone18,1", "iPhone18,2", "iPhone18,4"),
+}
+"""Apple's chip by product type: no program tells it. That of other products is unknown."""
 
 
 class NotInstalledError(DeviceError):
@@ -81,6 +102,11 @@ def developer_mode_is_off(serial: str) -> Obstacle:
     """Return the obstacle."""
     where = "Settings, Privacy & Security, Developer Mode"
     return Obstacle("Developer Mode is off", f"turn it on: {where}", serial)
+
+
+def is_locked(serial: str) -> Obstacle:
+    """Return the obstacle."""
+    return Obstacle("is locked", "unlock it and keep it unlocked", serial)
 
 
 def is_too_old(version: str | None, serial: str) -> Obstacle | None:

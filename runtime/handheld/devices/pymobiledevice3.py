@@ -29,6 +29,7 @@ from handheld.devices.iphone import (
     NotInstalledError,
     copy_seconds,
     developer_mode_is_off,
+    is_locked,
     is_too_old,
 )
 from handheld.errors import DeviceError
@@ -124,7 +125,7 @@ def obstacle(listed: Listed) -> Obstacle | None:
         if not told:
             return developer_mode_is_off(serial)
         if _is_locked(serial):
-            return Obstacle("is locked", "unlock it and keep it unlocked", serial)
+            return is_locked(serial)
         if not _json(_call(["mounter", "list", "--udid", serial], ASK_S).out):
             return Obstacle("its developer services are not available", _MOUNT, serial)
     except programs.TooLongError as error:
