@@ -68,7 +68,7 @@ def export(
         *(sys.executable, "-m", "handheld", "export", str(source), "-o", str(folder / name)),
         *("--target", "litert-cpu", "--precision", precision, "--json"),
         *("--size", size),
-        *(() if bands is None else ("--decoder-bands", str(bands))),
+        *("--decoder-bands", "off" if bands is None else str(bands)),
     ]
     with stages(f"exporting {name}") as end, (folder / "export.log").open("ab") as log:
         done = subprocess.run(words, stdout=subprocess.PIPE, stderr=log, check=False)

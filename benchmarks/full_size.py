@@ -2,7 +2,7 @@
 
     python benchmarks/full_size.py --json build/full_size.json
     python benchmarks/full_size.py --stack stack2 --size 512x512 --size 768x768 --pictures 100
-    python benchmarks/full_size.py --decoder tiny --decoder full --decoder-bands 8 --cold
+    python benchmarks/full_size.py --decoder tiny --decoder full --cold
     python benchmarks/full_size.py --checkpoint critter-stack1 --size 64x64
 
 All sizes are in one bundle. Weights are random (``make_sdxl.py``): speed, memory and parity are
@@ -80,15 +80,15 @@ def export(
 ) -> tuple[Path, dict[str, Any]]:
     """Export a bundle of all sizes with an empty cache, and again from the cache."""
     folder, sizes = arguments.folder, arguments.size or ["512x512"]
-    bands = arguments.decoder_bands if _full(source) else None
-    name = "-".join((source.name, target, *sizes, *([f"bands{bands:g}"] if bands else [])))
+    bands = arguments.decoder_bands
+    name = "-".join((source.name, target, *sizes, *([f"bands-{bands}"] if bands != "auto" else [])))
     output, cache = folder / "bundles" / name, folder / "cache" / name
     words = [
         *(sys.executable, "-m", "handheld", "export", str(source), "-o", str(output), "--json"),
         *("--target", target, "--precision", arguments.precision),
         *("--memory", str(arguments.memory)),
         *(word for size in sizes for word in ("--size", size)),
-        *(("--decoder-bands", str(bands)) if bands else ()),
+        *("--decoder-bands", bands),
     ]
     figures: dict[str, Any] = {"checkpoint": source.name, "target": target, "sizes": sizes}
     figures |= {"decoder_bands": bands, "model": _name(source)}
@@ -121,11 +121,6 @@ def _reason(seen: watch.Watched) -> str:
     except (ValueError, KeyError, TypeError):
         lines = seen.errors.strip().splitlines()
         return f"code {seen.code}: {lines[-1] if lines else 'no reason given'}"
-
-
-def _full(source: Path) -> bool:
-    config = json.loads((source / "vae" / "config.json").read_text())
-    return bool(config["_class_name"] == "AutoencoderKL")
 
 
 def _name(source: Path) -> str:
@@ -432,7 +427,7 @@ def main() -> int:
     parser.add_argument("--stack", action="append", choices=recipes.STACKS, help="default stack1")
     parser.add_argument("--checkpoint", action="append", help="instead of a stack: folder or model")
     parser.add_argument("--decoder", action="append", choices=("tiny", "full"), help="default tiny")
-    parser.add_argument("--decoder-bands", type=float, help="MB; full decoders run in bands")
+    parser.add_argument("--decoder-bands", default="auto", help="MB, auto or off; default auto")
     parser.add_argument("--target", action="append", help="default litert-cpu")
     parser.add_argument(
         "--size", action="append", help="WIDTHxHEIGHT, default 512x512; all are in one bundle"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import tiny
+from handheld.banding import choose, windows
 from handheld.bundle import Bundle
 from handheld.counting import count_decoder
 from handheld.errors import UsageError
@@ -18,6 +19,7 @@ from handheld.execute import activation_bytes, execute
 from handheld.native import Session
 from handheld.program import Call, Program, TensorSpec, check
 from handheld.protocol import Job
+from handheld_export import bands
 from handheld_export.assemble import Draft
 from handheld_export.bands import passes, write
 from handheld_export.checkpoint import Checkpoint
@@ -41,6 +43,17 @@ VAES = {
         "norm_num_groups": 8,
     },
     "one resolution": tiny.SMALLEST_KL,
+}
+TINIES = {
+    "tiny": tiny.TINY,
+    "no blocks": tiny.TINY | {"num_decoder_blocks": (0, 0)},
+    "three resolutions": tiny.TINY
+    | {
+        "encoder_block_out_channels": (16,) * 3,
+        "decoder_block_out_channels": (16,) * 3,
+        "num_encoder_blocks": (1,) * 3,
+        "num_decoder_blocks": (2, 1, 1),
+    },
 }
 
 
@@ -90,6 +103,56 @@ def test_bands_of_any_height_equal_the_whole_picture(name, megabytes, tmp_path):
     assert snr_db(decoder.whole(z), decoder.run(z)) > 100
 
 
+@pytest.mark.parametrize("size", [(48, 4), (37, 5), (13, 3)])
+@pytest.mark.parametrize("megabytes", [1e-9, 0.04, 1e9])
+@pytest.mark.parametrize("name", TINIES)
+def test_a_tiny_decoder_in_windows_equals_the_whole_picture(name, megabytes, size, tmp_path):
+    decoder = Decoder(tmp_path, TINIES[name], megabytes, latent=size)
+    assert megabytes == 1e9 or size[0] < 20 or any(p.bands > 2 for p in decoder.passes)
+    z = latent(size)
+    whole, drawn = decoder.whole(z), decoder.run(z)
+    assert snr_db(whole, drawn) > 110
+    # At the picture's edges and where windows meet, too.
+    rows = np.abs(whole - drawn).max(axis=(0, 2, 3))
+    assert rows.max() < 1e-5 * np.abs(whole).max()
+
+
+def test_windows_that_overlap_too_little_are_wrong(tmp_path, monkeypatch):
+    less = bands.windows
+    monkeypatch.setattr(
+        bands, "windows", lambda height, overlap, *more: less(height, overlap - 1, *more)
+    )
+    decoder = Decoder(tmp_path, tiny.TINY, 0.02, latent=(32, 4))
+    z = latent((32, 4))
+    assert snr_db(decoder.whole(z), decoder.run(z)) < 80
+
+
+def test_windows_keep_every_row_once_and_read_what_it_depends_on():
+    for height, overlap, limit in itertools.product(range(1, 80), range(8), (1, 7, 20, 40, 99)):
+        cut = windows(height, overlap, 1, limit)
+        at = 0
+        for i, start in enumerate(cut.starts):
+            first, end = cut.kept(i)
+            assert first == at < end
+            assert 0 <= start <= first - (overlap if start else 0)
+            assert end + (overlap if end < height else 0) <= start + cut.rows <= height
+            at = end
+        assert at == height
+        assert len(cut.starts) == 1 or cut.rows >= 4 * overlap
+        assert len(cut.starts) * cut.rows <= max(2 * height, height + cut.rows)
+        more = len(cut.starts) + 1
+        smaller = -(-(height + 2 * overlap * (more - 1)) // more)
+        assert cut.rows <= limit or smaller < max(1, 4 * overlap) or cut.rows <= 4 * overlap
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "chosen"), [(16.8, None), (32, None), (67.1, 8), (268.4, 8), (1073.7, 16.8)]
+)
+def test_bands_are_chosen_where_they_save_memory(megabytes, chosen):
+    found = choose(round(megabytes * 1e6))
+    assert found == chosen if chosen is None else found == pytest.approx(chosen, rel=0.01)
+
+
 @pytest.mark.parametrize("name", VAES)
 def test_storage_in_half_precision_costs_little(name, tmp_path):
     decoder = Decoder(tmp_path, VAES[name], 1e-9)
@@ -111,7 +174,7 @@ def test_bands_of_one_resolution_are_alike_and_divide_those_before(tmp_path):
     decoder = Decoder(tmp_path, VAES["more of all"], 0.02, latent=(6, 8))
     convolutions = [p for p in decoder.passes if p.halo]
     assert [p.bands for p in convolutions] == sorted(p.bands for p in convolutions)
-    for before, after in pairwise(convolutions):
+    for before, after in itertools.pairwise(convolutions):
         assert after.bands % before.bands == 0
     for step in decoder.passes:
         rows = step.segment.ports.inputs["x"]
@@ -133,9 +196,10 @@ def test_memory_is_that_of_two_tensors_in_half_precision(tmp_path):
 
 
 def test_what_is_no_such_decoder_is_refused_by_name(tmp_path):
-    component = tiny.component(tiny.vae(**tiny.TINY), tmp_path / "tiny")
-    with pytest.raises(UsageError, match="the decoder is AutoencoderTiny"):
-        passes(decoder_graph(component, LATENT), 1)
+    graph = decoder_graph(tiny.component(tiny.vae(**tiny.TINY), tmp_path / "tiny"), LATENT)
+    graph.model.decoder.layers[2].conv[0].dilation = (2, 2)
+    with pytest.raises(UsageError, match=r"'decoder\.layers\.2'"):
+        passes(graph, 1)
     graph = decoder_graph(tiny.component(tiny.vae(**tiny.KL), tmp_path / "kl"), LATENT)
     graph.model.decoder.up_blocks[0].resnets[0].conv1.padding_mode = "reflect"
     with pytest.raises(UsageError, match=r"'decoder\.up_blocks\.0\.resnets\.0'"):

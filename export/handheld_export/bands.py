@@ -1,26 +1,33 @@
-"""A full decoder in horizontal bands, with GroupNorm's statistics of the whole picture.
+"""Decoders in horizontal bands that give what the whole decoder gives.
 
 A decoder's tensors grow with the picture: 512 x 512 pixels of 256 channels are 268 MB in float32.
-Only attention and the statistics of GroupNorm need the whole picture at once. So the decoder is cut
-into passes that hold one convolution each and start with a normalisation, whose mean and deviation
-they take as inputs. A pass is called once per band of rows. What it gives is kept in float16 until
-the next pass has read it; moments are taken of each band and combined for the picture. A
-convolution reads one row of the neighbouring bands on each side, so nothing is computed twice.
+So it is cut into passes, and a pass is called once per band of rows.
+
+In a full decoder only attention and the statistics of GroupNorm need the whole picture at once. A
+pass holds one convolution and starts with a normalisation, whose mean and deviation it takes as
+inputs. What it gives is kept in float16 until the next pass has read it; moments are taken of each
+band and combined for the picture. A convolution reads one row of the neighbouring bands on each
+side, so nothing is computed twice.
+
+A tiny decoder has no normalisation. A pass is all that it does at one resolution, and its bands
+are windows that overlap by what a row depends on: rows that miss their neighbours are not kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from handheld.banding import Windows, windows
 from handheld.errors import UsageError
 from handheld.program import Call, Concat, Moments, Normalizer, Slice, TensorSpec
 from handheld_export.assemble import Draft
@@ -59,6 +66,8 @@ class Pass:
         How many tensors each result is kept in, at most as many as there are calls.
     stored : bool
         Whether results are kept in float16 or as they are.
+    windows : Windows or None
+        Bands that overlap; without them they divide the source's rows.
     """
 
     segment: Segment
@@ -71,6 +80,14 @@ class Pass:
     whole: Mapping[str, str]
     pieces: int
     stored: bool
+    windows: Windows | None = None
+
+    def rows(self, index: int) -> tuple[int, int]:
+        """Return the first row that a call reads of the source, and how many."""
+        if self.windows is not None:
+            return self.windows.starts[index], self.windows.rows
+        count = self.shape[0] // self.bands
+        return index * count, count
 
 
 # --- modules -----------------------------------------------------------------------------
@@ -211,7 +228,8 @@ def passes(graph: Graph, megabytes: float) -> list[Pass]:
         From :func:`~handheld_export.segments.decoder_graph`.
     megabytes : float
         MB (10^6 bytes) of the largest float32 tensor that a call reads or gives. Bands have at
-        least one row of the latent, so there may be none that small.
+        least one row of the latent, windows four times what they overlap, so there may be none
+        that small.
 
     Returns
     -------
@@ -224,12 +242,13 @@ def passes(graph: Graph, megabytes: float) -> list[Pass]:
         If the decoder is none that can be drawn in bands.
     """
     model: Any = graph.model
-    if not isinstance(model, AutoencoderKL):
-        raise UsageError(
-            f"--decoder-bands is for AutoencoderKL, the decoder is {type(model).__name__}",
-            remedy="leave it out",
-        )
-    return _Cutter(graph, megabytes * 1e6).passes
+    if isinstance(model, AutoencoderKL):
+        return _Cutter(graph, megabytes * 1e6).passes
+    if isinstance(model, AutoencoderTiny):
+        return _in_windows(graph, megabytes * 1e6)
+    raise UsageError(
+        f"--decoder-bands does not take {type(model).__name__}", remedy="draw whole pictures"
+    )
 
 
 class _Cutter:
@@ -467,8 +486,75 @@ def _plain(conv: nn.Conv2d) -> bool:
 def _refused(path: str) -> UsageError:
     return UsageError(
         f"'{path}' of the decoder is not built so that it can be drawn in bands",
-        remedy="leave out --decoder-bands",
+        remedy="draw whole pictures: --decoder-bands off",
     )
+
+
+def _in_windows(graph: Graph, limit: float) -> list[Pass]:
+    """Cut a tiny decoder into a pass for each resolution."""
+    levels: list[list[Unit]] = []
+    for unit in graph.units:
+        if not levels or isinstance(_layer(unit), nn.Upsample):
+            levels.append([])
+        levels[-1].append(unit)
+    line: list[Pass] = []
+    source = "latent"
+    for i, units in enumerate(levels):
+        _, channels, height, width = graph.shapes[source]
+        output = graph.shapes[units[-1].name]
+        scale = output[2] // height
+        overlap = -(-sum(_reach(u) for u in units) // scale)
+        elements = max(channels * width, *(scale * _row(graph, u) for u in units))
+        cut = windows(height, overlap, 4 * elements, limit)
+        own = [replace(units[0], inputs=("x",)), *units[1:]]
+        band: dict[str, tuple[int, ...]] = {"x": (1, channels, cut.rows, width)}
+        part = finish("decoder", graph.model, own, band, own[-1].name)
+        name = f"decoder.{i:02d}.{units[0].block.removeprefix('decoder.')}"
+        line.append(
+            Pass(
+                Segment(name, part, tuple(own), ("x",), (own[-1].name,)),
+                source,
+                (height, width, channels),
+                bands=len(cut.starts),
+                halo=False,
+                norm=None,
+                residual=None,
+                whole={},
+                pieces=1,
+                stored=False,
+                windows=cut,
+            )
+        )
+        source = units[-1].name
+    return line
+
+
+def _layer(unit: Unit) -> nn.Module:
+    """Return the layer of a tiny decoder that a unit is."""
+    (layer,) = unit.module.children()
+    return layer[0] if isinstance(layer, nn.ModuleList) else layer
+
+
+def _reach(unit: Unit) -> int:
+    """Return how many rows away a unit looks."""
+    layer = _layer(unit)
+    if isinstance(layer, nn.Conv2d) and _plain(layer):
+        return 1
+    if isinstance(layer, AutoencoderTinyBlock):
+        inside = [m for m in layer.conv if isinstance(m, nn.Conv2d)]
+        if all(map(_plain, inside)):
+            return len(inside)
+    if isinstance(layer, nn.Upsample):
+        if layer.mode == "nearest":
+            return 0
+    elif not list(layer.parameters()):
+        return 0  # an activation
+    raise _refused(unit.name)
+
+
+def _row(graph: Graph, unit: Unit) -> int:
+    _, channels, _, width = graph.shapes[unit.name]
+    return channels * width
 
 
 # --- the program -------------------------------------------------------------------------
@@ -531,7 +617,7 @@ class _Writer:
             self.draft.ops.append(Call(artifact=segment.id, args=args, results=results))
             for port, spec in segment.ports.outputs.items():
                 self.draft.tensors[results[port]] = spec
-                parts[port].append(results[port])
+                parts[port].append(self._kept_rows(step, i, results[port]))
             if (i + 1) % (step.bands // step.pieces) == 0:
                 for port in every:
                     pieces[port].append(self._keep(step, port, parts[port], len(pieces[port])))
@@ -554,22 +640,33 @@ class _Writer:
             return wide
         return self.draft.affine(f"{name}@{index}", (wide, 1 / SCALE), dtype="float16")
 
+    def _kept_rows(self, step: Pass, i: int, wide: str) -> str:
+        """Return what is right of a call's result."""
+        if step.windows is None or step.bands == 1:
+            return wide
+        scale = self.draft.spec(wide).shape[1] // step.windows.rows
+        start, end = step.windows.kept(i)
+        first = (start - step.windows.starts[i]) * scale
+        out = wide.removesuffix(".wide")
+        self._new(Slice(x=wide, axis=1, start=first, length=(end - start) * scale, out=out))
+        return out
+
     def _band(self, step: Pass, i: int) -> dict[str, str]:
         """Return the arguments that are rows of other tensors."""
         height = step.shape[0]
-        rows = height // step.bands
+        start, rows = step.rows(i)
         at = f"{step.segment.id.removeprefix('decoder.')}@{i}"
-        args = {"x": self._rows(step.source, height, i * rows, rows, f"{at}.x")}
+        args = {"x": self._rows(step.source, height, start, rows, f"{at}.x")}
         if step.halo:
             # Beyond the picture there is nothing: some row is taken, times zero.
-            above, below = max(i * rows - 1, 0), min((i + 1) * rows, height - 1)
+            above, below = max(start - 1, 0), min(start + rows, height - 1)
             args["above"] = self._rows(step.source, height, above, 1, f"{at}.above")
             args["below"] = self._rows(step.source, height, below, 1, f"{at}.below")
             args["top"] = _OUTSIDE if i == 0 else _INSIDE
             args["bottom"] = _OUTSIDE if i == step.bands - 1 else _INSIDE
         if step.residual is not None:
             name = f"{at}.residual"
-            args["residual"] = self._rows(step.residual, height, i * rows, rows, name)
+            args["residual"] = self._rows(step.residual, height, start, rows, name)
         return args
 
     def _rows(self, name: str, height: int, start: int, count: int, out: str) -> str:

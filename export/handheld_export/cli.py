@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -86,12 +87,13 @@ def export(
         bool, typer.Option(help="Fix the activation grids of convolutions by calibration.")
     ] = False,
     decoder_bands: Annotated[
-        float | None,
+        str,
         typer.Option(
-            help="Decode in bands whose largest tensor has this many MB, 8 for example, so that "
-            "memory does not grow with whole pictures in float32."
+            metavar="MB",
+            help="Decode in bands whose largest tensor has this many MB, so that memory does not "
+            "grow with whole pictures in float32. auto: where that saves much; off: never.",
         ),
-    ] = None,
+    ] = "auto",
     jobs: Annotated[
         int | None,
         typer.Option("--jobs", "-j", help="Most worker processes; all cores if not given."),
@@ -118,9 +120,10 @@ def export(
     quiet()
     wanted = target or ["litert-cpu"]
     chosen, absent = _choose(wanted, precision or ["all" if "all" in wanted else "int8"])
-    for name, value in (("jobs", jobs), ("memory", memory), ("decoder-bands", decoder_bands)):
+    for name, value in (("jobs", jobs), ("memory", memory)):
         if value is not None and not value > 0:
             raise UsageError(f"--{name} {value} is not positive")
+    bands = _bands(decoder_bands)
     if output is None and not dry_run:
         raise UsageError("no place for the bundle", remedy="give one with --output")
     from handheld.commands.plan import picture_size
@@ -146,7 +149,7 @@ def export(
             seed=seed,
             references=references,
             calibrate=calibrate,
-            decoder_bands=decoder_bands,
+            decoder_bands=bands,
         )
         if dry_run:
             results.append({"target": name, "precision": level} | plan_segments(source, options))
@@ -356,6 +359,22 @@ def _print_reports(console: Console, reports: list[Report]) -> None:
         for cells, passed in verify_page.lines(report, artifacts=not several):
             table.add_row(*cells, "ok" if passed else "[red]FAILED[/red]")
     console.print(table)
+
+
+def _bands(text: str) -> float | Literal["auto"] | None:
+    if text == "auto":
+        return "auto"
+    if text == "off":
+        return None
+    try:
+        bands = float(text)
+    except ValueError:
+        bands = math.nan
+    if not (math.isfinite(bands) and bands > 0):
+        raise UsageError(
+            f"--decoder-bands '{text}' is no size", remedy="give MB above 0, auto or off"
+        )
+    return bands
 
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:

@@ -97,9 +97,10 @@ class Options:
     calibrate : bool
         Fix the activation grids of int8 convolutions by calibration, where the student has
         no ranges. Without it XNNPACK finds a grid for every picture, which is more accurate.
-    decoder_bands : float or None
+    decoder_bands : float, 'auto' or None
         Decode in bands of rows whose largest float32 tensor has this many MB (10^6 bytes); None
-        decodes whole pictures. See :mod:`handheld_export.bands`.
+        decodes whole pictures; 'auto' takes what :mod:`handheld.banding` chooses for each size, if
+        the target draws bands. See :mod:`handheld_export.bands`.
     """
 
     target: str
@@ -114,7 +115,7 @@ class Options:
     seed: int = 0
     references: bool = False
     calibrate: bool = False
-    decoder_bands: float | None = None
+    decoder_bands: lowering.Bands = "auto"
 
 
 @dataclass
@@ -142,6 +143,8 @@ class _Plan:
     guidance: float
     segments: list[tuple[str, Segment, Component]]
     """Line, segment, component, in program order."""
+    bands: float | None
+    """MB of the decoder's bands."""
     program: Program
     constants: dict[str, Array]
 
@@ -343,7 +346,7 @@ def _plan(checkpoint: Checkpoint, options: Options, width: int, height: int) -> 
             f"target '{target.name}' does not run precision '{options.precision}'",
             remedy=f"choose from {', '.join(target.precisions)}",
         )
-    if options.decoder_bands is not None and not target.bands:
+    if isinstance(options.decoder_bands, int | float) and not target.bands:
         raise UsageError(
             f"target '{target.name}' does not decode in bands",
             remedy="leave out --decoder-bands, or export for litert-cpu",
@@ -355,10 +358,11 @@ def _plan(checkpoint: Checkpoint, options: Options, width: int, height: int) -> 
             raise UsageError(f"{name} {value} does not divide by {factor} or leaves 8..8192")
     latent = (height // factor, width // factor)
     parts = lowering.lines(checkpoint, latent, _tokens(checkpoint))
+    band = parts.bands(target, options.decoder_bands)
     segments = [
         (line, segment, checkpoint.component(segment.graph.component))
         for line in ("embedding", "unet", "decoder")
-        for segment in parts.cut(line, target, options.precision, options.decoder_bands)
+        for segment in parts.cut(line, target, options.precision, band)
     ]
     by_line = {
         line: [s for at, s, _ in segments if at == line]
@@ -378,9 +382,9 @@ def _plan(checkpoint: Checkpoint, options: Options, width: int, height: int) -> 
     scale = 1.0 / float(vae.get("scaling_factor") or 1.0)
 
     def decoder(draft: Draft, z: str) -> str:
-        if options.decoder_bands is None:
+        if band is None:
             return draft.calls(by_line["decoder"], "", {"latent": z})
-        return bands.write(draft, bands.passes(parts.decoder, options.decoder_bands), z)
+        return bands.write(draft, bands.passes(parts.decoder, band), z)
 
     embedded = time_embeddings(checkpoint.unet, parts.unet, sorted({s.timestep for s in steps}))
     program, constants = assemble(
@@ -413,6 +417,7 @@ def _plan(checkpoint: Checkpoint, options: Options, width: int, height: int) -> 
         steps,
         guidance,
         segments,
+        band,
         program,
         cast(dict[str, Array], constants),
     )
@@ -568,7 +573,7 @@ def _reference(
         inputs = texts.inputs[i % len(texts.inputs)]
         _run(plan, artifacts, inputs, plan.options.seed + i)
     artifacts.close()
-    if plan.options.decoder_bands is not None:
+    if plan.bands is not None:
         # Bands are a way to run the decoder, so they are measured, not taken as the truth.
         whole = lowering.lines(plan.checkpoint, plan.latent, _tokens(plan.checkpoint)).cut(
             "decoder", plan.target, plan.options.precision
@@ -723,7 +728,7 @@ def _task(
         key=lowering.segment_key(segment, component, plan.target.name, decides, own),
         cache=str(store),
         threads=threads,
-        bands=plan.options.decoder_bands,
+        bands=plan.bands,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -21,13 +22,14 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from safetensors.numpy import load_file
 
 import handheld
+from handheld import banding
 from handheld.errors import TargetError
 from handheld.files import sha256_file
 from handheld.precision import find as find_precision
@@ -110,6 +112,10 @@ class Task:
     """MB of the decoder's bands; see :func:`handheld_export.bands.passes`."""
 
 
+Bands = float | Literal["auto"] | None
+"""MB of a decoder's bands, None for whole pictures, or what :mod:`handheld.banding` chooses."""
+
+
 @dataclass(frozen=True)
 class Lines:
     """The graphs of a checkpoint at one size."""
@@ -126,6 +132,14 @@ class Lines:
         if graph is None:
             return []
         return group(graph, most_weights, line, across_blocks=across_blocks)
+
+    def bands(self, target: Target, asked: Bands) -> float | None:
+        """MB of the decoder's bands on a target, None if it is drawn whole."""
+        if asked != "auto":
+            return asked
+        if not target.bands:
+            return None
+        return banding.choose(4 * max(math.prod(s) for s in self.decoder.shapes.values()))
 
     def cut(
         self, line: str, target: Target, precision: str, bands: float | None = None

@@ -252,7 +252,7 @@ class _Verification:
             gates,
         )
         outputs = self.program.outputs | {"decoded": decoded(self.program)}
-        if _bands(manifest) is not None:
+        if LATENT in self.program.tensors:
             outputs["latent"] = LATENT
         self.watched = self.program.model_copy(update={"outputs": outputs})
         self.whole: Callable[[Array], tuple[Array, Array]] | None = None
@@ -285,8 +285,7 @@ class _Verification:
         try:
             found = path or find_model(self.manifest.model.id)
             self.torch = _torch(self.bundle, self.size, found)
-            if _bands(self.manifest) is not None:
-                self.whole = _whole(self.bundle, self.size, found)
+            self.whole = _whole(self.bundle, self.size, found)
             if rounds:
                 self.student = _torch(self.bundle, self.size, found, student=True)
         except (UsageError, CheckpointError) as error:
@@ -526,9 +525,12 @@ def _other_text(
     return prompt or "random embeddings", changed
 
 
-def _bands(manifest: Manifest) -> float | None:
-    bands = manifest.provenance.options.get("decoder_bands")
-    return float(bands) if isinstance(bands, int | float) else None
+def _asked(manifest: Manifest) -> lowering.Bands:
+    """Return what bands an export was asked for."""
+    asked = manifest.provenance.options.get("decoder_bands")
+    if asked == "auto":
+        return "auto"
+    return float(asked) if isinstance(asked, int | float) else None
 
 
 def _lines(bundle: Bundle, size: str, checkpoint: Checkpoint) -> lowering.Lines:
@@ -539,11 +541,14 @@ def _lines(bundle: Bundle, size: str, checkpoint: Checkpoint) -> lowering.Lines:
     return lowering.lines(checkpoint, (h, w), bundle.manifest.text.tokens)
 
 
-def _whole(bundle: Bundle, size: str, path: Path) -> Callable[[Array], tuple[Array, Array]]:
-    """Return what decodes a latent without bands, in torch."""
+def _whole(bundle: Bundle, size: str, path: Path) -> Callable[[Array], tuple[Array, Array]] | None:
+    """Return what decodes a latent without bands, in torch; None if the bundle has no bands."""
     checkpoint = Checkpoint(path)
     target = targets.find(bundle.manifest.target)
-    segments = _lines(bundle, size, checkpoint).cut("decoder", target, bundle.manifest.precision)
+    lines = _lines(bundle, size, checkpoint)
+    if lines.bands(target, _asked(bundle.manifest)) is None:
+        return None
+    segments = lines.cut("decoder", target, bundle.manifest.precision)
     return partial(decode, segments, checkpoint.vae)
 
 
@@ -558,10 +563,11 @@ def _torch(bundle: Bundle, size: str, path: Path, *, student: bool = False) -> T
         )
     lines = _lines(bundle, size, checkpoint)
     target = targets.find(manifest.target)
+    bands = lines.bands(target, _asked(manifest))
     pairs = [
         (s, checkpoint.component(s.graph.component))
         for line in ("embedding", "unet", "decoder")
-        for s in lines.cut(line, target, manifest.precision, _bands(manifest))
+        for s in lines.cut(line, target, manifest.precision, bands)
     ]
     called = {manifest.segment(a.id): a for a in manifest.called(size)}
     if {s.id: s.ports for s, _ in pairs} != {name: a.ports for name, a in called.items()}:

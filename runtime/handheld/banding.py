@@ -1,0 +1,81 @@
+"""How decoders are cut into bands of rows, from sizes alone: the rule of export and plan."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+WHOLE_BYTES: Final = 32 * 10**6
+"""A decoder whose largest float32 tensor has no more than this is drawn whole."""
+BAND_BYTES: Final = 8 * 10**6
+"""Of the largest tensor of a band, where nobody says otherwise."""
+MOST_BANDS: Final = 64
+"""So many parts of the largest tensor and no more: a program has a limit of operations."""
+
+
+def choose(largest: int) -> float | None:
+    """Return the MB of a decoder's bands, None if it is better drawn whole.
+
+    Parameters
+    ----------
+    largest : int
+        Bytes of its largest tensor in float32.
+    """
+    if largest <= WHOLE_BYTES:
+        return None
+    return max(BAND_BYTES, math.ceil(largest / MOST_BANDS)) / 1e6
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Bands that overlap, because what a call gives near a cut is wrong.
+
+    Parameters
+    ----------
+    height : int
+        Rows of the whole tensor.
+    rows : int
+        Of every window.
+    overlap : int
+        Rows at a cut that are not kept.
+    starts : tuple of int
+        First rows. The first and the last window end where the tensor does.
+    """
+
+    height: int
+    rows: int
+    overlap: int
+    starts: tuple[int, ...]
+
+    def kept(self, index: int) -> tuple[int, int]:
+        """Return which rows of the whole come from a window: from, and up to."""
+        last = len(self.starts) - 1
+        inner = self.rows - self.overlap
+        start = self.starts[index - 1] + inner if index else 0
+        return start, self.starts[index] + inner if index < last else self.height
+
+
+def windows(height: int, overlap: int, row_bytes: int, limit: float) -> Windows:
+    """Cut rows into as few windows as have at most so many bytes each.
+
+    Parameters
+    ----------
+    height : int
+        Rows.
+    overlap : int
+        How far what is beyond a cut reaches.
+    row_bytes : int
+        Of the largest tensor of a call, for each row of the window.
+    limit : float
+        Bytes. Windows are no smaller than four times the overlap, so that at most half of the work
+        is done twice.
+    """
+    count, rows = 1, height
+    while rows * row_bytes > limit and overlap * 4 < rows:
+        smaller = -(-(height + 2 * overlap * count) // (count + 1))
+        if smaller < max(1, 4 * overlap):
+            break
+        count, rows = count + 1, smaller
+    step = rows - 2 * overlap
+    return Windows(height, rows, overlap, tuple(min(i * step, height - rows) for i in range(count)))
