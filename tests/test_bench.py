@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from handheld.bench import Options
 from handheld.bundle import Bundle
 from handheld.devices import process
 from handheld.errors import BundleError, DeviceError, HarnessError, UsageError
+from handheld.placement import placement
 from handheld.protocol import Iteration, Job, Load, Memory
 from handheld.records import Heat, HeatSample, Pass, read, sustained_curve
 
@@ -87,11 +89,16 @@ def test_without_cache(sample, host):
 def test_placement(sample):
     now = datetime.now(UTC)
     done = Pass(purpose="latency", started=now, finished=now, done=True)
-    assert bench.placement(sample, "16x8", [done]) == {"unet.0": {"cpu": 1}}
-    assert bench.placement(sample, "16x8", []) is None
+    counted, note = placement(sample, "16x8", [done])
+    assert counted == {"unet.0": {"cpu": 1}}
+    assert note.startswith("calls per picture")
+    assert placement(sample, "16x8", []) == (None, "no pass was run to its end")
     told = Load(t_ms=1.0, artifact="unet.0", ms=1.0, units={"npu": 40, "cpu": 2})
     other = done.model_copy(update={"loads": (told,)})
-    assert bench.placement(sample, "16x8", [other]) == {"unet.0": {"npu": 40, "cpu": 2}}
+    assert placement(sample, "16x8", [other]) == ({"unet.0": {"npu": 40, "cpu": 2}}, None)
+    manifest = sample.manifest.model_copy(update={"target": "coreml"})
+    elsewhere = dataclasses.replace(sample, manifest=manifest)
+    assert placement(elsewhere, "16x8", [done]) == (None, "neither the engine nor its files tell")
 
 
 def test_another_seed_is_not_compared(sample, host):

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import samples
 from fake_xcrun import CORE, UDID, IPhone
@@ -273,6 +279,77 @@ def test_a_whole_job_and_a_second_that_sends_nothing(iphone, sample):
     assert again.status == "ok"
     assert iphone.left() == []
     assert all(isinstance(call, list) for call in iphone.calls())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+def test_a_whole_job_of_every_version_after_a_failed_start(iphone, sample, version):
+    iphone.set(version=version, not_installed=True)
+    with pytest.raises(DeviceError, match="HANDHELD_IOS_APP"):
+        bench.run(sample, device(), FAST)
+    iphone.set(version=version)
+    record = bench.run(sample, device(), FAST)
+    assert (record.status, record.error, record.check.psnr_db) == ("ok", None, 999.0)
+    assert iphone.left() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"gone": True}, "not connected"),
+        ({"killed": True}, "ended before its job was done"),
+        ({"silent": True}, "answered nothing"),
+        ({"garbage": '{"info": {"outcome": "maybe"}}'}, "is not understood"),
+        ({"timeout": True}, "took too long"),
+        ({"hang": True}, "did not answer"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_faults_in_the_midst_of_a_run(iphone, sample, monkeypatch, version, fault, message):
+    if "hang" in fault:
+        for name in ("CALL_S", "INSTALL_S"):
+            monkeypatch.setattr(devicectl, name, 3.0)
+
+    def strike(purpose, event):
+        if event is not None and event.event == "iteration":
+            iphone.set(version=version, harness="hang", **fault)
+            if "killed" in fault:
+                for pid in iphone.running():
+                    os.killpg(pid, signal.SIGKILL)
+
+    iphone.set(version=version, harness="hang")
+    found = device()
+    record = bench.run(sample, found, FAST, progress=strike)
+    assert (record.status, message in record.error) == ("partial", True), record.error
+    assert [len(p.iterations) for p in record.passes] == [1]
+    iphone.set(version=version)
+    assert bench.run(sample, found, FAST).status == "ok"
+    assert iphone.left() == []
+    assert iphone.running() == []
+
+
+@pytest.mark.slow
+def test_a_picture_from_a_prompt(iphone, sample, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "handheld", "generate", sample.path, samples.PROMPT,
+         "--device", UDID, "--seed", "5", "-o", tmp_path / "out.png", "--json"],
+        capture_output=True, text=True, timeout=120, check=False, env=os.environ,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["device"] == device().id
+    with Image.open(tmp_path / "out.png") as picture:
+        assert (np.asarray(picture) == samples.picture()[0]).all()
+    assert iphone.left() == []
+    iphone.set(locked=True)
+    locked = subprocess.run(
+        [sys.executable, "-m", "handheld", "generate", sample.path, samples.PROMPT,
+         "--device", UDID, "-o", tmp_path / "none.png"],
+        capture_output=True, text=True, timeout=120, check=False, env=os.environ,
+    )  # fmt: skip
+    assert (locked.returncode, (tmp_path / "none.png").exists()) == (2, False)
+    assert "unlock it" in locked.stderr
 
 
 @pytest.mark.slow
