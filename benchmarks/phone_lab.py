@@ -161,7 +161,7 @@ def pictures(path: Path, made: list[Phone], folder: Path) -> list[dict[str, Any]
     own = draw("host")
     rows = []
     for phone in made:
-        error = np.square(draw(phone.serial) - own).mean()
+        error = np.square(draw(phone.address) - own).mean()
         rows.append(
             {
                 "phone": phone.serial,

@@ -184,6 +184,11 @@ def test_records_of_another_harness_do_not_count(tmp_path, monkeypatch):
         records.append(file, record)
     assert [r.outcome for r in run(tmp_path)[0]] == ["done", "done"]
     assert [r.outcome for r in run(tmp_path)[0]] == ["already", "already"]
+    host = providers()["host"].attached()[0].facts()
+    unknown = host.model_copy(update={"engines": dict.fromkeys(host.engines, "unknown")})
+    with monkeypatch.context() as patched:
+        patched.setattr("handheld.devices.host.HostDevice.facts", lambda self: unknown)
+        assert [r.outcome for r in run(tmp_path)[0]] == ["already", "already"]
     # What a device that does not answer has by now is not known: its records stay.
     monkeypatch.setattr("handheld.devices.host.HostDevice.facts", gone)
     assert [r.outcome for r in run(tmp_path)[0]] == ["already", "already"]
