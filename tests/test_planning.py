@@ -68,6 +68,19 @@ def test_scales_count():
     assert Stored("int2").nbytes((10, 4, 3, 3)) == 10 * 36 / 4 + 10 * 4
 
 
+def test_layers_with_float_inputs_are_held_wider():
+    shape = planning.architecture("sdxl")
+    layer = next(x for x in shape.layers if x.kind == "conv3x3" and x.name not in planning.FLOAT)
+    for target, nbytes in (("litert-cpu", 1), ("executorch-xnnpack", 4), (None, 0.5)):
+        grids = [{layer.name: Stored("int4", None, float_input)} for float_input in (False, True)]
+        own, floats = (
+            planning.unet_bytes(dataclasses.replace(shape, grids=g), target) for g in grids
+        )
+        held = 0.5 if target is None else 1
+        scales = 4 * layer.shape[0] if nbytes == 4 else 0
+        assert floats - own == pytest.approx((nbytes - held) * layer.weights - scales)
+
+
 def test_targets_hold_narrow_grids_in_wider_ones():
     shape = quantized(planning.architecture("sdxl"), "int2")
     own = planning.unet_bytes(shape)

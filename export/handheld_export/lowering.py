@@ -196,6 +196,7 @@ def segment_key(
         "target": target,
         "options": options,
         "ranges": {k: list(vars(v).values()) for k, v in sorted(ranges.items())},
+        "float_inputs": [n for n, _ in layers(segment) if n in component.float_inputs],
         "tools": tool_versions(),
         "source": source_sha256(),
     }
@@ -299,7 +300,9 @@ def _lower(task: Task) -> dict[str, Any]:
                 "workspace": wanted if target.runs_here else None,
                 "notes": list(lowered.notes),
                 "weights": storage,
-                "held": _held(target, quantized) if lowered.held is None else dict(lowered.held),
+                "held": _held(target, quantized, component)
+                if lowered.held is None
+                else dict(lowered.held),
                 "tools": dict(lowered.tools) or target.versions(),
                 "engine_version": next(iter(target.versions().values())),
                 "verification": {
@@ -399,10 +402,12 @@ def _worst(reference: Sequence[Any], outputs: Sequence[Any]) -> float:
     return min(measure.snr_db(a, b) for a, b in zip(reference, outputs, strict=True))
 
 
-def _held(target: Target, quantized: dict[str, QuantizedWeight]) -> dict[str, int]:
+def _held(
+    target: Target, quantized: dict[str, QuantizedWeight], component: Component
+) -> dict[str, int]:
     counts: dict[str, int] = {}
-    for weight in quantized.values():
-        wider = target.container(weight)
+    for layer, weight in quantized.items():
+        wider = target.container(weight, float_input=layer in component.float_inputs)
         if wider != weight.grid:
             name = f"{weight.grid} as {wider}"
             counts[name] = counts.get(name, 0) + weight.codes.size

@@ -670,6 +670,7 @@ def materialize(
         layer_module.quantized = weight  # type: ignore[assignment]
         if name in component.activation_ranges:
             layer_module.activation_range = component.activation_ranges[name]  # type: ignore[assignment]
+        layer_module.float_input = name in component.float_inputs  # type: ignore[assignment]
     return quantized
 
 
@@ -694,5 +695,5 @@ def release(segment: Segment) -> None:
         module = segment.graph.model.get_submodule(path)
         module.to(device="meta")
         for part in module.modules():
-            for name in ("quantized", "activation_range"):
+            for name in ("quantized", "activation_range", "float_input"):
                 part.__dict__.pop(name, None)
