@@ -259,15 +259,20 @@ def test_a_sustained_pass_may_be_longer_than_the_time_limit(sample, host):
 
 
 def test_what_memory_leaves_out():
-    def figures(**fields):
+    def figures(used="cpu", **fields):
         now = datetime.now(UTC)
         seen = Memory(t_ms=1.0, phase="end", rss=7, peak_rss=9, **fields)
         item = Pass(purpose="memory", started=now, finished=now, memory=(seen,), done=True)
-        return bench._memory([item]).not_counted
+        found = bench._memory([item], used)
+        return found.dma_buf, found.not_counted
 
     others = "memory of other processes on this one's behalf"
-    assert figures() == ("dma-buf memory of accelerators", others)
-    assert figures(dma_buf=5) == figures(phys_footprint=5) == (others,)
+    buffers, driver = "dma-buf memory of accelerators", "what the accelerator's driver holds"
+    assert figures() == (None, (buffers, others))
+    assert figures(dma_buf=0) == (0, (others,))
+    assert figures("npu", dma_buf=0) == (None, (driver, buffers, others))
+    assert figures("npu", dma_buf=5) == (5, (driver, others))
+    assert figures("npu", phys_footprint=5) == (None, (others,))
 
 
 def test_a_sustained_pass_that_is_cut_off_keeps_what_it_saw(sample, host, monkeypatch):

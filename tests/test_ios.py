@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import envelopes
 import samples
 from fake_xcrun import CORE, UDID, IPhone
 from handheld import bench, devices, fleet
@@ -327,6 +328,9 @@ def test_faults_in_the_midst_of_a_run(iphone, sample, monkeypatch, version, faul
     iphone.set(version=version)
     assert bench.run(sample, found, FAST).status == "ok"
     assert iphone.left() == []
+    deadline = time.monotonic() + 10
+    while iphone.running() and time.monotonic() < deadline:
+        time.sleep(0.1)  # the app that has reported is about to end
     assert iphone.running() == []
 
 
@@ -476,22 +480,77 @@ def test_causes_are_found_at_any_depth():
     assert e.value.remedy
 
 
-ENVELOPES = [
-    {"info": {"outcome": "success", "jsonVersion": 3, "commandType": "devicectl.list.devices"},
-     "result": {"devices": [{"identifier": "x", "connectionProperties": {"pairingState": "paired"},
-                             "hardwareProperties": {"cpuType": {"name": "arm64e"}}}]}},
-    {"info": {"outcome": "failed"}, "error": {"code": 10002, "domain": CORE, "userInfo": {
-        "NSUnderlyingError": {"error": {"code": 7, "domain": "FBSOpenApplicationErrorDomain",
-                                        "userInfo": {}}}}}},
-    {"info": {"outcome": "success"}, "result": {"process": {"processIdentifier": 7},
-                                                "runningProcesses": [{"processIdentifier": 7}]}},
-]  # fmt: skip
+@pytest.mark.parametrize("name", envelopes.SUCCESSES)
+def test_every_success_is_read(name):
+    for tree in envelopes.versions(envelopes.SUCCESSES[name]):
+        found = devicectl.result(devicectl.read(json.dumps(tree).encode()))
+        assert found == tree.get("result", {})
+        obstacles = [devicectl.obstacle(d) for d in devicectl.parse_devices(found)]
+        told = [o.what if o else None for o in obstacles]
+        if name == "list":
+            assert told == [None, "is not connected", "is not paired", None]
+            listed = devicectl.parse_devices(found)
+            assert [d.hardware.product_type for d in listed if devicectl._is_phone(d)] == [
+                "iPhone16,1"
+            ] * 3
+        else:
+            assert told == []
+        if name == "launch":
+            assert devicectl.parse_process(found).pid == 4711
+        assert devicectl.parse_processes(found) == ({1, 4711} if name == "processes" else set())
+        assert devicectl.is_passcode_required(found) == (name == "lock-state")
+
+
+@pytest.mark.parametrize(
+    ("name", "cause", "remedy"),
+    [
+        ("not-connected", (CORE, 1011), "plug it in"),
+        ("no-such-device", (CORE, 1000), None),
+        ("vanished", (CORE, 1), "plug the phone in again"),
+        ("locked", (envelopes.BOARD, 7), "unlock the phone"),
+        ("untrusted", (envelopes.BOARD, 3), "trust the developer"),
+        ("not-installed", (envelopes.SERVICE, 1), None),
+        ("no-file", (CORE, 7000), "check that the file is there"),
+        ("copy-timed-out", ("NSPOSIXErrorDomain", 60), "check that the file is there"),
+        ("renamed-field", (CORE, 28001), "update handheld"),
+        ("lock-state", ("com.apple.mobiledevice", -402653181), None),
+        ("install", ("MIInstaller", 13), None),
+        ("plain-text", (CORE, 7000), "check that"),
+        ("no-user-info", (CORE, 7000), "check that"),
+        ("no-error", None, "update it"),
+        ("timeout", None, "update it"),
+    ],
+)
+def test_every_failure_is_read(name, cause, remedy):
+    for tree in envelopes.versions(envelopes.FAILURES[name]):
+        with pytest.raises(DevicectlError) as e:
+            devicectl.result(devicectl.read(json.dumps(tree).encode()))
+        assert cause is None or e.value.caused_by(*cause)
+        assert e.value.message
+        assert (remedy or "") in (e.value.remedy or "")
+    assert set(envelopes.FAILURES) == {
+        mark.args[1][i][0]
+        for mark in test_every_failure_is_read.pytestmark
+        for i in range(len(mark.args[1]))
+    }
+
+
 EVENTS = [
-    {"event": "hello", "t_ms": 0.1, "protocol": 1, "harness": "1", "pid": 7, "engines": {},
-     "platform": "ios-arm64"},
-    {"event": "iteration", "t_ms": 1, "index": 0, "kind": "first", "total_ms": 1, "engine_ms": 1},
-    {"event": "output", "t_ms": 2, "role": "picture", "sha256": "0", "shape": [1], "dtype": "u"},
+    {"event": "hello", "t_ms": 0.1, "protocol": 1, "harness": "1", "pid": 7,
+     "engines": {"coreml": "18.1"}, "platform": "ios-arm64", "base_rss_bytes": 5},
+    {"event": "plan", "t_ms": 1, "resident": ["a"], "streamed": [], "prefetch": True,
+     "peak_bytes": 1, "budget_bytes": 2},
+    {"event": "load", "t_ms": 1, "artifact": "a", "ms": 1.5, "cache": "built",
+     "units": {"npu": 3, "cpu": 1}},
+    {"event": "iteration", "t_ms": 1, "index": 0, "kind": "first", "total_ms": 1, "engine_ms": 1,
+     "load_ms": 0, "calls_ms": [0.5, 0.5]},
+    {"event": "memory", "t_ms": 1, "phase": "end", "rss": 1, "peak_rss": 2, "anon": 1, "file": 1,
+     "swap": None, "phys_footprint": 3, "phys_footprint_peak": 4, "dma_buf": None},
+    {"event": "thermal", "t_ms": 1, "status": 3},
+    {"event": "output", "t_ms": 2, "role": "picture", "sha256": "0", "shape": [1], "dtype": "u",
+     "file": "picture.raw", "psnr_db": 41.5},
     {"event": "error", "t_ms": 2, "code": "memory", "message": "x"},
+    {"event": "done", "t_ms": 2, "iterations": 7},
 ]  # fmt: skip
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -533,6 +592,7 @@ def read_all(data):
     for item in devicectl.parse_devices(found):
         devicectl.obstacle(item)
     devicectl.parse_processes(found)
+    devicectl.is_passcode_required(found)
     try:
         devicectl.parse_process(found)
     except HandheldError:
@@ -540,14 +600,41 @@ def read_all(data):
 
 
 # The full figure:  pytest tests/test_ios.py -k mutated --hypothesis-profile full --timeout 0
-@given(mutated(ENVELOPES))
+@given(mutated(envelopes.ALL))
 def test_mutated_envelopes_give_errors_of_ours(data):
     read_all(data)
 
 
 @given(mutated(EVENTS))
 def test_mutated_events_are_read_or_passed_over(data):
-    process.parse(data)
+    event = process.parse(data)
+    if event is not None:
+        # What was read can be written into a record.
+        json.dumps(event.model_dump(mode="json"), ensure_ascii=False, allow_nan=False).encode()
+
+
+REPORTS = [
+    {"objects": {"00": 7}, "engines": {"coreml": "18.1"}, "ram_bytes": 8, "free_bytes": 9,
+     "cores": 6, "thermal": 0, "battery_percent": 77, "charging": True},
+    {},
+]  # fmt: skip
+
+
+@given(mutated(REPORTS))
+def test_mutated_reports_of_the_app_give_errors_of_ours(data):
+    class Phone(Pymobiledevice3):
+        def launch(self, app, arguments):
+            return 7
+
+        def copy_from(self, app, source, target):
+            target.write_bytes(data)
+            return True
+
+    phone = ios.IosDevice(Phone(pymobiledevice3.Listed(UniqueDeviceID=UDID)))
+    with mock.patch.object(ios.lock, "held", return_value=contextlib.nullcontext()):
+        record = phone.facts()
+        phone.heat()
+    json.dumps(record.model_dump(mode="json"), ensure_ascii=False, allow_nan=False).encode()
 
 
 ANSWERS = [

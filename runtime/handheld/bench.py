@@ -41,7 +41,7 @@ from handheld.errors import (
 from handheld.files import output_errors, weights_cache
 from handheld.manifest import Size
 from handheld.memory_plan import plan_bundle
-from handheld.placement import placement
+from handheld.placement import placement, unit
 from handheld.program import Model
 from handheld.protocol import (
     Done,
@@ -72,6 +72,7 @@ from handheld.records import (
     new_id,
     noise_reasons,
 )
+from handheld.release.manifest import Unit
 from handheld.thermal_gate import Gate, wait
 
 MIN_PSNR_DB = 30.0
@@ -266,7 +267,7 @@ def run(
             device=facts,
             transfer=place.transfer,
             passes=tuple(attempt.passes),
-            memory=_memory(attempt.passes),
+            memory=_memory(attempt.passes, unit(bundle)),
             gate=gate,
             heat_start=heat_start,
             heat_end=heat_end,
@@ -620,7 +621,7 @@ class _Watch:
             self._thread.join()
 
 
-def _memory(passes: list[Pass]) -> MemoryFigures | None:
+def _memory(passes: list[Pass], used: Unit | None) -> MemoryFigures | None:
     chosen = next((p for p in passes if p.purpose == "memory" and p.done), None)
     separate = chosen is not None
     chosen = chosen or next((p for p in passes if p.memory), None)
@@ -637,9 +638,16 @@ def _memory(passes: list[Pass]) -> MemoryFigures | None:
         peak = max([peak, *swapped])
     # No system tells this, and Apple's Neural Engine does most of its work there.
     not_counted = ["memory of other processes on this one's behalf"]
+    dma_buf = largest("dma_buf")
+    if dma_buf == 0 and used != "cpu":
+        # An accelerator without buffers would compute nothing: the driver keeps them elsewhere.
+        dma_buf = None
     # A footprint of Apple's has accelerators' buffers in it.
-    if largest("dma_buf") is None and largest("phys_footprint") is None:
-        not_counted.insert(0, "dma-buf memory of accelerators")
+    if largest("phys_footprint") is None:
+        if dma_buf is None:
+            not_counted.insert(0, "dma-buf memory of accelerators")
+        if used != "cpu":
+            not_counted.insert(0, "what the accelerator's driver holds")
     return MemoryFigures(
         separate_pass=separate,
         peak_rss=peak,
@@ -648,7 +656,7 @@ def _memory(passes: list[Pass]) -> MemoryFigures | None:
         swap=largest("swap"),
         base_rss=chosen.hello.base_rss_bytes if chosen.hello else None,
         activations=largest("activations"),
-        dma_buf=largest("dma_buf"),
+        dma_buf=dma_buf,
         phys_footprint=largest("phys_footprint_peak") or largest("phys_footprint"),
         not_counted=tuple(not_counted),
     )

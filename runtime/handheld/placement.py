@@ -17,6 +17,7 @@ from handheld.bundle import Bundle
 from handheld.manifest import Artifact
 from handheld.program import Call
 from handheld.records import Pass
+from handheld.release.manifest import Unit
 from handheld.release.rules import read as read_rules
 
 MOST_OPERATIONS: Final = 1_000_000
@@ -50,13 +51,18 @@ def placement(
         if len(found) == len(counted):
             return found, None
         return found, "files of other artifacts do not tell"
-    target = read_rules().targets.get(bundle.manifest.target.partition(":")[0])
-    if target is None or target.unit != "cpu":
+    if unit(bundle) != "cpu":
         return None, "neither the engine nor its files tell"
     return (
         {name: {"cpu": count} for name, count in sorted(calls.items())},
         "calls per picture, on the CPU alone: neither the engine nor its files tell operations",
     )
+
+
+def unit(bundle: Bundle) -> Unit | None:
+    """Return the compute unit that a bundle's target is for; None of one that is not known."""
+    target = read_rules().targets.get(bundle.manifest.target.partition(":")[0])
+    return target.unit if target else None
 
 
 def operations(bundle: Bundle, artifact: Artifact) -> dict[str, int] | None:
