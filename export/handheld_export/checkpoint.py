@@ -341,6 +341,14 @@ class Component:
         shape = self._quantization.layers[layer].shape
         return f"{layer}.weight.{'codes' if shape is None else 'packed'}", shape
 
+    def bits(self, layer: str) -> tuple[int, int | None]:
+        """Return the bits of a layer's codes, and the weights that share a scale."""
+        entry = self._quantization.layers[layer]
+        if entry.grid == "palette":
+            (entries,) = self.store.shape(f"{layer}.weight.codebook")
+            return (entries - 1).bit_length(), entry.group_size
+        return BITS[entry.grid], entry.group_size
+
     def quantized_weight(self, layer: str) -> QuantizedWeight:
         """Read the codes of a layer.
 

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +48,7 @@ from handheld_export.segments import (
     layers,
     materialize,
     release,
+    stored_bytes,
     unet_graph,
 )
 from handheld_export.targets.base import SegmentInput, Target
@@ -120,18 +121,10 @@ Bands = float | Literal["auto"] | None
 class Lines:
     """The graphs of a checkpoint at one size."""
 
+    checkpoint: Checkpoint
     unet: Graph
     embedding: Graph | None
     decoder: Graph
-
-    def segments(
-        self, line: str, most_weights: int, *, across_blocks: bool = False
-    ) -> list[Segment]:
-        """Segments of one graph."""
-        graph = getattr(self, line)
-        if graph is None:
-            return []
-        return group(graph, most_weights, line, across_blocks=across_blocks)
 
     def bands(self, target: Target, asked: Bands) -> float | None:
         """MB of the decoder's bands on a target, None if it is drawn whole."""
@@ -147,15 +140,26 @@ class Lines:
         """Segments of one graph by a target's policy, or a decoder's passes over bands."""
         if line == "decoder" and bands is not None:
             return [step.segment for step in passes(self.decoder, bands)]
-        most = target.most_weights(precision)
-        return self.segments(line, most, across_blocks=target.across_blocks)
+        graph: Graph | None = getattr(self, line)
+        if graph is None:
+            return []
+        size = None
+        if (most := target.segment_bytes) is not None:
+            size = partial(
+                stored_bytes,
+                graph,
+                component=self.checkpoint.component(graph.component),
+                precision=find_precision(precision),
+            )
+        most = most or target.segment_weights
+        return group(graph, most, line, across_blocks=target.across_blocks, size=size)
 
 
 @lru_cache(maxsize=2)
 def lines(checkpoint: Checkpoint, latent: tuple[int, int], tokens: int) -> Lines:
     """Build the graphs of a checkpoint."""
     unet, embedding = unet_graph(checkpoint.unet, latent, tokens)
-    return Lines(unet, embedding, decoder_graph(checkpoint.vae, latent))
+    return Lines(checkpoint, unet, embedding, decoder_graph(checkpoint.vae, latent))
 
 
 @lru_cache(maxsize=2)

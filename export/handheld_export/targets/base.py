@@ -89,6 +89,8 @@ class Target(ABC):
     """Names of :mod:`handheld.precision` that this target runs."""
     segment_weights: ClassVar[int]
     """Grouping policy: neighbouring units join while their weights stay below this."""
+    segment_bytes: ClassVar[int | None] = None
+    """The same by the bytes of a file that keeps codes as they are and all else in fp16."""
     across_blocks: ClassVar[bool] = False
     """Whether units of different blocks join, for engines that like few artifacts."""
 
@@ -141,10 +143,6 @@ class Target(ABC):
     def caveat(self) -> str | None:
         """Return what verification here cannot show, None where :meth:`load` shows all."""
         return self.unproven
-
-    def most_weights(self, precision: str) -> int:
-        """Return the grouping policy for a precision."""
-        return self.segment_weights
 
     def container(self, weight: QuantizedWeight, *, float_input: bool = False) -> Container:
         """Return what holds a weight's codes, wider where no kernel reads its own grid.
