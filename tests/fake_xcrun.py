@@ -344,6 +344,10 @@ def lay_out(bundle: Path) -> None:
             os.link(Path("objects") / ref["sha256"], bundle / ref["path"])
 
 
+def engines(state: dict[str, Any]) -> dict[str, str]:
+    return state.get("engines", {"litert": "2.3.0", "coreml": "18.1"})
+
+
 def app(folder: Path, state: dict[str, Any], arguments: list[str]) -> None:
     """Do what the benchmark app does."""
     home = folder / "container" / "Documents" / "handheld"
@@ -366,7 +370,7 @@ def app(folder: Path, state: dict[str, Any], arguments: list[str]) -> None:
     if arguments[0] == "--report":
         report = {
             "objects": {p.name: p.stat().st_size for p in Path("objects").iterdir()},
-            "engines": {"litert": "2.3.0", "coreml": "18.1"}, "ram_bytes": 8_000_000_000,
+            "engines": engines(state), "ram_bytes": 8_000_000_000,
             "free_bytes": state.get("free", 90_000_000_000), "cores": 6,
             "thermal": state.get("thermal", 0), "battery_percent": 77, "charging": True,
         }  # fmt: skip
@@ -386,7 +390,8 @@ def app(folder: Path, state: dict[str, Any], arguments: list[str]) -> None:
             subprocess.run(
                 [sys.executable, "-SE", folder / "fake_harness.py", run / "job.json"],
                 stdin=subprocess.DEVNULL, stdout=out, check=False,
-                env={**os.environ, "HANDHELD_FAKE": state.get("harness", "")},
+                env={**os.environ, "HANDHELD_FAKE": state.get("harness", ""),
+                     "HANDHELD_FAKE_ENGINES": json.dumps(engines(state))},
             )  # fmt: skip
 
 

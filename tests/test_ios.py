@@ -208,6 +208,25 @@ def test_a_fleet_waits_for_a_phone_to_be_back(linux, monkeypatch, tmp_path, samp
     assert not runner._back(phone)
 
 
+@pytest.mark.slow
+def test_a_fleet_goes_on_until_the_app_has_other_engines(iphone, tmp_path, sample):
+    table = fleet.Matrix(
+        devices=("ios",),
+        bundles=({"path": str(sample.path), "residency": ("resident", "stream")},),
+        options={"iterations": 2, "precision": None, "first_ever": False},
+        gate={"cooldown_s": 0},
+    )
+
+    def run():
+        return [r.outcome for r in fleet.Fleet(table, tmp_path, tmp_path / "runs.jsonl").run()]
+
+    assert run() == ["done", "done"]
+    assert run() == ["already", "already"]
+    iphone.set(engines={"litert": "2.4.0"})
+    assert run() == ["done", "done"]
+    assert iphone.left() == []
+
+
 def test_one_handheld_at_a_time(iphone, sample):
     one, other = device(), device()
     with (
