@@ -37,12 +37,14 @@ def test_sdxl_is_known_by_name_and_by_its_folder(tmp_path):
 def test_a_student_is_planned_with_its_own_grids_and_steps(stack):
     folder = f"models/critter-{stack}"
     student, base = planning.architecture(folder), planning.architecture("models/critter")
-    own = json.loads(Path(folder, "unet", "quantization.json").read_text())["layers"]
-    assert student.grids == {n: Stored(x["grid"], x["group_size"]) for n, x in own.items()}
+    own = json.loads(Path(folder, "unet", "quantization.json").read_text())
+    layers, floats = own["layers"].items(), own["float_inputs"]
+    assert floats
+    assert student.grids == {n: Stored(x["grid"], x["group_size"], n in floats) for n, x in layers}
     assert (base.steps, student.steps) == (12, 1)  # six with guidance
     assert base.grids == {}
-    floats = dataclasses.replace(student, grids={})
-    assert planning.unet_bytes(student) < 0.3 * planning.unet_bytes(floats)
+    plain = dataclasses.replace(student, grids={})
+    assert planning.unet_bytes(student) < 0.3 * planning.unet_bytes(plain)
 
 
 def test_grids_that_nobody_knows_are_refused(tmp_path):
