@@ -223,7 +223,7 @@ class Fleet:
         # What an iPhone's app has in it is known once it has run; libraries that were made
         # elsewhere tell their versions when they run.
         known = {name: text for name, text in facts.engines.items() if text != "unknown"}
-        return facts.harness == then.harness and known.items() <= then.engines.items()
+        return facts.harness in (None, then.harness) and known.items() <= then.engines.items()
 
     def run(self) -> list[Result]:
         """Run what is missing, each device on a thread of its own, and return all results.
