@@ -109,6 +109,12 @@ def test_importance_meets_a_budget(compress):
     assert after <= 0.75 * before
 
 
+def test_importance_meets_a_budget_of_macs(compress):
+    student = compress(recipes.step("trim", "remove = 0.2", 'of = "macs"', "calibration = 2"))
+    before, after = student.history[-1]["macs"]
+    assert after <= 0.8 * before
+
+
 def test_distilling_brings_a_trimmed_student_closer_to_its_reference(compress, tmp_path):
     compress(recipes.trim(), recipes.distill(40))
     first, *_, last = losses(tmp_path / "work", "distill")
@@ -135,6 +141,17 @@ def test_bits_follow_a_budget(compress, tmp_path):
     )
     entry = student.history[-1]
     assert entry["bits_per_weight"] <= 6.0
+    assert len(entry["layers"]) > 1
+
+
+def test_bytes_follow_a_budget(compress, tmp_path):
+    grids = 'linear = ["int2", "int4"]', 'convolution = ["int4", "int8"]'
+    whole = compress(recipes.quantize(*grids, "bits = 8.0"))
+    weights = sum(q.codes.size for q in whole.quantized.values())
+    budget = 0.7 * weights / 1e6
+    student = compress(recipes.quantize(*grids, f"megabytes = {budget:.6f}"), output="less")
+    entry = student.history[-1]
+    assert entry["bits_per_weight"] / 8 * weights <= budget * 1e6 * 1.000001
     assert len(entry["layers"]) > 1
 
 
@@ -255,6 +272,10 @@ def test_shards_are_read_like_folders(compress, tmp_path, pictures):
     packed = list(Folder(shards).items(12, 16))
     assert [c for _, c in plain] == [c for _, c in packed]
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(plain, packed, strict=True))
+    with tarfile.open(shards / "0001.tar", "w") as tar:
+        tar.add(pictures / "03.png", "03.png")
+    with pytest.raises(UsageError, match=r"0001\.tar.*no caption"):
+        list(Folder(shards).items(20, 16))
     (shards / "0001.tar").write_bytes(b"no tar")
     with pytest.raises(UsageError, match=r"0001\.tar"):
         list(Folder(shards).items(20, 16))
