@@ -147,6 +147,7 @@ FAILURES = {
     "not-installed": failed("device.process.launch", LAUNCH, (SERVICE, 1, "Not installed.")),
     "no-file": failed("device.copy.from", COPY, ("NSCocoaErrorDomain", 260, "No such file.")),
     "copy-timed-out": failed("device.copy.to", COPY, ("NSPOSIXErrorDomain", 60, "Timed out.")),
+    "full": failed("device.copy.to", COPY, ("NSPOSIXErrorDomain", 28, "No space left on device.")),
     "renamed-field": failed("device.info.processes", (CORE, 28001, "Unknown field.")),
     "lock-state": failed("device.info.lockState", ("com.apple.mobiledevice", -402653181, "No.")),
     "install": failed("device.install.app", (CORE, 3002, "Failed to install the app."),

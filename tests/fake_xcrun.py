@@ -138,7 +138,8 @@ def command(folder: Path, state: dict[str, Any], words: list[str]) -> dict[str, 
         return {"devices": [device(state)]}
     assert words[0] == "device"
     assert option(words, "--device") == IDENTIFIER
-    if "gone" in state:
+    copies = (folder / "calls.jsonl").read_text().count('"copy", "to"')
+    if "gone" in state or copies > state.get("gone_after_copies", copies):
         raise FailedError(CORE, 1011, "The device is not connected.")
     match words[1:3]:
         case ["process", "launch"]:
@@ -234,6 +235,10 @@ def copy(folder: Path, state: dict[str, Any], words: list[str], direction: str) 
         shutil.copyfile(container / source, target)
         return {"files": []}
     (container / target).parent.mkdir(parents=True, exist_ok=True)
+    if Path(source).stat().st_size > state.get("room", sys.maxsize):
+        (container / target).write_bytes(Path(source).read_bytes()[: state["room"]])
+        raise FailedError(CORE, 7000, "The file could not be copied.",
+                          under("NSPOSIXErrorDomain", 28, "No space left on device"))  # fmt: skip
     shutil.copyfile(source, container / target)
     if "flip" in state and len(Path(target).name) == 64:
         data = bytearray((container / target).read_bytes())

@@ -354,6 +354,50 @@ def test_faults_in_the_midst_of_a_run(iphone, sample, monkeypatch, version, faul
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("copies", [0, 1, 2, 3])
+def test_unplugged_while_files_are_sent(iphone, sample, copies):
+    found = device()
+    iphone.set(gone_after_copies=copies)
+    kept = []
+    with pytest.raises(DeviceError, match="not connected"):
+        bench.run(sample, found, FAST, keep=kept.append)
+    assert [(r.status, r.passes) for r in kept] == [("failed", ())]
+    iphone.set()
+    record = bench.run(sample, found, FAST)
+    assert record.status == "ok"
+    # What had arrived is not sent again.
+    assert (record.transfer.files, record.transfer.kept_files) == (4 - copies, copies)
+    assert iphone.left() == []
+
+
+@pytest.mark.slow
+def test_storage_that_fills_while_files_are_sent(iphone, sample):
+    iphone.set(room=100)
+    kept = []
+    with pytest.raises(DeviceError, match="free some space"):
+        bench.run(sample, device(), FAST, keep=kept.append)
+    assert [(r.status, r.passes) for r in kept] == [("failed", ())]
+    iphone.set()
+    assert bench.run(sample, device(), FAST).status == "ok"
+    assert iphone.left() == []
+
+
+@pytest.mark.slow
+def test_a_hot_iphone_is_waited_for_or_marked(iphone, sample, monkeypatch):
+    monkeypatch.setattr("handheld.thermal_gate.POLL_S", 0.2)
+    iphone.set(thermal=2)
+    hot = bench.run(sample, device(), FAST)
+    assert (hot.gate.passed, hot.throttled, hot.heat_start.status) == (False, True, 3)
+    timer = threading.Timer(3.0, iphone.set)
+    timer.start()
+    gate = Gate(patience_s=120)
+    record = bench.run(sample, device(), FAST.model_copy(update={"gate": gate}))
+    timer.join()
+    assert (record.gate.passed, record.gate.waited_for) == (True, ("thermal status 3",))
+    assert (record.status, record.throttled) == ("ok", False)
+
+
+@pytest.mark.slow
 def test_a_picture_from_a_prompt(iphone, sample, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "handheld", "generate", sample.path, samples.PROMPT,
@@ -531,6 +575,7 @@ def test_every_success_is_read(name):
         ("not-installed", (envelopes.SERVICE, 1), None),
         ("no-file", (CORE, 7000), "check that the file is there"),
         ("copy-timed-out", ("NSPOSIXErrorDomain", 60), "check that the file is there"),
+        ("full", ("NSPOSIXErrorDomain", 28), "free some space"),
         ("renamed-field", (CORE, 28001), "update handheld"),
         ("lock-state", ("com.apple.mobiledevice", -402653181), None),
         ("install", ("MIInstaller", 13), None),

@@ -203,6 +203,7 @@ def _chain(fault: Fault) -> tuple[list[tuple[str, int]], list[str]]:
 
 
 _REMEDIES: Final = {
+    ("NSPOSIXErrorDomain", 28): "free some space on the phone",
     ("FBSOpenApplicationErrorDomain", 7): "unlock the phone and keep it unlocked",
     ("FBSOpenApplicationErrorDomain", 3): "trust the developer on the phone: Settings, General, "
     "VPN & Device Management",
