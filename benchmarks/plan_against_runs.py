@@ -46,7 +46,7 @@ def planned(checkpoint: Path, bundle: Bundle) -> dict[str, dict[str, Any]]:
     Raises
     ------
     UsageError
-        If the bundle's target is not planned, or its decoder runs in bands.
+        If the bundle's target is not planned, or its export was told how to draw the decoder.
     """
     target = bundle.manifest.target
     if target not in planning.PLANNED:
@@ -55,8 +55,12 @@ def planned(checkpoint: Path, bundle: Bundle) -> dict[str, dict[str, Any]]:
             path=bundle.path,
             remedy=f"export for {' or '.join(planning.PLANNED)}",
         )
-    if bundle.manifest.provenance.options.get("decoder_bands") is not None:
-        raise UsageError("draws in bands, which are not planned", path=bundle.path)
+    if bundle.manifest.provenance.options.get("decoder_bands") != "auto":
+        raise UsageError(
+            "was exported with --decoder-bands, which is not planned",
+            path=bundle.path,
+            remedy="export without it",
+        )
     shape = plans.at_precision(planning.architecture(str(checkpoint)), bundle.manifest.precision)
     return {
         name: plans.row(plans.at_size(shape, size.width, size.height), target)

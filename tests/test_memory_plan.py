@@ -11,7 +11,14 @@ import pytest
 from handheld import bundle as bundles
 from handheld.cli import run
 from handheld.errors import BundleError, UsageError
-from handheld.memory_plan import LOADED_BYTES, PROCESS_BYTES, Weights, plan, plan_bundle
+from handheld.memory_plan import (
+    LOADED_BYTES,
+    PROCESS_BYTES,
+    Weights,
+    peak_bytes,
+    plan,
+    plan_bundle,
+)
 
 CASES = json.loads((Path(__file__).parent / "golden/memory_plans.json").read_text())
 MB = 1_000_000
@@ -36,23 +43,29 @@ def test_golden_cases(case):
 
 def walk(case, answer):
     """Run the program in thought; return the most memory that is ever held."""
-    sizes = {a["id"]: a["bytes"] for a in case["artifacts"]}
+    by_id = {a["id"]: a for a in case["artifacts"]}
     names = [case["artifacts"][i]["id"] for i in case["calls"]]
-    base = PROCESS_BYTES + case["activations"] + max(a["workspace"] for a in case["artifacts"])
-    factor = 1 if case["packed"] else 2
-    most = base + (2 * max(sizes.values()) if case["packed"] else 0)
-    held = 0
+    base, packed = PROCESS_BYTES + case["activations"], case["packed"]
+    most = PROCESS_BYTES + (2 * max(a["bytes"] for a in case["artifacts"]) if packed else 0)
+    held = kept = 0
     for name in answer["resident"]:
-        most = max(most, base + held + factor * sizes[name] + LOADED_BYTES)
-        held += sizes[name] + LOADED_BYTES
+        own = by_id[name]["bytes"]
+        most = max(most, base + held + (1 if packed else 2) * own + LOADED_BYTES)
+        held += own + LOADED_BYTES
     for i, name in enumerate(names):
+        own, workspace = by_id[name]["bytes"], by_id[name]["workspace"]
         if name in answer["resident"]:
+            kept = max(kept, workspace)
+            most = max(most, base + held + kept)
             continue
-        most = max(most, base + held + factor * sizes[name] + LOADED_BYTES)
+        if not packed:
+            most = max(most, base + held + kept + 2 * own + LOADED_BYTES)
+        now = base + held + max(kept, workspace) + own + LOADED_BYTES
+        most = max(most, now)
         later = [n for n in names[i + 1 :] if n in answer["streamed"] and n != name]
         if later and answer["prefetch"]:
-            both = sizes[name] + factor * sizes[later[0]] + 2 * LOADED_BYTES
-            most = max(most, base + held + both)
+            following = 0 if packed else 2 * by_id[later[0]]["bytes"]
+            most = max(most, now + following + LOADED_BYTES)
     return most
 
 
@@ -79,22 +92,43 @@ def test_what_stays():
     calls = [0, 1, 2, 1, 3, 1]
     base = PROCESS_BYTES
     few = plan(base + 120 * MB, 0, True, weights, calls)
-    assert few.resident == ("c",)
+    assert few.resident == ("a", "c")
     assert few.prefetch
     assert few.peak_bytes == base + 120 * MB  # packing a
     more = plan(base + 151 * MB + 4 * LOADED_BYTES, 0, True, weights, calls)
     assert more.resident == ("a", "c", "b", "d")
-    # Two that are streamed in turn are both there, so to keep one of them saves nothing.
-    assert plan(more.peak_bytes - 1, 0, True, weights, calls).resident == ("c",)
+    # One that is streamed alone takes as much as if it stayed.
+    assert plan(more.peak_bytes - 1, 0, True, weights, calls).resident == ("a", "c")
+
+
+def test_packing_is_over_before_tensors_and_workspaces_are_there():
+    weights = [Weights("a", 60 * MB, 30 * MB), Weights("b", 60 * MB, 40 * MB)]
+    answer = plan(PROCESS_BYTES + 120 * MB, 10 * MB, True, weights, [0, 1])
+    assert answer.resident == ()
+    assert answer.prefetch
+    assert answer.peak_bytes == PROCESS_BYTES + 120 * MB
+    with pytest.raises(UsageError, match="the least that would do is 138 MB"):
+        plan(PROCESS_BYTES + 119 * MB, 10 * MB, True, weights, [0, 1])
 
 
 def test_without_prefetch_where_two_do_not_fit():
     weights = [Weights("a", 60 * MB, 0), Weights("b", 60 * MB, 0)]
-    answer = plan(PROCESS_BYTES + 120 * MB, 0, True, weights, [0, 1])
+    answer = plan(PROCESS_BYTES + 130 * MB, 0, False, weights, [0, 1])
     assert answer.resident == ()
     assert not answer.prefetch
-    with pytest.raises(UsageError, match="the least that would do is 138 MB"):
-        plan(PROCESS_BYTES + 119 * MB, 0, True, weights, [0, 1])
+    assert plan(PROCESS_BYTES + 200 * MB, 0, False, weights, [0, 1]).prefetch
+
+
+def test_a_workspace_goes_with_what_is_streamed_and_stays_with_what_stays():
+    weights = [Weights("a", 60 * MB, 10 * MB), Weights("b", 20 * MB, 40 * MB)]
+
+    def peak(*stays):
+        return peak_bytes(stays, False, 0, True, weights, [0, 1], first=False) - PROCESS_BYTES
+
+    assert peak(False, False) == 70 * MB + LOADED_BYTES
+    assert peak(True, False) == 120 * MB + 2 * LOADED_BYTES
+    assert peak(False, True) == 120 * MB + 2 * LOADED_BYTES
+    assert peak(True, True) == 120 * MB + 2 * LOADED_BYTES
 
 
 def test_bundle_without_workspaces_is_refused():

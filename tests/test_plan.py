@@ -88,6 +88,21 @@ def test_peaks_are_within_ten_percent_of_runs(stack, target, resident, stream):
     assert peaks["stream"] == pytest.approx(stream * 1e6, rel=0.1)
 
 
+@pytest.mark.parametrize("size", [512, 768, 1024])
+def test_decoders_in_bands_take_less_than_the_unet(size):
+    shape = recipes.shape_after(recipes.builtin("stack1", "sdxl"), planning.architecture("sdxl"))
+    shape = plans.at_size(shape, size, size)
+    unet = [
+        plans._part(p, shape.grids, "litert-cpu")
+        for p in cutting.group(cutting.units(shape.layers), 80_000_000)
+    ]
+    drawn, _ = plans._bands(shape)
+    decoder = [plans._part(p, {}, "litert-cpu", rows) for p, rows in drawn]
+    assert max(w for _, _, w in decoder) < max(w for _, _, w in unet)
+    whole = plans.peak_bytes(shape, "executorch-xnnpack")
+    assert plans.peak_bytes(shape, "litert-cpu")["stream"] < 0.7 * whole["stream"]
+
+
 @pytest.mark.parametrize(
     ("budget", "said"), [(80, "too much"), (95, "close"), (105, "close"), (115, "fits")]
 )

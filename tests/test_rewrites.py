@@ -15,6 +15,8 @@ from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock, UNetMidB
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from handheld import banding
+from handheld_export import litert_rewrites
 from handheld_export.quantization import ActivationRange, round_to_nearest
 from handheld_export.rewrites import GatedGELU, Pointwise, rewrite
 
@@ -117,6 +119,25 @@ def test_rewrite_computes_the_same(case):
     assert (actual - expected).abs().max() <= 2e-6 * expected.abs().max()
     for name, p in module.named_parameters():
         assert torch.equal(p, before[name])
+
+
+@pytest.mark.parametrize("table", [1, 300, 10**9])
+@pytest.mark.parametrize("case", ["self attention", "cross attention", "attention over pictures"])
+def test_attention_in_parts_computes_the_same(case, table, monkeypatch):
+    monkeypatch.setattr(banding, "TABLE_BYTES", table)
+    module, inputs = CASES[case]()
+    randomize(module)
+    with torch.no_grad():
+        expected = module(*inputs)
+        actual = rewrite(module, litert_rewrites.REPLACEMENTS)(*inputs)
+    assert (actual - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
+def test_parts_of_an_attention_are_the_fewest_that_fit():
+    assert banding.queries(10, 1024, 1024) == 512  # SDXL at 512 x 512: 21 MB of 42
+    assert banding.queries(20, 256, 256) == 256
+    assert banding.queries(10, 4096, 4096) == 128
+    assert banding.queries(10, 9, 10**9) == 1
 
 
 @pytest.mark.parametrize("linear", [True, False])

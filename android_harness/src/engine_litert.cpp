@@ -92,6 +92,11 @@ const Api& api() {
 
 namespace {
 
+// What XNNPACK's delegate has by default: kernels for int8 and uint8, and fully connected layers
+// whose weights are inputs. And tables of addresses, which convolutions read through, in the
+// workspace, which models share, instead of beside each convolution.
+constexpr int kXnnpackFlags = 0x01 | 0x02 | 0x08 | 0x20;
+
 void check(Status status, const ArtifactInfo& info, const char* what) {
   if (status != 0) {
     throw Error("engine", "artifact '" + info.id + "': LiteRT cannot " + what + " (status " +
@@ -209,6 +214,8 @@ class LiteRtModel final : public hh::Model {
     check(api().LiteRtRunCompiledModel(compiled_, 0, in_.size(), in_.data(), out_.size(),
                                        out_.data()),
           info_, "run it");
+    // Norms and biases are read from the original; the system maps their surroundings, too.
+    file_.drop_pages();
   }
 
  private:
@@ -314,7 +321,8 @@ class LiteRtEngine final : public Engine {
 
   std::unique_ptr<hh::Model> load(const ArtifactInfo& info) override {
     Environment environment = this->environment();
-    const std::string threads = "num_threads = " + std::to_string(options_.threads) + "\n";
+    const std::string threads = "num_threads = " + std::to_string(options_.threads) +
+                                "\nflags = " + std::to_string(kXnnpackFlags) + "\n";
     PackCache* cache = this->cache();
     if (!cache) return std::make_unique<LiteRtModel>(info, environment, threads, shared());
     const auto make = [&](const std::string& path, std::shared_ptr<Shared> shared) {

@@ -28,24 +28,23 @@ std::string artifact_list(const std::vector<Weights>& artifacts, const std::vect
 
 MemoryPlan plan_memory(uint64_t budget, uint64_t activations, bool packed,
                        const std::vector<Weights>& artifacts, const std::vector<size_t>& calls) {
-  uint64_t workspace = 0, largest = 0;
-  for (const Weights& a : artifacts) {
-    workspace = std::max(workspace, a.workspace);
-    largest = std::max(largest, a.bytes);
-  }
-  const uint64_t fixed = kProcess + activations + workspace;
-  // Packing, which the first run ever does, and loading see the original and its copy.
-  const uint64_t copying = packed ? 2 * largest : 0;
-  auto loading = [&](size_t i) { return packed ? artifacts[i].bytes : 2 * artifacts[i].bytes; };
+  uint64_t largest = 0;
+  for (const Weights& a : artifacts) largest = std::max(largest, a.bytes);
+  // The first run ever packs one artifact after the other, before there is anything else.
+  const uint64_t packing = packed ? 2 * largest : 0;
+  // What is packed is only mapped until it runs. Else a load sees the original and its copy.
+  auto ahead = [&](size_t i) { return packed ? 0 : 2 * artifacts[i].bytes; };
 
   auto peak = [&](const std::vector<bool>& stays, bool prefetch) {
     constexpr size_t kNone = SIZE_MAX;
-    uint64_t held = 0, room = 0;
+    uint64_t held = 0, kept = 0, spare = 0;
     for (size_t i = 0; i < artifacts.size(); ++i)
       if (stays[i]) {
         held += artifacts[i].bytes + kLoaded;
-        room = std::max(room, loading(i) - artifacts[i].bytes);
+        kept = std::max(kept, artifacts[i].workspace);
+        if (!packed) spare = std::max(spare, artifacts[i].bytes);
       }
+    uint64_t room = kept + spare;
     size_t upcoming = kNone, following = kNone;
     for (size_t k = calls.size(); k-- > 0;) {
       const size_t call = calls[k];
@@ -54,11 +53,13 @@ MemoryPlan plan_memory(uint64_t budget, uint64_t activations, bool packed,
         following = upcoming;
         upcoming = call;
       }
-      room = std::max(room, loading(call) + kLoaded);
+      const uint64_t running =
+          artifacts[call].bytes + std::max(artifacts[call].workspace, kept) + kLoaded;
+      room = std::max({room, running, ahead(call) + kept + kLoaded});
       if (prefetch && following != kNone)
-        room = std::max(room, artifacts[call].bytes + loading(following) + 2 * kLoaded);
+        room = std::max(room, running + ahead(following) + kLoaded);
     }
-    return fixed + std::max(held + room, copying);
+    return std::max(kProcess + activations + held + room, kProcess + packing);
   };
 
   MemoryPlan plan;

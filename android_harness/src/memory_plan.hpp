@@ -13,7 +13,9 @@ namespace hh {
 struct Weights {
   std::string id;
   uint64_t bytes = 0;      // of its files; packed weights take as much
-  uint64_t workspace = 0;  // that the engine wants while it runs
+  // That the engine wants while it runs. It goes with a streamed artifact, and stays with one that
+  // stays, for all that run later.
+  uint64_t workspace = 0;
 };
 
 struct MemoryPlan {

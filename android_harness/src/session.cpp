@@ -134,6 +134,8 @@ std::unique_ptr<SafeTensors> Session::open_constants() const {
 bool Session::plan_memory(std::vector<Slot>& slots, const std::vector<size_t>& calls) const {
   if (!job_.memory_budget) return job_.prefetch;
   std::vector<Weights> weights;
+  uint64_t largest = 0;
+  bool keeps = false;
   for (const Slot& slot : slots) {
     const Artifact& artifact = *manifest_.artifact(slot.info.id);
     if (artifact.engine != "litert" && artifact.engine != "executorch")
@@ -147,7 +149,12 @@ bool Session::plan_memory(std::vector<Slot>& slots, const std::vector<size_t>& c
     uint64_t bytes = artifact.file.bytes;
     for (const FileRef& part : artifact.parts) bytes += part.bytes;
     weights.push_back({slot.info.id, bytes, *artifact.workspace});
+    largest = std::max(largest, *artifact.workspace);
+    // Its workspace stays as large as it ever was, whatever is loaded.
+    keeps = keeps || artifact.engine == "executorch";
   }
+  if (keeps)
+    for (Weights& w : weights) w.workspace = largest;
   uint64_t activations = activation_bytes(program());
   for (const auto& [name, spec] : manifest_.constant_specs) activations += spec.bytes();
   const MemoryPlan plan =

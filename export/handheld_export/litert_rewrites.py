@@ -12,12 +12,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from handheld import banding
 from handheld_export import rewrites
 from handheld_export.rewrites import (
     ExplicitAttention,
@@ -112,13 +114,31 @@ def _replace_resnet(block: Any) -> nn.Module:
     return LastAxisResnet(block)
 
 
+class PartialAttention(ExplicitAttention):
+    """Attention of some queries after the other, where the table of all of them is large.
+
+    The softmax is one of rows, so nothing changes but memory.
+    """
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n, tokens, width = q.shape
+        q, k, v = (
+            t.reshape(n, -1, self.heads, width // self.heads).transpose(1, 2) for t in (q, k, v)
+        )
+        rows = banding.queries(n * self.heads, tokens, k.shape[2])
+        starts = range(0, tokens, rows)
+        queries = [q] if rows == tokens else [q[:, :, i : i + rows] for i in starts]
+        parts = [F.scaled_dot_product_attention(x, k, v, scale=self.scale) for x in queries]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return y.transpose(1, 2).reshape(n, tokens, width)
+
+
 def _replace_attention(attention: Any) -> nn.Module:
-    # Only where a picture comes in and is normalized; others are fine as they are.
     special = ("norm_q", "norm_k", "norm_cross", "spatial_norm", "added_kv_proj_dim")
-    plain = all(getattr(attention, name, None) is None for name in special)
-    if attention.group_norm is None or not plain:
+    if any(getattr(attention, name, None) is not None for name in special):
         return attention  # type: ignore[no-any-return]
-    return ExplicitAttention(attention)
+    # Where a picture comes in it is normalized first.
+    return (PartialAttention if attention.group_norm is None else ExplicitAttention)(attention)
 
 
 REPLACEMENTS: Mapping[type[nn.Module], Callable[[Any], nn.Module]] = {

@@ -48,21 +48,13 @@ class Layer:
     quantized : QuantizedWeight or None
         None keeps the weight in float.
     half : bool
-        Whether a float weight is kept in float16.
-    float_input : bool
-        Whether a layer with codes computes in float: its input is not rounded.
+        Whether a float weight is kept in float16, which engines read through a DEQUANTIZE.
     """
 
     name: str
     weight: Tensor
     quantized: QuantizedWeight | None
     half: bool = False
-    float_input: bool = False
-
-    @property
-    def widened(self) -> bool:
-        """Whether the engine reads the weight through a DEQUANTIZE, once, when it loads."""
-        return self.half or (self.float_input and self.quantized is not None)
 
     @property
     def bits(self) -> int:
@@ -105,12 +97,7 @@ class Open(nn.Module):
             source = getattr(layer, "source_name", name)
             self.paths.append(f"{name}.weight")
             self.layers.append(
-                Layer(
-                    source,
-                    layer.weight.detach(),
-                    getattr(layer, "quantized", None),
-                    float_input=getattr(layer, "float_input", False),
-                )
+                Layer(source, layer.weight.detach(), getattr(layer, "quantized", None))
             )
             layer.weight = nn.Parameter(torch.zeros(()), requires_grad=False)
 
@@ -271,7 +258,7 @@ class _Surgery:
                 shape = (shape[0], shape[2], shape[3], shape[1])
             item = _Stored(schema.BufferT(), layer, shape)
             self.model.buffers.append(item.buffer)
-            new = self._widened(tensor, shape) if layer.widened else self.graph.tensors[tensor]
+            new = self._widened(tensor, shape) if layer.half else self.graph.tensors[tensor]
             new.name = f"{layer.name}.weight"
             new.shape = list(shape)
             new.shapeSignature = None
@@ -280,7 +267,7 @@ class _Surgery:
             if layer.quantized is not None:
                 self._quantize(new, layer)
                 for op in operators:
-                    if self.code(op) == _OPS.FULLY_CONNECTED and not layer.widened:
+                    if self.code(op) == _OPS.FULLY_CONNECTED:
                         op.builtinOptions.asymmetricQuantizeInputs = True
             stored.append(item)
         if not stored:
@@ -288,18 +275,18 @@ class _Surgery:
         return stored
 
     def _widened(self, tensor: int, shape: tuple[int, ...]) -> Any:
-        """Put a DEQUANTIZE before a tensor and return the narrow tensor that it reads."""
-        wide, narrow = self.graph.tensors[tensor], schema.TensorT()
+        """Put a DEQUANTIZE before a tensor and return the float16 tensor that it reads."""
+        wide, half = self.graph.tensors[tensor], schema.TensorT()
         wide.shape, wide.shapeSignature = list(shape), None
-        narrow.type = schema.TensorType.FLOAT16
-        self.graph.tensors.append(narrow)
+        half.type = schema.TensorType.FLOAT16
+        self.graph.tensors.append(half)
         op = schema.OperatorT()
         op.opcodeIndex = operator_code(self.model, _OPS.DEQUANTIZE)
         op.inputs, op.outputs = [len(self.graph.tensors) - 1], [tensor]
         op.builtinOptionsType = schema.BuiltinOptions.DequantizeOptions
         op.builtinOptions = schema.DequantizeOptionsT()
         self.widening.append(op)
-        return narrow
+        return half
 
     def widen(self) -> None:
         """Put the operators that widen weights before all others."""

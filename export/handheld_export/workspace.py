@@ -1,4 +1,4 @@
-"""Memory that an engine wants while it runs an artifact, measured when that is lowered."""
+"""Memory that an engine wants besides weights, measured when an artifact is lowered."""
 
 from __future__ import annotations
 
@@ -6,22 +6,28 @@ import ctypes
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from handheld_export.targets.base import Array
+from handheld_export.targets.base import Array, Runner
 
 _STATUS = Path("/proc/self/status")
 _STEP = 1 << 20
 
 
-def measure(run: Callable[[], Sequence[Array]]) -> tuple[Sequence[Array], int | None]:
-    """Run an artifact for the first time and see how far anonymous memory grows.
+def measure(
+    load: Callable[[], Runner], inputs: Sequence[Array], weights: int
+) -> tuple[Sequence[Array], int | None]:
+    """Load an artifact and run it, and see how far anonymous memory grows beyond its weights.
 
-    Pages that it maps from its file and the results themselves are not counted. Nothing else
-    may run in the process meanwhile.
+    An engine may take its workspace when it loads or when it runs, so both count. What does not are
+    pages that it maps from its file, weights that it packs into memory, and tensors, which Python's
+    runtimes copy. Nothing else may run in the process meanwhile.
 
     Parameters
     ----------
-    run : callable
-        Runs the artifact, which has been loaded and has not run yet.
+    load : callable
+        Loads the artifact.
+    inputs : sequence of array
+    weights : int
+        Bytes that it packs: about those of its files.
 
     Returns
     -------
@@ -32,14 +38,16 @@ def measure(run: Callable[[], Sequence[Array]]) -> tuple[Sequence[Array], int | 
     try:
         # Pages that were freed before would hide what is taken from them.
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
         before = _fields()
+        runner = load()
+        Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError):
-        return run(), None
-    results = run()
+        return load()(*inputs), None
+    results = runner(*inputs)
     after = _fields()
     grown = after["VmHWM"] - before["VmRSS"] - max(0, after["RssFile"] - before["RssFile"])
-    grown -= sum(r.nbytes for r in results)
+    # The results, and the runtime's own copies of what it was given and gave.
+    grown -= sum(x.nbytes for x in inputs) + 2 * sum(r.nbytes for r in results) + weights
     return results, max(1, -(-grown // _STEP)) * _STEP
 
 

@@ -1,4 +1,7 @@
-"""How decoders are cut into bands of rows, from sizes alone: the rule of export and plan."""
+"""What is computed in parts to save memory, from sizes alone: the rule of export and plan.
+
+Decoders are cut into bands of rows, the table of an attention into some queries after the other.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,17 @@ BAND_BYTES: Final = 8 * 10**6
 """Of the largest tensor of a band, where nobody says otherwise."""
 MOST_BANDS: Final = 64
 """So many parts of the largest tensor and no more: a program has a limit of operations."""
+
+
+TABLE_BYTES: Final = 32 * 10**6
+"""Of what the softmax of an attention gives at once, in float32."""
+
+
+def queries(heads: int, count: int, keys: int) -> int:
+    """Return how many queries an attention takes at once; they divide ``count``."""
+    parts = (n for n in range(1, count + 1) if count % n == 0)
+    fits = (n for n in parts if 4 * heads * (count // n) * keys <= TABLE_BYTES)
+    return count // next(fits, count)
 
 
 def choose(largest: int) -> float | None:

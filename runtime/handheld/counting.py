@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from handheld.errors import CheckpointError
@@ -34,6 +34,8 @@ class Layer:
         Multiply-accumulates of one run at batch 1.
     outputs : int
         Elements that it gives.
+    table : (int, int, int) or None
+        Of an attention, what its softmax gives: heads, queries and keys.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Layer:
     bias: bool
     macs: int
     outputs: int
+    table: tuple[int, int, int] | None = None
 
     @property
     def weights(self) -> int:
@@ -162,9 +165,13 @@ class _Counter:
         rows = self.positions if rows is None else rows
         self.layers.append(Layer(name, "norm", (channels,), True, 0, channels * rows))
 
-    def attention(self, name: str, channels: int, queries: int, keys: int) -> None:
-        macs = 2 * channels * queries * keys
-        self.layers.append(Layer(name, "attention", (), False, macs, channels * queries))
+    def attention(self, name: str, channels: int, heads: int, queries: int, keys: int) -> None:
+        macs, outputs, table = (
+            2 * channels * queries * keys,
+            channels * queries,
+            (heads, queries, keys),
+        )
+        self.layers.append(Layer(name, "attention", (), False, macs, outputs, table))
 
     def resnet(self, name: str, inputs: int, outputs: int, embedding: int | None) -> None:
         self.norm(f"{name}.norm1", inputs)
@@ -202,6 +209,9 @@ class _UNet:
         n = len(self.channels)
         self.per_block = _per_block(config.get("layers_per_block", 2), n)
         self.cross = _per_block(config.get("cross_attention_dim", 1280), n)
+        # diffusers' own confusion: what is called a width is a number of heads.
+        heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
+        self.heads = _per_block(heads, n)
         self.depth = _per_block(config.get("transformer_layers_per_block", 1), n)
         reverse = config.get("reverse_transformer_layers_per_block")
         self.reverse_depth = self.depth[::-1] if reverse is None else _per_block(reverse, n)
@@ -235,10 +245,7 @@ class _UNet:
         )  # fmt: skip
         if batch == 1:
             return c.layers
-        return [
-            Layer(x.name, x.kind, x.shape, x.bias, x.macs * batch, x.outputs * batch)
-            for x in c.layers
-        ]
+        return [replace(x, macs=x.macs * batch, outputs=x.outputs * batch) for x in c.layers]
 
     def _down(self, c: _Counter) -> list[int]:
         skips = [self.channels[0]]
@@ -252,7 +259,7 @@ class _UNet:
                 inputs = outputs
                 if attends:
                     name = f"down_blocks.{i}.attentions.{j}"
-                    self._transformer(c, name, outputs, depth[j], self.cross[i])
+                    self._transformer(c, name, outputs, depth[j], i)
                 skips.append(outputs)
             self.sizes.append(c.size)
             if i < len(self.channels) - 1:
@@ -272,7 +279,7 @@ class _UNet:
             # diffusers builds it with no layers but the first, and without attention.
             return
         depth = _per_block(self.depth[-1], 1)[0]
-        self._transformer(c, "mid_block.attentions.0", channels, depth, self.cross[-1])
+        self._transformer(c, "mid_block.attentions.0", channels, depth, -1)
         c.resnet("mid_block.resnets.1", channels, channels, self.embedding)
 
     def _up(self, c: _Counter, skips: list[int]) -> None:
@@ -289,14 +296,14 @@ class _UNet:
                 inputs = outputs
                 if attends:
                     name = f"up_blocks.{i}.attentions.{j}"
-                    self._transformer(c, name, outputs, depth[j], self.cross[-1 - i])
+                    self._transformer(c, name, outputs, depth[j], -1 - i)
             if i < len(channels) - 1:
                 # An odd size is not the double of the next: the U-Net upsamples to the skip's.
                 c.size = self.sizes[-2 - i]
                 c.conv(f"up_blocks.{i}.upsamplers.0.conv", outputs, outputs)
 
-    def _transformer(self, c: _Counter, name: str, channels: int, depth: int, cross: int) -> None:
-        rows = c.positions
+    def _transformer(self, c: _Counter, name: str, channels: int, depth: int, level: int) -> None:
+        rows, cross, heads = c.positions, self.cross[level], self.heads[level]
         c.norm(f"{name}.norm", channels)
         if self.linear_projection:
             c.linear(f"{name}.proj_in", channels, channels, rows)
@@ -312,7 +319,7 @@ class _UNet:
                 c.linear(f"{attention}.to_q", channels, width, rows, bias=False)
                 c.linear(f"{attention}.to_k", source, width, keys, bias=False)
                 c.linear(f"{attention}.to_v", source, width, keys, bias=False)
-                c.attention(attention, width, rows, keys)
+                c.attention(attention, width, heads, rows, keys)
                 c.linear(f"{attention}.to_out.0", width, channels, rows)
             c.norm(f"{block}.norm3", channels, rows)
             c.linear(f"{block}.ff.net.0.proj", channels, 8 * channels, rows)
@@ -354,7 +361,7 @@ def _kl_decoder(config: Config, latent: tuple[int, int]) -> list[Layer]:
         c.norm(f"{name}.group_norm", top)
         for part in ("to_q", "to_k", "to_v"):
             c.linear(f"{name}.{part}", top, top, rows)
-        c.attention(name, top, rows, rows)
+        c.attention(name, top, 1, rows, rows)
         c.linear(f"{name}.to_out.0", top, top, rows)
     c.resnet("decoder.mid_block.resnets.1", top, top, None)
     previous = top

@@ -7,7 +7,7 @@ The same rule in integers is in the harness (``memory_plan.cpp``); both must giv
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from handheld.errors import BundleError, UsageError
@@ -19,6 +19,8 @@ PROCESS_BYTES: Final = 18_000_000
 """The harness itself and the engines' libraries."""
 PACKING: Final = ("litert", "executorch")
 """Engines that keep packed weights in files, which the rule is about."""
+KEEPS_WORKSPACE: Final = "executorch"
+"""The engine whose workspace stays as large as it ever was, whatever is loaded."""
 LOADED_BYTES: Final = 1_250_000
 """What an engine keeps of a loaded artifact besides its weights."""
 
@@ -33,7 +35,8 @@ class Weights:
     bytes : int
         Of its files; packed weights take as much.
     workspace : int
-        Memory that the engine wants while it runs.
+        Memory that the engine wants while it runs. It goes with a streamed artifact, and stays
+        with one that stays, for all that run later.
     """
 
     id: str
@@ -139,6 +142,10 @@ def peak_bytes(
     packed: bool,
     artifacts: Sequence[Weights],
     calls: Sequence[int],
+    *,
+    first: bool = True,
+    process: int = PROCESS_BYTES,
+    loaded: int = LOADED_BYTES,
 ) -> int:
     """Return the most that a process takes where some artifacts stay; see :func:`plan`.
 
@@ -148,14 +155,17 @@ def peak_bytes(
         Of each artifact; the others are streamed.
     prefetch : bool
         Whether the next streamed artifact is loaded while one runs.
+    first : bool
+        Whether weights may have to be packed, as in the first run ever.
+    process, loaded : int
+        Bytes of the process itself, and of each loaded artifact besides its weights.
     """
-    fixed = PROCESS_BYTES + activations + max((a.workspace for a in artifacts), default=0)
-    # Packing, which the first run ever does, and loading see the original and its copy.
-    copying = 2 * max((a.bytes for a in artifacts), default=0) if packed else 0
-    loading = [a.bytes if packed else 2 * a.bytes for a in artifacts]
-    held = [a.bytes + LOADED_BYTES for a, stay in zip(artifacts, stays, strict=True) if stay]
-    spare = [x - a.bytes for x, a, stay in zip(loading, artifacts, stays, strict=True) if stay]
-    room = max(spare, default=0)
+    staying = [a for a, stay in zip(artifacts, stays, strict=True) if stay]
+    held = sum(a.bytes + loaded for a in staying)
+    kept = max((a.workspace for a in staying), default=0)
+    # What is packed is only mapped until it runs. Else a load sees the original and its copy.
+    room = kept + max((0 if packed else a.bytes for a in staying), default=0)
+    ahead = [0 if packed else 2 * a.bytes for a in artifacts]
     upcoming: int | None = None
     following: int | None = None  # the streamed artifact after `upcoming` that is another
     for call in reversed(calls):
@@ -163,11 +173,15 @@ def peak_bytes(
             continue
         if call != upcoming:
             following, upcoming = upcoming, call
-        room = max(room, loading[call] + LOADED_BYTES)
+        running = artifacts[call].bytes + max(artifacts[call].workspace, kept) + loaded
+        room = max(room, running, ahead[call] + kept + loaded)
         if prefetch and following is not None:
-            both = artifacts[call].bytes + loading[following] + 2 * LOADED_BYTES
-            room = max(room, both)
-    return fixed + max(sum(held) + room, copying)
+            room = max(room, running + ahead[following] + loaded)
+    most = process + activations + held + room
+    if not (packed and first):
+        return most
+    # One artifact is packed after the other, before there is anything else.
+    return max(most, process + 2 * max((a.bytes for a in artifacts), default=0))
 
 
 def plan_bundle(manifest: Manifest, size: str, budget: int, *, packed: bool = True) -> MemoryPlan:
@@ -211,6 +225,9 @@ def plan_bundle(manifest: Manifest, size: str, budget: int, *, packed: bool = Tr
                 remedy="export the bundle again",
             )
         artifacts.append(Weights(name, by_id[name].nbytes, workspace))
+    if any(by_id[name].engine == KEEPS_WORKSPACE for name in index):
+        largest = max(a.workspace for a in artifacts)
+        artifacts = [replace(a, workspace=largest) for a in artifacts]
     activations = activation_bytes(program) + sum(
         spec.nbytes for spec in manifest.constant_specs.values()
     )

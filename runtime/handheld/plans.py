@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 
 from pydantic import Field, ValidationError
 
-from handheld import counting, cutting, planning, precision
+from handheld import banding, counting, cutting, memory_plan, planning, precision
 from handheld.bundle import describe_validation
 from handheld.counting import Layer
 from handheld.errors import UsageError
@@ -30,6 +30,8 @@ SEGMENT_BYTES = 64 * 10**6
 """Of one artifact, the size that the exporter aims at."""
 
 
+PARTS: Final = ("litert-cpu",)
+"""Targets for which an export cuts decoders into bands, and large attentions into parts."""
 OFF: Final = 0.10
 """How far a run's peak may lie from the plan's; what is closer to a budget is not decided."""
 Verdict = Literal["fits", "close", "too much"]
@@ -182,8 +184,8 @@ def at_precision(shape: Shape, name: str) -> Shape:
 def peak_bytes(shape: Shape, target: str) -> dict[str, int] | None:
     """Estimate the peak memory of a run, with packed weights on disk.
 
-    The model is cut as an export cuts it. Resident, all artifacts are there, and the workspace of
-    the hungriest. Streamed, it is one artifact at a time: what is fetched ahead is only mapped.
+    The model is cut as an export cuts it, and :func:`handheld.memory_plan.peak_bytes` says what its
+    artifacts take together. Weights are those of files; workspaces and tensors are estimated here.
 
     Returns
     -------
@@ -193,22 +195,99 @@ def peak_bytes(shape: Shape, target: str) -> dict[str, int] | None:
     engine = engines().get(target)
     if engine is None:
         return None
-    most = cutting.MOST_WEIGHTS[target]
-    unet = cutting.group(cutting.units(shape.layers), most)
-    decoder = cutting.group(cutting.units(shape.decoder_layers), most)
-    between = 4 * max(cutting.held_between(unet), cutting.held_between(decoder))
-    loaded, workspaces = [], []
-    for parts, grids in ((unet, shape.grids), (decoder, planning.decoder_grids(shape))):
-        for part in parts:
-            layers = [x for unit in part for x in unit.layers]
-            nbytes = _file(layers, grids, target)
-            loaded.append(nbytes + engine.artifact_bytes + engine.layer_bytes * len(layers))
-            workspaces.append(4 * _window(layers))
-    fixed = engine.process_bytes + between
-    return {
-        "resident": fixed + sum(loaded) + max(workspaces),
-        "stream": fixed + max(map(sum, zip(loaded, workspaces, strict=True))),
-    }
+    grids = planning.decoder_grids(shape)
+    unet = cutting.group(cutting.units(shape.layers), cutting.MOST_WEIGHTS[target])
+    found = [_part(p, shape.grids, target) for p in unet]
+    bands = _bands(shape) if target in PARTS else None
+    if bands is None:
+        decoder = cutting.group(cutting.units(shape.decoder_layers), cutting.MOST_WEIGHTS[target])
+        between = cutting.held_between(decoder)
+        found += [_part(p, grids, target) for p in decoder]
+    else:
+        drawn, between = bands
+        found += [_part(p, grids, target, part) for p, part in drawn]
+    artifacts = [
+        memory_plan.Weights(str(i), nbytes + engine.layer_bytes * count, workspace)
+        for i, (nbytes, count, workspace) in enumerate(found)
+    ]
+    tensors = 4 * max(cutting.held_between(unet), between)
+    calls = range(len(artifacts))
+
+    def peak(stay: bool) -> int:
+        return memory_plan.peak_bytes(
+            [stay for _ in calls], True, tensors, True, artifacts, calls, first=False,
+            process=engine.process_bytes, loaded=engine.artifact_bytes,
+        )  # fmt: skip
+
+    return {"resident": peak(True), "stream": peak(False)}
+
+
+def _part(
+    units: Sequence[cutting.Unit], grids: Mapping[str, Stored], target: str, rows: float = 1.0
+) -> tuple[int, int, int]:
+    """Return an artifact's bytes, its number of layers, and the workspace of part of its rows."""
+    layers = [x for unit in units for x in unit.layers]
+    wanted = _window(layers)
+    for x in layers:
+        if x.kind == "norm":  # what comes in, without its mean, and normalised
+            wanted = max(wanted, 3 * x.outputs)
+        elif x.table is not None:  # queries, keys, values, what they give, and copies by heads
+            heads, queries, keys = x.table
+            if target in PARTS:
+                queries = banding.queries(heads, queries, keys)
+            wanted = max(wanted, heads * queries * keys + 6 * x.outputs)
+    return _file(layers, grids, target), len(layers), round(4 * wanted * rows)
+
+
+def _bands(shape: Shape) -> tuple[list[tuple[list[cutting.Unit], float]], int] | None:
+    """Cut a decoder into passes over bands of rows as an export does.
+
+    Returns
+    -------
+    passes : list
+        Units of each, and which part of the rows a call works on.
+    between : int
+        Elements of the tensors between passes.
+    None if the decoder is drawn whole.
+    """
+    units = cutting.units(shape.decoder_layers)
+    megabytes = banding.choose(4 * max(u.elements for u in units))
+    if megabytes is None:
+        return None
+    if shape.decoder.get("_class_name") == "AutoencoderTiny":
+        return _windows(units, shape.latent, megabytes * 1e6)
+    # Passes hold one convolution each. Tensors between them are in float16, half of an element, and
+    # those of a pass are freed while the next one writes.
+    largest = max(u.elements for u in units)
+    part = megabytes * 1e6 / (4 * largest)
+    return [([u], part) for u in units], round(largest / 2 + 2 * part * largest)
+
+
+def _windows(
+    units: Sequence[cutting.Unit], latent: tuple[int, int], limit: float
+) -> tuple[list[tuple[list[cutting.Unit], float]], int]:
+    levels: list[list[cutting.Unit]] = []
+    for unit in units:
+        if not levels or levels[-1][-1].block != unit.block:
+            levels.append([])
+        levels[-1].append(unit)
+    found, between = [], 0
+    height, width = latent
+    for i, level in enumerate(levels):
+        scale = 2 if i else 1
+        layers = [x for u in level for x in u.layers]
+        reach = sum(x.kind == "conv3x3" for x in layers)
+        source = layers[0].shape[1] * height * width
+        row = max(layers[0].shape[1], *(x.shape[0] for x in layers)) * width * scale**2
+        cut = banding.windows(height, -(-reach // scale), 4 * row, limit)
+        found.append((level, cut.rows / height))
+        result, calls = layers[-1].outputs, len(cut.starts)
+        between = max(between, source + result)
+        if calls > 1:  # what a call reads and gives, and what is joined in the end
+            band = (source + result) * cut.rows // height
+            between = max(between, source + result + band, 2 * result)
+        height, width = height * scale, width * scale
+    return found, between
 
 
 def verdict(peak: int, least: int, budget: int) -> Verdict:

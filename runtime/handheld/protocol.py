@@ -79,8 +79,7 @@ class Job(Model):
 class Event(BaseModel):
     """Base of all events."""
 
-    # JSON has no such numbers, and a record with one could not be written.
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="ignore")
     t_ms: float
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import torch
 
 from handheld.errors import TargetError
 from handheld.program import Ports
@@ -39,8 +38,7 @@ class LiteRTCPU(Target):
 
         The scales of groups are rounded to bfloat16, because that is all the kernels take;
         codes and all other scales are the student's. Convolutions of fewer than 8 bits are held
-        as int8: XNNPACK reads no narrower ones, int4 runs outside it, and int2 gives NaN. So are
-        those of layers whose input is not rounded, which XNNPACK widens when it loads them.
+        as int8: XNNPACK reads no narrower ones, int4 runs outside it, and int2 gives NaN.
 
         Raises
         ------
@@ -66,10 +64,7 @@ class LiteRTCPU(Target):
         weight = layer.quantized
         if weight is None:
             return layer
-        held = self.container(weight, float_input=layer.float_input)
-        if held == "float32":
-            return replace(layer, quantized=None, weight=torch.from_numpy(weight.dequantize()))
-        return replace(layer, quantized=replace(weight, grid=held))
+        return replace(layer, quantized=self.held(weight))
 
     def share(
         self, paths: Mapping[str, Path], weights: str, folder: Path

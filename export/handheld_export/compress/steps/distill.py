@@ -35,7 +35,6 @@ class Distill(Step):
 
     kind: ClassVar[str] = "distill"
     after: ClassVar[tuple[str, ...]] = ("trim", "quantize")
-    before: ClassVar[tuple[str, ...]] = ("activations",)
 
     train: Loop
     output: float = Field(default=1.0, ge=0)

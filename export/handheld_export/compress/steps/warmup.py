@@ -27,7 +27,7 @@ class Warmup(WarmupShape, Step):
     """
 
     kind: ClassVar[str] = "warmup"
-    before: ClassVar[tuple[str, ...]] = ("dmd", "quantize", "activations")
+    before: ClassVar[tuple[str, ...]] = ("dmd", "quantize")
 
     train: Loop
     pairs: int = Field(default=10_000, ge=1)
