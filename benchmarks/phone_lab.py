@@ -161,7 +161,7 @@ def pictures(path: Path, made: list[Phone], folder: Path) -> list[dict[str, Any]
     own = draw("host")
     rows = []
     for phone in made:
-        error = np.square(draw(phone.serial) - own).mean()
+        error = np.square(draw(phone.address) - own).mean()
         rows.append(
             {
                 "phone": phone.serial,
@@ -188,6 +188,9 @@ def _row(record: records.RunRecord) -> dict[str, Any]:
         "throttled": record.throttled,
         "sent_bytes": record.transfer.bytes if record.transfer else None,
         "median_ms": figures["median_ms"],
+        "placement": dict(sum(map(Counter, (record.placement or {}).values()), Counter())),
+        "placement_note": record.placement_note,
+        "not_counted": record.memory.not_counted if record.memory else None,
     }
 
 

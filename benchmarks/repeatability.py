@@ -22,6 +22,7 @@ from typing import Any
 from handheld import bench, records
 from handheld.bundle import Bundle
 from handheld.devices.host import HostDevice
+from handheld.errors import GateError
 from handheld.records import RunRecord
 from stages import ROOT, Stages, command, guarded, say, versions, write_summary
 
@@ -71,6 +72,8 @@ def main() -> int:
                 bundle, device, options, command=command(),
                 keep=lambda r: records.append(file, r),
             )  # fmt: skip
+            if record.status != "ok":
+                raise GateError(f"a run failed: {record.error}", path=file)
             found.append(row(record))
         return found
 

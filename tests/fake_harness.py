@@ -16,7 +16,7 @@ from pathlib import Path
 
 FAULTS = set(filter(None, os.environ.get("HANDHELD_FAKE", "").split(",")))
 START = time.monotonic()
-ENGINES = {"litert": "2.3.0"}
+ENGINES = json.loads(os.environ.get("HANDHELD_FAKE_ENGINES", '{"litert": "2.3.0"}'))
 
 
 def install(folder: Path) -> Path:

@@ -138,7 +138,8 @@ def command(folder: Path, state: dict[str, Any], words: list[str]) -> dict[str, 
         return {"devices": [device(state)]}
     assert words[0] == "device"
     assert option(words, "--device") == IDENTIFIER
-    if "gone" in state:
+    copies = (folder / "calls.jsonl").read_text().count('"copy", "to"')
+    if "gone" in state or copies > state.get("gone_after_copies", copies):
         raise FailedError(CORE, 1011, "The device is not connected.")
     match words[1:3]:
         case ["process", "launch"]:
@@ -234,6 +235,10 @@ def copy(folder: Path, state: dict[str, Any], words: list[str], direction: str) 
         shutil.copyfile(container / source, target)
         return {"files": []}
     (container / target).parent.mkdir(parents=True, exist_ok=True)
+    if Path(source).stat().st_size > state.get("room", sys.maxsize):
+        (container / target).write_bytes(Path(source).read_bytes()[: state["room"]])
+        raise FailedError(CORE, 7000, "The file could not be copied.",
+                          under("NSPOSIXErrorDomain", 28, "No space left on device"))  # fmt: skip
     shutil.copyfile(source, container / target)
     if "flip" in state and len(Path(target).name) == 64:
         data = bytearray((container / target).read_bytes())
@@ -344,6 +349,10 @@ def lay_out(bundle: Path) -> None:
             os.link(Path("objects") / ref["sha256"], bundle / ref["path"])
 
 
+def engines(state: dict[str, Any]) -> dict[str, str]:
+    return state.get("engines", {"litert": "2.3.0", "coreml": "18.1"})
+
+
 def app(folder: Path, state: dict[str, Any], arguments: list[str]) -> None:
     """Do what the benchmark app does."""
     home = folder / "container" / "Documents" / "handheld"
@@ -366,7 +375,7 @@ def app(folder: Path, state: dict[str, Any], arguments: list[str]) -> None:
     if arguments[0] == "--report":
         report = {
             "objects": {p.name: p.stat().st_size for p in Path("objects").iterdir()},
-            "engines": {"litert": "2.3.0", "coreml": "18.1"}, "ram_bytes": 8_000_000_000,
+            "engines": engines(state), "ram_bytes": 8_000_000_000,
             "free_bytes": state.get("free", 90_000_000_000), "cores": 6,
             "thermal": state.get("thermal", 0), "battery_percent": 77, "charging": True,
         }  # fmt: skip
@@ -386,7 +395,8 @@ def app(folder: Path, state: dict[str, Any], arguments: list[str]) -> None:
             subprocess.run(
                 [sys.executable, "-SE", folder / "fake_harness.py", run / "job.json"],
                 stdin=subprocess.DEVNULL, stdout=out, check=False,
-                env={**os.environ, "HANDHELD_FAKE": state.get("harness", "")},
+                env={**os.environ, "HANDHELD_FAKE": state.get("harness", ""),
+                     "HANDHELD_FAKE_ENGINES": json.dumps(engines(state))},
             )  # fmt: skip
 
 

@@ -211,6 +211,7 @@ class Phone:
             f'else cat "{self.system}/getprop"; fi',
             "dumpsys": f'cat "{self.system}/$1" 2>/dev/null || echo "Can\'t find service: $1" >&2',
             "df": f'cat "{self.system}/df"',
+            "date": f'exec /bin/date -d "$(cat "{self.system}/offset") seconds" "$@"',
             "sync": "true",
         }.items():
             path = programs / name
@@ -249,6 +250,7 @@ class Phone:
             f"  voltage: 4102\n  temperature: {now.battery_tenths}\n  technology: Li-ion\n"
             + self.profile.battery_tail
         )
+        (self.system / "offset").write_text(f"{now.clock_offset_s:.0f}")
         used = self.used()
         (self.system / "df").write_text(
             "Filesystem      1K-blocks     Used Available Use% Mounted on\n"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from handheld.errors import UsageError
 from handheld.precision import Choice
 from handheld.reshaping import Option, assign, nbytes
-from handheld_export.compress.allocate import bits_per_weight, sensitivity
+from handheld_export.compress.allocate import bits_per_weight, float_inputs, sensitivity
 from handheld_export.compress.fakequant import fit
 
 GRIDS = ("int2", "int4", "int8")
@@ -101,3 +101,37 @@ def test_bits_per_weight_count_scales():
     assert bits_per_weight({"a": fit(weight, Choice("int2"))}) == pytest.approx(2 + 32 / 64)
     assert bits_per_weight({"a": fit(weight, Choice("int4", 32))}) == pytest.approx(4 + 16 / 32)
     assert bits_per_weight({}) == 0
+
+
+class Mixed(torch.nn.Module):
+    """Two layers, of which one reads a value beside which all others vanish in eight bits."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain, self.planted = torch.nn.Linear(32, 32), torch.nn.Linear(33, 32)
+        with torch.no_grad():
+            self.planted.weight[:, 32] = 1e-4
+
+    def forward(self, x):
+        outlier = torch.full_like(x[..., :1], 1e4)
+        return self.plain(x) + self.planted(torch.cat([x, outlier], -1))
+
+
+def test_the_layer_with_an_outlier_is_kept_in_float():
+    torch.manual_seed(0)
+    model, x = Mixed(), torch.randn(4, 8, 32)
+    macs = {"plain": 32 * 32, "planted": 33 * 32}
+
+    def chosen(error, budget=1e9):
+        return float_inputs(model, lambda: model(x), macs, error, budget)
+
+    names, before, after = chosen(1e-3)
+    assert names == ["planted"]
+    assert before > 0.1
+    assert after < 1e-3
+    assert chosen(1.0)[0] == [], "nothing is done without need"
+    names, _, after = chosen(0.0)
+    assert set(names) == set(macs) and after == 0
+    names, before, after = chosen(1e-3, budget=32 * 32)
+    assert names == ["plain"] and after == pytest.approx(before, rel=0.1), "the budget holds"
+    assert not model.plain._forward_pre_hooks, "the model is as it was"

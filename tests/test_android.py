@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import shutil
@@ -18,9 +19,10 @@ from PIL import Image
 
 import lab
 import samples
-from handheld import bench, devices, kit
+from handheld import bench, devices, fleet, kit, records
 from handheld.bench import Options
-from handheld.devices import android, process
+from handheld.devices import adb, android, process
+from handheld.devices.adb import Server
 from handheld.devices.android import AndroidDevices
 from handheld.errors import DeviceBusyError, DeviceError, HarnessError
 from handheld.protocol import Hello
@@ -406,6 +408,98 @@ def test_machines_take_turns_on_a_phone(phone, device, sample):
     gone = time.time() - android.LOCK_S - 5
     os.utime(lock, (gone, gone))
     assert bench.run(sample, device, FAST).status == "ok"
+
+
+@system
+def test_a_slow_link(phone, device, sample, monkeypatch):
+    phone.state.bytes_per_s = 20_000
+    assert bench.run(sample, device, FAST).status == "ok"
+    shutil.rmtree(phone.storage / "handheld")
+    phone.state.bytes_per_s = 200
+    monkeypatch.setattr(adb, "CALL_S", 1.0)
+    monkeypatch.setattr(adb, "SLOWEST_BYTES_PER_S", 10_000)
+    kept = []
+    with pytest.raises(DeviceError, match="did not answer within"):
+        bench.run(sample, device, FAST, keep=kept.append)
+    assert [(r.status, r.passes) for r in kept] == [("failed", ())]
+    monkeypatch.undo()
+    phone.state.bytes_per_s = None
+
+
+@system
+def test_a_phone_that_falls_silent_during_a_run(phone, device, sample, server, monkeypatch):
+    """Its connection stays, and it answers nothing."""
+    monkeypatch.setattr(process, "PROBE_S", 0.5)
+    monkeypatch.setenv("HANDHELD_FAKE", "hang")
+    real = Server.call
+
+    def hasty(self, *words, timeout_s=1.0):
+        return real(self, *words, timeout_s=min(timeout_s, 1.0))
+
+    def fall_silent(purpose, event):
+        if event is not None and event.event == "iteration":
+            phone.state.deaf = True
+            monkeypatch.setattr(Server, "call", hasty)
+
+    start = time.monotonic()
+    record = bench.run(sample, device, FAST, progress=fall_silent)
+    assert (record.status, len(record.passes[-1].iterations)) == ("partial", 1)
+    assert "did not answer" in record.error
+    assert time.monotonic() - start < 60
+    monkeypatch.setattr(Server, "call", real)
+    monkeypatch.setenv("HANDHELD_FAKE", "")
+    phone.state.deaf = False
+    lab.adb("disconnect", phone.address, environment=server)
+    lab.connect(phone, server)
+    assert bench.run(sample, device, FAST).status == "ok"
+    assert (phone.left(), phone.harnesses()) == ([], [])
+
+
+@system
+@pytest.mark.parametrize("days", [-400, 400])
+def test_a_clock_that_is_set_during_a_run(phone, device, sample, days):
+    def reset(purpose, event):
+        if event is not None and event.event == "iteration":
+            phone.state.clock_offset_s = days * 86400
+
+    record = bench.run(sample, device, FAST, progress=reset)
+    assert (record.status, record.error) == ("ok", None)
+    assert record.finished - record.started < datetime.timedelta(minutes=5)
+    assert phone.left() == []
+    again = bench.run(sample, device, FAST)
+    assert (again.status, again.transfer.bytes) == ("ok", 0)
+
+
+@system
+def test_two_servers_are_one_fleet(phone, server, sample, tmp_path, monkeypatch):
+    """As in a lab whose phones hang on several machines, one of which is down."""
+    sockets = [f"tcp:127.0.0.1:{server['ANDROID_ADB_SERVER_PORT']}"]
+    monkeypatch.setenv(adb.SERVERS, "")
+    with (
+        lab.adb_server(tmp_path / "home") as other,
+        lab.make_phone(tmp_path / "other", "older", serial="OTHER") as second,
+    ):
+        lab.connect(second, other)
+        sockets.append(f"tcp:127.0.0.1:{other['ANDROID_ADB_SERVER_PORT']}")
+        down = f"tcp:127.0.0.1:{lab.free_port()}"
+        table = fleet.Matrix(
+            devices=("android",),
+            bundles=({"path": str(sample.path)},),
+            adb_servers=(*sockets, down),
+            options={"iterations": 2, "precision": None, "first_ever": False},
+        )
+        file = tmp_path / "records.jsonl"
+        results = fleet.Fleet(table, tmp_path, file).run()
+        assert sorted(r.outcome for r in results) == ["done", "done", "missing"]
+        assert next(r for r in results if r.outcome == "missing").device == down
+        models = {r.device.model for r in records.read(file)}
+        assert models == {"samsung SM-S921B", "Xiaomi Redmi Note 9"}
+        assert phone.left() == second.left() == []
+        # The variable of adb's own names one server.
+        monkeypatch.setenv(adb.SERVERS, "")
+        monkeypatch.setenv("ADB_SERVER_SOCKET", sockets[1])
+        (found,) = devices.find("android")
+        assert found.serial == second.address
 
 
 @system

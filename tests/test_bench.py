@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from handheld.bench import Options
 from handheld.bundle import Bundle
 from handheld.devices import process
 from handheld.errors import BundleError, DeviceError, HarnessError, UsageError
+from handheld.placement import placement
 from handheld.protocol import Iteration, Job, Load, Memory
 from handheld.records import Heat, HeatSample, Pass, read, sustained_curve
 
@@ -87,11 +89,16 @@ def test_without_cache(sample, host):
 def test_placement(sample):
     now = datetime.now(UTC)
     done = Pass(purpose="latency", started=now, finished=now, done=True)
-    assert bench.placement(sample, "16x8", [done]) == {"unet.0": {"cpu": 1}}
-    assert bench.placement(sample, "16x8", []) is None
+    counted, note = placement(sample, "16x8", [done])
+    assert counted == {"unet.0": {"cpu": 1}}
+    assert note.startswith("calls per picture")
+    assert placement(sample, "16x8", []) == (None, "no pass was run to its end")
     told = Load(t_ms=1.0, artifact="unet.0", ms=1.0, units={"npu": 40, "cpu": 2})
     other = done.model_copy(update={"loads": (told,)})
-    assert bench.placement(sample, "16x8", [other]) == {"unet.0": {"npu": 40, "cpu": 2}}
+    assert placement(sample, "16x8", [other]) == ({"unet.0": {"npu": 40, "cpu": 2}}, None)
+    manifest = sample.manifest.model_copy(update={"target": "coreml"})
+    elsewhere = dataclasses.replace(sample, manifest=manifest)
+    assert placement(elsewhere, "16x8", [done]) == (None, "neither the engine nor its files tell")
 
 
 def test_another_seed_is_not_compared(sample, host):
@@ -252,15 +259,20 @@ def test_a_sustained_pass_may_be_longer_than_the_time_limit(sample, host):
 
 
 def test_what_memory_leaves_out():
-    def figures(**fields):
+    def figures(used="cpu", **fields):
         now = datetime.now(UTC)
         seen = Memory(t_ms=1.0, phase="end", rss=7, peak_rss=9, **fields)
         item = Pass(purpose="memory", started=now, finished=now, memory=(seen,), done=True)
-        return bench._memory([item]).not_counted
+        found = bench._memory([item], used)
+        return found.dma_buf, found.not_counted
 
     others = "memory of other processes on this one's behalf"
-    assert figures() == ("dma-buf memory of accelerators", others)
-    assert figures(dma_buf=5) == figures(phys_footprint=5) == (others,)
+    buffers, driver = "dma-buf memory of accelerators", "what the accelerator's driver holds"
+    assert figures() == (None, (buffers, others))
+    assert figures(dma_buf=0) == (0, (others,))
+    assert figures("npu", dma_buf=0) == (None, (driver, buffers, others))
+    assert figures("npu", dma_buf=5) == (5, (driver, others))
+    assert figures("npu", phys_footprint=5) == (None, (others,))
 
 
 def test_a_sustained_pass_that_is_cut_off_keeps_what_it_saw(sample, host, monkeypatch):

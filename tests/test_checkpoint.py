@@ -248,7 +248,8 @@ def student(smallest, tmp_path_factory):
     quantized[palette] = QuantizedWeight("palette", codes, np.ones(32, np.float32), None, book)
     ranges = {"mid_block.resnets.0.conv1": ActivationRange(-1.0, 2.0, -3.0, 4.5)}
     config = json.loads((smallest / "unet" / "config.json").read_text())
-    write_student_component(folder / "unet", config, tensors, quantized, ranges)
+    floats = ["mid_block.resnets.0.conv1", "conv_in"]
+    write_student_component(folder / "unet", config, tensors, quantized, ranges, floats)
     return folder, quantized, ranges
 
 
@@ -257,6 +258,7 @@ def test_student_round_trip(student):
     unet = read_all(folder).unet
     assert unet.quantized == set(quantized)
     assert unet.activation_ranges == ranges
+    assert unet.float_inputs == {"mid_block.resnets.0.conv1", "conv_in"}
     for name, weight in quantized.items():
         read = unet.quantized_weight(name)
         assert read.sha256() == weight.sha256()
@@ -280,6 +282,14 @@ def test_broken_codes(student, tmp_path, change, what):
     error = refusal(folder)
     assert what in error.message
     assert "unet" in error.path
+
+
+def test_a_float_input_of_no_layer_is_refused(student, tmp_path):
+    folder = tiny.copied(student[0], tmp_path / "broken")
+    change_quantization(folder, lambda q: q.update(float_inputs=["mid_block.none"]))
+    with pytest.raises(CheckpointError, match=r"mid_block\.none") as e:
+        _ = Checkpoint(folder).unet.float_inputs
+    assert (e.value.field, e.value.path.endswith("quantization.json")) == ("float_inputs", True)
 
 
 def test_students_with_a_byte_for_each_code_are_read(student, tmp_path):
@@ -311,7 +321,7 @@ def change_quantization(folder, change):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda q: q.update(schema_version=3),
+        lambda q: q.update(schema_version=4),
         lambda q: q["layers"]["mid_block.attentions.0.proj_in"].update(shape=[32, 31]),
         lambda q: q["layers"]["mid_block.attentions.0.proj_in"].update(shape=[0, 32]),
         lambda q: q["layers"]["mid_block.attentions.0.proj_in"].pop("shape"),

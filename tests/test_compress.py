@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -108,6 +109,12 @@ def test_importance_meets_a_budget(compress):
     assert after <= 0.75 * before
 
 
+def test_importance_meets_a_budget_of_macs(compress):
+    student = compress(recipes.step("trim", "remove = 0.2", 'of = "macs"', "calibration = 2"))
+    before, after = student.history[-1]["macs"]
+    assert after <= 0.8 * before
+
+
 def test_distilling_brings_a_trimmed_student_closer_to_its_reference(compress, tmp_path):
     compress(recipes.trim(), recipes.distill(40))
     first, *_, last = losses(tmp_path / "work", "distill")
@@ -134,6 +141,17 @@ def test_bits_follow_a_budget(compress, tmp_path):
     )
     entry = student.history[-1]
     assert entry["bits_per_weight"] <= 6.0
+    assert len(entry["layers"]) > 1
+
+
+def test_bytes_follow_a_budget(compress, tmp_path):
+    grids = 'linear = ["int2", "int4"]', 'convolution = ["int4", "int8"]'
+    whole = compress(recipes.quantize(*grids, "bits = 8.0"))
+    weights = sum(q.codes.size for q in whole.quantized.values())
+    budget = 0.7 * weights / 1e6
+    student = compress(recipes.quantize(*grids, f"megabytes = {budget:.6f}"), output="less")
+    entry = student.history[-1]
+    assert entry["bits_per_weight"] / 8 * weights <= budget * 1e6 * 1.000001
     assert len(entry["layers"]) > 1
 
 
@@ -254,6 +272,10 @@ def test_shards_are_read_like_folders(compress, tmp_path, pictures):
     packed = list(Folder(shards).items(12, 16))
     assert [c for _, c in plain] == [c for _, c in packed]
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(plain, packed, strict=True))
+    with tarfile.open(shards / "0001.tar", "w") as tar:
+        tar.add(pictures / "03.png", "03.png")
+    with pytest.raises(UsageError, match=r"0001\.tar.*no caption"):
+        list(Folder(shards).items(20, 16))
     (shards / "0001.tar").write_bytes(b"no tar")
     with pytest.raises(UsageError, match=r"0001\.tar"):
         list(Folder(shards).items(20, 16))
@@ -561,3 +583,46 @@ def test_what_was_trained_is_what_ships(compress, tmp_path, target):
     held = [a.held for a in manifest.artifacts if a.held]
     assert held
     assert all(name.startswith("int2 as int") for h in held for name in h)
+
+
+def test_layers_that_eight_bits_harm_most_compute_in_float(compress, tmp_path):
+    from handheld_export.export import Options, export
+
+    source = tiny.write_checkpoint(
+        tmp_path / "source", tiny.SMALLEST, tiny.KL, steps=1, prompts=["a small red robot"]
+    )
+    steps = recipes.dmd(2), recipes.quantize(), recipes.decoder(4)
+    last = recipes.step(
+        "activations", "unet_db = 90", "decoder_db = 90", "most = 0.9", "calibration = 2"
+    )
+    db = {}
+    for name, more in (("plain", ()), ("mixed", (last,))):
+        student = compress(*steps, *more, checkpoint=Checkpoint(source), output=name)
+        written = Checkpoint(tmp_path / name)
+        found = student.float_inputs
+        for kind, component in (("unet", written.unet), ("vae", written.vae)):
+            assert component.float_inputs == set(found.get(kind, ()))
+        options = Options(target="litert-cpu", precision="int8")
+        db[name] = export(written, options, tmp_path / f"{name}.bundle").verification.student_snr_db
+    entry = student.history[-1]
+    assert len(found["unet"]) == entry["unet"]["layers_in_float"] > 0
+    assert len(found["vae"]) == entry["vae"]["layers_in_float"] > 0
+    for figures in (entry["unet"], entry["vae"]):
+        assert figures["macs_in_float"] <= 0.9
+        before, after = figures["snr_db"]
+        assert after > before
+    assert db["mixed"] > db["plain"] + 1
+    with pytest.raises(UsageError, match="cannot come after 'activations'"):
+        compress(*steps, last, recipes.distill(), checkpoint=Checkpoint(source))
+
+
+def test_a_finished_step_needs_nothing_of_those_before_it(compress, tmp_path):
+    compress(recipes.warmup(), recipes.quantize())
+    (first,) = (tmp_path / "work").glob("1-warmup-*")
+    shutil.rmtree(first)
+    compress(recipes.warmup(), recipes.quantize(), output="again")
+    assert not first.exists(), "what it gave is in the last step's result"
+    for name in ("unet/diffusion_pytorch_model.safetensors", "unet/quantization.json"):
+        assert (tmp_path / "student" / name).read_bytes() == (
+            tmp_path / "again" / name
+        ).read_bytes()

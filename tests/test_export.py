@@ -35,6 +35,7 @@ from handheld_export.export import (
     plan_segments,
 )
 from handheld_export.memory import Budget
+from handheld_export.segments import group
 
 TARGETS = ("executorch-xnnpack", "litert-cpu")
 
@@ -264,7 +265,7 @@ def test_keys_depend_on_weights_and_precision(smallest, tmp_path):
         (other, "a", "fp32"), (smallest, "a", "fp32"),
     ):  # fmt: skip
         checkpoint = Checkpoint(folder)
-        segment = lowering.lines(checkpoint, (8, 8), 77).segments("unet", 10**9)[0]
+        segment = group(lowering.lines(checkpoint, (8, 8), 77).unet, 10**9)[0]
         keys.append(
             lowering.segment_key(segment, checkpoint.unet, target, {"precision": precision}, {})
         )

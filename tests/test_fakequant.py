@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from handheld.precision import Choice
-from handheld_export.compress.fakequant import extract, fit, insert
+from handheld_export.compress.fakequant import RoundedInput, extract, fit, insert
 from handheld_export.quantization import LIMITS, round_to_nearest
 
 CHOICES = [Choice("int8"), Choice("int4"), Choice("int2"), Choice("int4", 32)]
@@ -99,3 +99,26 @@ def test_rows_of_zeros_and_single_values_survive():
         assert np.isfinite(found.scales).all()
         assert np.allclose(found.dequantize()[2], 3.0, rtol=0.02)
         assert not found.dequantize()[0].any()
+
+
+def test_a_rounded_input_has_256_values_and_zero_for_each_token_or_picture():
+    torch.manual_seed(0)
+    seen = []
+    linear, conv = nn.Linear(512, 1), nn.Conv2d(4, 1, 1)
+    for layer, x in ((linear, torch.randn(2, 3, 512) + 5), (conv, torch.randn(2, 4, 32, 32))):
+        hook = RoundedInput(layer)
+        layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        layer(x)
+        assert seen.pop() is x, "only while it is enabled"
+        hook.enabled = True
+        layer(x)
+        rounded = seen.pop()
+        rows = rounded.flatten(0, 1) if layer is linear else rounded.flatten(1)
+        wanted = x.reshape(rows.shape)
+        span = wanted.amax(1).clamp(min=0) - wanted.amin(1).clamp(max=0)
+        assert all(len(row.unique()) <= 256 for row in rows)
+        # Ends of the range may move by half a step more, as zero falls on a code.
+        assert ((rows - wanted).abs().amax(1) <= span / 255 * 1.01).all()
+        hook.remove()
+        layer(x)
+        assert seen.pop() is x

@@ -184,6 +184,16 @@ def test_records_of_another_harness_do_not_count(tmp_path, monkeypatch):
         records.append(file, record)
     assert [r.outcome for r in run(tmp_path)[0]] == ["done", "done"]
     assert [r.outcome for r in run(tmp_path)[0]] == ["already", "already"]
+    host = providers()["host"].attached()[0].facts()
+    for update, outcome in (
+        ({"engines": dict.fromkeys(host.engines, "unknown")}, "already"),
+        ({"harness": "another build"}, "done"),
+        ({"harness": None}, "already"),  # none is built: with which it would run is not known
+    ):
+        facts = host.model_copy(update=update)
+        with monkeypatch.context() as patched:
+            patched.setattr("handheld.devices.host.HostDevice.facts", lambda self, f=facts: f)
+            assert [r.outcome for r in run(tmp_path)[0]] == [outcome] * 2, update
     # What a device that does not answer has by now is not known: its records stay.
     monkeypatch.setattr("handheld.devices.host.HostDevice.facts", gone)
     assert [r.outcome for r in run(tmp_path)[0]] == ["already", "already"]

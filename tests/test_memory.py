@@ -9,6 +9,7 @@ from handheld.errors import UsageError
 from handheld_export import lowering, memory
 from handheld_export.checkpoint import Checkpoint
 from handheld_export.memory import IDLE, Budget, need
+from handheld_export.segments import group
 
 GB = 10**9
 
@@ -43,13 +44,13 @@ def test_need_grows_with_weights_and_size(tmp_path):
     tiny.unet(**tiny.SDXL).save_pretrained(tmp_path / "unet")
     checkpoint = Checkpoint(tmp_path)
     small, large = (lowering.lines(checkpoint, (n, n), 8) for n in (8, 32))
-    one = small.segments("unet", 10**9)[1]
-    other = large.segments("unet", 10**9)[1]
+    one = group(small.unet, 10**9)[1]
+    other = group(large.unet, 10**9)[1]
     assert one.weights == other.weights
     assert need(other, quantized=True) > need(one, quantized=True)
     assert need(one, quantized=False) - need(one, quantized=True) == 9 * one.weights
     # Attention's table over all pixels of the decoder's middle is 2 * 1024 * 1024 * 4 bytes.
-    middle = next(s for s in large.segments("decoder", 0) if "attentions" in s.units[0].name)
+    middle = next(s for s in group(large.decoder, 0) if "attentions" in s.units[0].name)
     assert need(middle, quantized=True) > 2 * 1024 * 1024 * 4
 
 

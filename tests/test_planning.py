@@ -37,12 +37,14 @@ def test_sdxl_is_known_by_name_and_by_its_folder(tmp_path):
 def test_a_student_is_planned_with_its_own_grids_and_steps(stack):
     folder = f"models/critter-{stack}"
     student, base = planning.architecture(folder), planning.architecture("models/critter")
-    own = json.loads(Path(folder, "unet", "quantization.json").read_text())["layers"]
-    assert student.grids == {n: Stored(x["grid"], x["group_size"]) for n, x in own.items()}
+    own = json.loads(Path(folder, "unet", "quantization.json").read_text())
+    layers, floats = own["layers"].items(), own["float_inputs"]
+    assert floats
+    assert student.grids == {n: Stored(x["grid"], x["group_size"], n in floats) for n, x in layers}
     assert (base.steps, student.steps) == (12, 1)  # six with guidance
     assert base.grids == {}
-    floats = dataclasses.replace(student, grids={})
-    assert planning.unet_bytes(student) < 0.3 * planning.unet_bytes(floats)
+    plain = dataclasses.replace(student, grids={})
+    assert planning.unet_bytes(student) < 0.3 * planning.unet_bytes(plain)
 
 
 def test_grids_that_nobody_knows_are_refused(tmp_path):
@@ -66,6 +68,19 @@ def test_scales_count():
     assert Stored("int4").nbytes((10, 64)) == 10 * 64 / 2 + 10 * 4
     assert Stored("int4", 32).nbytes((10, 64)) == 10 * 64 / 2 + 20 * 2
     assert Stored("int2").nbytes((10, 4, 3, 3)) == 10 * 36 / 4 + 10 * 4
+
+
+def test_layers_with_float_inputs_are_held_wider():
+    shape = planning.architecture("sdxl")
+    layer = next(x for x in shape.layers if x.kind == "conv3x3" and x.name not in planning.FLOAT)
+    for target, nbytes in (("litert-cpu", 1), ("executorch-xnnpack", 4), (None, 0.5)):
+        grids = [{layer.name: Stored("int4", None, float_input)} for float_input in (False, True)]
+        own, floats = (
+            planning.unet_bytes(dataclasses.replace(shape, grids=g), target) for g in grids
+        )
+        held = 0.5 if target is None else 1
+        scales = 4 * layer.shape[0] if nbytes == 4 else 0
+        assert floats - own == pytest.approx((nbytes - held) * layer.weights - scales)
 
 
 def test_targets_hold_narrow_grids_in_wider_ones():

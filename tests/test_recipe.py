@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("torch")
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 import recipes
 from handheld.errors import HandheldError, UsageError
-from handheld_export.compress import recipe
+from handheld_export.compress import recipe, steps
 from handheld_export.compress.step import kinds
 
 
@@ -20,7 +22,8 @@ def read(tmp_path, *steps):
 
 
 def test_steps_are_found_by_their_files():
-    assert set(kinds()) == {"warmup", "dmd", "trim", "quantize", "distill", "decoder"}
+    files = Path(steps.__file__).parent.glob("*.py")
+    assert set(kinds()) == {f.stem for f in files} - {"__init__"} >= {"activations", "warmup"}
 
 
 def test_settings_are_read(tmp_path):

@@ -220,6 +220,23 @@ def test_convolution_without_range_quantizes_activations_while_running(tmp_path)
     assert db >= 38
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("case", ["resnet with shortcut", "transformer, convolutions"])
+def test_layers_with_float_inputs_round_nothing(case, grid, tmp_path):
+    module, shapes = CASES[case]()
+    item = segment(randomize(module), shapes)
+    quantize(
+        item, lambda _, layer: GRIDS[grid] if isinstance(layer, nn.Linear) else (GRIDS[grid][0],)
+    )
+    for layer in layers_of(module).values():
+        layer.float_input = True
+    lowered, db = run(item, tmp_path / "a.pte")
+    assert db >= 90, "as exact as float"
+    assert lowered.partitions == 1
+    graph, _ = xnnpack._read(tmp_path / "a.pte")
+    assert "XNNConvert" not in {n["xnode_union_type"] for n in graph["xnodes"]}
+
+
 def test_grids_that_do_not_run_are_refused(tmp_path):
     layer = nn.Linear(64, 32)
     item = segment(randomize(nn.Sequential(layer, Tuple())), [(1, 64)])

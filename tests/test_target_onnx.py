@@ -68,6 +68,19 @@ def test_convolutions_run_in_int8(case, tmp_path):
     assert db >= 35
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("case", ["resnet with shortcut", "transformer"])
+def test_layers_with_float_inputs_round_nothing(case, grid, tmp_path):
+    item = make(case)
+    quantize(item, lambda _, m: GRIDS[grid] if isinstance(m, nn.Linear) else ("int8",))
+    for layer in layers_of(item.module).values():
+        layer.float_input = True
+    _, db = target_cases.run(TARGET, item, tmp_path / "a.onnx")
+    assert db >= 90, "as exact as float"
+    kinds = Counter(n.op_type for n in load(tmp_path / "a.onnx").graph.node)
+    assert not kinds["ConvInteger"]
+
+
 def mixed(name, layer):
     if isinstance(layer, nn.Conv2d):
         return ("int2",)

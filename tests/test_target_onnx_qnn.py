@@ -13,10 +13,15 @@ import torch
 from torch import nn
 
 import target_cases
+import tiny
 from handheld import qnn
 from handheld.errors import TargetError
+from handheld.precision import find as find_precision
 from handheld_export import onnx_static
+from handheld_export.hexagon import too_small
 from handheld_export.quantization import round_to_nearest
+from handheld_export.segments import SegmentModule, group, materialize, release, unet_graph
+from handheld_export.targets.base import SegmentInput
 from handheld_export.targets.onnx_qnn import ONNXQNN
 
 needs_qnn = pytest.mark.skipif(
@@ -152,3 +157,28 @@ def test_codes_that_do_not_arrive_are_found():
     model.graph.initializer[0].CopyFrom(numpy_helper.from_array(codes, "0.codes"))
     with pytest.raises(TargetError, match="layer '0': the graph holds other codes or scales"):
         onnx_static.check(model, module)
+
+
+@pytest.mark.parametrize(("side", "small"), [(64, False), (16, True)])
+def test_only_small_pictures_are_kept_in_fp16(side, small, tmp_path):
+    """At 64x64 latents three levels are 16x16 at least: narrow models are on grids throughout."""
+    config = tiny.SDXL | {
+        "block_out_channels": (32, 32, 64),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": 1,
+        "attention_head_dim": (2, 2, 4),
+    }
+    component = tiny.component(tiny.unet(**config), tmp_path)
+    graph, _ = unet_graph(component, (side, side), tiny.TOKENS)
+    found = {}
+    for part in group(graph, 0):
+        materialize(part, component, find_precision("16a8w"))
+        inputs = [torch.randn(p.shape) for p in part.ports.inputs.values()]
+        module = SegmentModule(part).eval()
+        found[part.id] = too_small(SegmentInput(part.id, module, part.ports, inputs))
+        release(part)
+    noted = {name for name, note in found.items() if note}
+    assert bool(noted) == small
+    if small:
+        assert {"mid_block", "down_blocks.2"} <= {n.split(".", 2)[2] for n in noted}

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -119,8 +119,9 @@ class _Layer(Model):
 class _Quantization(Model):
     """A student's ``quantization.json``."""
 
-    schema_version: Literal[1, 2] = 2
+    schema_version: Literal[1, 2, 3] = 3
     layers: dict[str, _Layer] = {}
+    float_inputs: list[str] = []
     activations: dict[str, Annotated[ActivationRange, AfterValidator(_finite)]] = {}
 
 
@@ -302,9 +303,9 @@ class Component:
         if self.origin.name != "config.json" or not path.exists():
             return _Quantization()
         value = read_json(path)
-        if value.get("schema_version") not in (1, 2):
+        if value.get("schema_version") not in (1, 2, 3):
             raise CheckpointError(
-                f"is version {value.get('schema_version')!r}, this handheld reads 1 and 2",
+                f"is version {value.get('schema_version')!r}, this handheld reads 1 to 3",
                 path=path,
                 field="schema_version",
                 remedy="upgrade handheld or compress the checkpoint again",
@@ -321,10 +322,32 @@ class Component:
         """Calibrated ranges by module path, where the student has them."""
         return self._quantization.activations
 
+    @cached_property
+    def float_inputs(self) -> frozenset[str]:
+        """Layers whose inputs eight bits do not hold: engines are not to round them."""
+        found = frozenset(self._quantization.float_inputs)
+        for layer in sorted(found - self.quantized):
+            if f"{layer}.weight" not in self.store:
+                raise CheckpointError(
+                    f"names '{layer}', and the weights have no such layer",
+                    path=self.origin.parent / "quantization.json",
+                    field="float_inputs",
+                    remedy="compress the checkpoint again",
+                )
+        return found
+
     def codes(self, layer: str) -> tuple[str, tuple[int, ...] | None]:
         """Return the tensor that holds a layer's codes, and its weight's shape if it is packed."""
         shape = self._quantization.layers[layer].shape
         return f"{layer}.weight.{'codes' if shape is None else 'packed'}", shape
+
+    def bits(self, layer: str) -> tuple[int, int | None]:
+        """Return the bits of a layer's codes, and the weights that share a scale."""
+        entry = self._quantization.layers[layer]
+        if entry.grid == "palette":
+            (entries,) = self.store.shape(f"{layer}.weight.codebook")
+            return (entries - 1).bit_length(), entry.group_size
+        return BITS[entry.grid], entry.group_size
 
     def quantized_weight(self, layer: str) -> QuantizedWeight:
         """Read the codes of a layer.
@@ -564,6 +587,7 @@ def write_student_component(
     tensors: Mapping[str, torch.Tensor],
     quantized: Mapping[str, QuantizedWeight],
     activations: Mapping[str, ActivationRange] | None = None,
+    float_inputs: Iterable[str] = (),
 ) -> None:
     """Write one component of a student.
 
@@ -577,6 +601,8 @@ def write_student_component(
         What is not quantized.
     quantized : mapping of layer to QuantizedWeight
     activations : mapping of layer to ActivationRange, optional
+    float_inputs : iterable of str
+        Layers whose inputs are not to be rounded.
     """
     from safetensors.torch import save_file
 
@@ -602,8 +628,9 @@ def write_student_component(
     (folder / "quantization.json").write_text(
         json.dumps(
             {
-                "schema_version": 2,
+                "schema_version": 3,
                 "layers": layers,
+                "float_inputs": sorted(float_inputs),
                 "activations": {k: vars(v) for k, v in (activations or {}).items()},
             },
             indent=2,

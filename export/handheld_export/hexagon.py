@@ -77,9 +77,20 @@ class HexagonTarget(Target):
 
     converter: ClassVar[str]
     """Of :data:`handheld.qnn.RELEASES`: whose QNN compiles and simulates."""
+    told: ClassVar[Mapping[str, str]] = {}
+    """What an engine that is not QNN's own must be told, beside the SoC."""
     runs_here: ClassVar[bool] = False
     samples: ClassVar[int] = 16
     socs: ClassVar[tuple[str, ...]] = ("SM8650", "SM8550", "SM8750")
+
+    @property
+    def options(self) -> Mapping[str, str]:  # type: ignore[override]
+        """What the engine must be told: where to run, and on which SoC."""
+        return {**self.told, "soc": self.soc or ""} if self.told else {}
+
+    def versions(self) -> dict[str, str]:
+        """Return the engine's version, the tools' and QNN's."""
+        return super().versions() | {"qnn": self.sdk.build}
 
     def caveat(self) -> str | None:
         """Return what verification here cannot show."""

@@ -7,6 +7,7 @@ else into ONNX, and buffers become initializers.
 - Linear layers are ``com.microsoft.MatMulNBits`` in 2, 4 or 8 bits, whose kernels quantize
   activations to int8 in blocks while running.
 - Convolutions are ``DynamicQuantizeLinear`` and ``ConvInteger`` with int8 codes.
+- Layers whose input is not to be rounded compute in float from the same codes.
 """
 
 from __future__ import annotations
@@ -22,18 +23,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from handheld.errors import TargetError
 from handheld.files import sha256_file
 from handheld_export.quantization import BITS, QuantizedWeight, unpack
 from handheld_export.quantization import pack as pack_rows
+from handheld_export.rewrites import float_input_of
 
 OPSET = 23
 DOMAIN = "com.microsoft"
 EXTERNAL_FROM = 1024
 """Bytes from which a tensor lies in the file of external data."""
-_INT8_ACTIVATIONS = 4
-"""``accuracy_level`` of MatMulNBits: activations in int8."""
+_FLOAT_ACTIVATIONS, _INT8_ACTIVATIONS = 1, 4
+"""``accuracy_level`` of MatMulNBits: activations in float32, or in int8."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class CodedLinear(nn.Module):
         super().__init__()
         out, self.inputs = layer.out_features, layer.in_features
         self.bits = BITS[weight.grid]
+        self.accuracy = _FLOAT_ACTIVATIONS if float_input_of(layer) else _INT8_ACTIVATIONS
         self.block = weight.group_size or _block(self.inputs)
         blocks = -(-self.inputs // self.block)
         half = 1 << (self.bits - 1)
@@ -82,7 +86,7 @@ class CodedLinear(nn.Module):
                 "N": out,
                 "bits": self.bits,
                 "block_size": self.block,
-                "accuracy_level": _INT8_ACTIVATIONS,
+                "accuracy_level": self.accuracy,
             },
             dtype=torch.float32,
             shape=(*x.shape[:-1], out),
@@ -103,13 +107,17 @@ class CodedConv(nn.Module):
         if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
             raise TargetError(f"padding {layer.padding} of mode {layer.padding_mode} is not taken")
         self.register_buffer("codes", torch.from_numpy(np.ascontiguousarray(weight.codes)))
-        self.register_buffer("scales", torch.from_numpy(weight.scales.reshape(1, -1, 1, 1).copy()))
+        self.float_input = float_input_of(layer)
+        shape = (-1,) if self.float_input else (1, -1, 1, 1)
+        self.register_buffer("scales", torch.from_numpy(weight.scales.reshape(shape).copy()))
         bias = torch.zeros(layer.out_channels) if layer.bias is None else layer.bias.detach()
         self.register_buffer("bias", bias.reshape(1, -1, 1, 1))
         self.stride, self.padding = list(layer.stride), list(layer.padding)
         self.dilation, self.groups = list(layer.dilation), layer.groups
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.float_input:
+            return self._in_float(x)
         codes, scale, zero = torch.onnx.ops.symbolic_multi_out(
             "DynamicQuantizeLinear",
             (x,),
@@ -129,6 +137,17 @@ class CodedConv(nn.Module):
             shape=self._shape(x),
         )
         return counted.float() * (scale * self.scales) + self.bias
+
+    def _in_float(self, x: Tensor) -> Tensor:
+        weight = torch.onnx.ops.symbolic(
+            "DequantizeLinear",
+            (self.codes, self.scales, None),
+            {"axis": 0},
+            dtype=torch.float32,
+            shape=tuple(self.codes.shape),
+        )
+        parts = (self.stride, self.padding, self.dilation, self.groups)
+        return functional.conv2d(x, weight, None, *parts) + self.bias
 
     def _shape(self, x: Tensor) -> tuple[int, ...]:
         place = zip(

@@ -385,6 +385,7 @@ def split_rows(layer: nn.Linear, parts: int) -> tuple[nn.Linear, ...]:
         part = _make_linear(layer.weight.detach()[start:stop], bias)
         if quantized := quantized_of(layer):
             part.quantized = quantized.rows(start, stop)  # type: ignore[assignment]
+        part.float_input = float_input_of(layer)  # type: ignore[assignment]
         part.source_name = source_of(layer)  # type: ignore[assignment]
         result.append(part)
     return tuple(result)
@@ -399,6 +400,11 @@ def source_of(layer: object) -> str:
     """Return the path of the layer in the module that was rewritten."""
     name: str = getattr(layer, "source_name", "")
     return name
+
+
+def float_input_of(layer: nn.Module) -> bool:
+    """Return whether a layer's input is not to be rounded."""
+    return getattr(layer, "float_input", False)
 
 
 def range_of(layer: nn.Module) -> ActivationRange | None:
@@ -430,6 +436,7 @@ def _linear(layer: nn.Module) -> nn.Linear:
         result.quantized = QuantizedWeight(  # type: ignore[assignment]
             q.grid, codes, q.scales, q.group_size, q.codebook
         )
+    result.float_input = float_input_of(layer)  # type: ignore[assignment]
     result.source_name = source_of(layer)  # type: ignore[assignment]
     return result
 

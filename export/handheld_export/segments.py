@@ -12,7 +12,7 @@ one segment.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from handheld.errors import CheckpointError, UsageError
 from handheld.precision import Precision
 from handheld.program import Ports, TensorSpec
 from handheld_export.checkpoint import Component
-from handheld_export.quantization import QuantizedWeight, round_to_nearest
+from handheld_export.quantization import BITS, QuantizedWeight, round_to_nearest
 
 
 @dataclass(frozen=True, eq=False)
@@ -561,14 +561,19 @@ def check_weights(component: Component, model: nn.Module, wanted: set[str]) -> N
 
 
 def group(
-    graph: Graph, most_weights: int, prefix: str = "", *, across_blocks: bool = False
+    graph: Graph,
+    most: int,
+    prefix: str = "",
+    *,
+    across_blocks: bool = False,
+    size: Callable[[Unit], int] | None = None,
 ) -> list[Segment]:
     """Join neighbouring units into segments.
 
     Parameters
     ----------
     graph : Graph
-    most_weights : int
+    most : int
         A segment grows while its weights stay below this; a unit larger than it stands
         alone.
     prefix : str
@@ -576,6 +581,8 @@ def group(
     across_blocks : bool
         Join units of different blocks too, into as few segments as there can be, of about the
         same size.
+    size : callable, optional
+        What a unit counts; by default the number of its weights.
 
     Returns
     -------
@@ -583,17 +590,18 @@ def group(
         In order; ids such as ``unet.00.down_blocks.0``.
     """
     groups: list[list[Unit]] = []
-    size = 0
-    total = sum(graph.weights(unit) for unit in graph.units)
-    enough = total / max(1, -(-total // most_weights)) if across_blocks and most_weights else total
+    size = size or graph.weights
+    total = sum(map(size, graph.units))
+    enough = total / max(1, -(-total // most)) if across_blocks and most else total
+    filled = 0
     for unit in graph.units:
-        weights = graph.weights(unit)
-        ends = size >= enough if across_blocks else groups and unit.block != groups[-1][0].block
-        if not groups or ends or size + weights > most_weights:
+        own = size(unit)
+        ends = filled >= enough if across_blocks else groups and unit.block != groups[-1][0].block
+        if not groups or ends or filled + own > most:
             groups.append([])
-            size = 0
+            filled = 0
         groups[-1].append(unit)
-        size += weights
+        filled += own
     segments = []
     for i, units in enumerate(groups):
         made = {u.name for u in units}
@@ -607,10 +615,34 @@ def group(
 
 def layers(segment: Segment) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
     """Linear and convolution layers of a segment with their module paths."""
-    for path in dict.fromkeys(segment.prefixes):
-        for name, module in segment.graph.model.get_submodule(path).named_modules():
+    return _layers(segment.graph.model, segment.prefixes)
+
+
+def _layers(
+    model: nn.Module, prefixes: Iterable[str]
+) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
+    for path in dict.fromkeys(prefixes):
+        for name, module in model.get_submodule(path).named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 yield (f"{path}.{name}" if name else path), module
+
+
+def stored_bytes(graph: Graph, unit: Unit, component: Component, precision: Precision) -> int:
+    """Return the bytes of a unit in a file that keeps codes as they are and all else in fp16."""
+    total = 2.0 * graph.weights(unit)
+    for name, layer in _layers(graph.model, unit.prefixes):
+        count, channels = layer.weight.numel(), layer.weight.shape[0]
+        if name in component.quantized:
+            bits, grouped = component.bits(name)
+        elif component.quantized or not (
+            choice := precision.choose(graph.component, name, layer.weight.shape)
+        ):
+            continue
+        else:
+            bits, grouped = BITS[choice.grid], choice.group_size
+        scales = count // grouped if grouped else channels
+        total += count * bits / 8 + 2 * scales - 2 * count
+    return round(total)
 
 
 def materialize(
@@ -670,6 +702,7 @@ def materialize(
         layer_module.quantized = weight  # type: ignore[assignment]
         if name in component.activation_ranges:
             layer_module.activation_range = component.activation_ranges[name]  # type: ignore[assignment]
+        layer_module.float_input = name in component.float_inputs  # type: ignore[assignment]
     return quantized
 
 
@@ -694,5 +727,5 @@ def release(segment: Segment) -> None:
         module = segment.graph.model.get_submodule(path)
         module.to(device="meta")
         for part in module.modules():
-            for name in ("quantized", "activation_range"):
+            for name in ("quantized", "activation_range", "float_input"):
                 part.__dict__.pop(name, None)

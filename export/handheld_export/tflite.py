@@ -48,13 +48,21 @@ class Layer:
     quantized : QuantizedWeight or None
         None keeps the weight in float.
     half : bool
-        Whether a float weight is kept in float16, which engines read through a DEQUANTIZE.
+        Whether a float weight is kept in float16.
+    float_input : bool
+        Whether a layer with codes computes in float: its input is not rounded.
     """
 
     name: str
     weight: Tensor
     quantized: QuantizedWeight | None
     half: bool = False
+    float_input: bool = False
+
+    @property
+    def widened(self) -> bool:
+        """Whether the engine reads the weight through a DEQUANTIZE, once, when it loads."""
+        return self.half or (self.float_input and self.quantized is not None)
 
     @property
     def bits(self) -> int:
@@ -97,7 +105,12 @@ class Open(nn.Module):
             source = getattr(layer, "source_name", name)
             self.paths.append(f"{name}.weight")
             self.layers.append(
-                Layer(source, layer.weight.detach(), getattr(layer, "quantized", None))
+                Layer(
+                    source,
+                    layer.weight.detach(),
+                    getattr(layer, "quantized", None),
+                    float_input=getattr(layer, "float_input", False),
+                )
             )
             layer.weight = nn.Parameter(torch.zeros(()), requires_grad=False)
 
@@ -258,7 +271,7 @@ class _Surgery:
                 shape = (shape[0], shape[2], shape[3], shape[1])
             item = _Stored(schema.BufferT(), layer, shape)
             self.model.buffers.append(item.buffer)
-            new = self._widened(tensor, shape) if layer.half else self.graph.tensors[tensor]
+            new = self._widened(tensor, shape) if layer.widened else self.graph.tensors[tensor]
             new.name = f"{layer.name}.weight"
             new.shape = list(shape)
             new.shapeSignature = None
@@ -267,7 +280,7 @@ class _Surgery:
             if layer.quantized is not None:
                 self._quantize(new, layer)
                 for op in operators:
-                    if self.code(op) == _OPS.FULLY_CONNECTED:
+                    if self.code(op) == _OPS.FULLY_CONNECTED and not layer.widened:
                         op.builtinOptions.asymmetricQuantizeInputs = True
             stored.append(item)
         if not stored:
@@ -275,18 +288,18 @@ class _Surgery:
         return stored
 
     def _widened(self, tensor: int, shape: tuple[int, ...]) -> Any:
-        """Put a DEQUANTIZE before a tensor and return the float16 tensor that it reads."""
-        wide, half = self.graph.tensors[tensor], schema.TensorT()
+        """Put a DEQUANTIZE before a tensor and return the narrow tensor that it reads."""
+        wide, narrow = self.graph.tensors[tensor], schema.TensorT()
         wide.shape, wide.shapeSignature = list(shape), None
-        half.type = schema.TensorType.FLOAT16
-        self.graph.tensors.append(half)
+        narrow.type = schema.TensorType.FLOAT16
+        self.graph.tensors.append(narrow)
         op = schema.OperatorT()
         op.opcodeIndex = operator_code(self.model, _OPS.DEQUANTIZE)
         op.inputs, op.outputs = [len(self.graph.tensors) - 1], [tensor]
         op.builtinOptionsType = schema.BuiltinOptions.DequantizeOptions
         op.builtinOptions = schema.DequantizeOptionsT()
         self.widening.append(op)
-        return half
+        return narrow
 
     def widen(self) -> None:
         """Put the operators that widen weights before all others."""

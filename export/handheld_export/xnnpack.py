@@ -40,7 +40,13 @@ from torch.fx import Node
 
 from handheld.errors import TargetError
 from handheld_export.quantization import ActivationRange, QuantizedWeight
-from handheld_export.rewrites import quantized_of, range_of, rewrite, source_of
+from handheld_export.rewrites import (
+    float_input_of,
+    quantized_of,
+    range_of,
+    rewrite,
+    source_of,
+)
 
 _NONE = 2**32 - 1
 _BY_NAME = 2**64 - 1
@@ -169,6 +175,11 @@ def lower(
         QuantizedLayer(x.name, x.weight, ids[x.value]) for x in emitter.layers if x.value in ids
     )
     return Result(layers, _count(graph), tuple(emitter.notes))
+
+
+def _codes_of(layer: nn.Module) -> QuantizedWeight | None:
+    """Return the codes that a layer computes with; XNNPACK has no products of floats and codes."""
+    return None if float_input_of(layer) else quantized_of(layer)
 
 
 class _Shell(nn.Module):
@@ -506,7 +517,7 @@ class _Emitter:
         if x.order[-1] != len(x.order) - 1:
             x = self._plain(x)
         layer, name = self._layer(weight)
-        quantized = quantized_of(layer)
+        quantized = _codes_of(layer)
         if quantized is None:
             source, filter_ = x, self._whole(weight)
         else:
@@ -605,7 +616,7 @@ class _Emitter:
         shape = (x.shape[0], *size, outputs)
         layer, name = self._layer(weight)
         limits = self._limits(node)
-        quantized, range_ = quantized_of(layer), range_of(layer)
+        quantized, range_ = _codes_of(layer), range_of(layer)
         if quantized is None or range_ is None:
             source, result = x, self._value(shape, _NHWC)
             if quantized is None:
@@ -678,7 +689,7 @@ class _Emitter:
             weight = self.values[cast(Node, readers[0].args[1])]
             layer, _ = self._layer(weight)
             following = range_of(layer)
-            if quantized_of(layer) and following:
+            if _codes_of(layer) and following:
                 return _qparams(following.input_min, following.input_max)
         return _qparams(0.0 if fused else range_.output_min, range_.output_max)
 

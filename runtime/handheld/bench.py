@@ -13,8 +13,7 @@ import os
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -42,7 +41,8 @@ from handheld.errors import (
 from handheld.files import output_errors, weights_cache
 from handheld.manifest import Size
 from handheld.memory_plan import plan_bundle
-from handheld.program import Call, Model
+from handheld.placement import placement, unit
+from handheld.program import Model
 from handheld.protocol import (
     Done,
     Event,
@@ -72,7 +72,7 @@ from handheld.records import (
     new_id,
     noise_reasons,
 )
-from handheld.release.rules import read as read_rules
+from handheld.release.manifest import Unit
 from handheld.thermal_gate import Gate, wait
 
 MIN_PSNR_DB = 30.0
@@ -258,6 +258,7 @@ def run(
         if hello is not None:
             facts = facts.model_copy(update={"engines": hello.engines})
         latency = next((p for p in attempt.passes if p.purpose == "latency"), None)
+        placed, note = placement(bundle, size_name, attempt.passes)
         seen = record(
             given,
             started,
@@ -266,11 +267,12 @@ def run(
             device=facts,
             transfer=place.transfer,
             passes=tuple(attempt.passes),
-            memory=_memory(attempt.passes),
+            memory=_memory(attempt.passes, unit(bundle)),
             gate=gate,
             heat_start=heat_start,
             heat_end=heat_end,
-            placement=placement(bundle, size_name, attempt.passes),
+            placement=placed,
+            placement_note=note,
             battery_drop_percent=_battery_drop(heat_start, heat_end),
             energy_j_per_picture=attempt.energy,
             check=check,
@@ -619,7 +621,7 @@ class _Watch:
             self._thread.join()
 
 
-def _memory(passes: list[Pass]) -> MemoryFigures | None:
+def _memory(passes: list[Pass], used: Unit | None) -> MemoryFigures | None:
     chosen = next((p for p in passes if p.purpose == "memory" and p.done), None)
     separate = chosen is not None
     chosen = chosen or next((p for p in passes if p.memory), None)
@@ -636,9 +638,16 @@ def _memory(passes: list[Pass]) -> MemoryFigures | None:
         peak = max([peak, *swapped])
     # No system tells this, and Apple's Neural Engine does most of its work there.
     not_counted = ["memory of other processes on this one's behalf"]
+    dma_buf = largest("dma_buf")
+    if dma_buf == 0 and used != "cpu":
+        # An accelerator without buffers would compute nothing: the driver keeps them elsewhere.
+        dma_buf = None
     # A footprint of Apple's has accelerators' buffers in it.
-    if largest("dma_buf") is None and largest("phys_footprint") is None:
-        not_counted.insert(0, "dma-buf memory of accelerators")
+    if largest("phys_footprint") is None:
+        if dma_buf is None:
+            not_counted.insert(0, "dma-buf memory of accelerators")
+        if used != "cpu":
+            not_counted.insert(0, "what the accelerator's driver holds")
     return MemoryFigures(
         separate_pass=separate,
         peak_rss=peak,
@@ -647,25 +656,10 @@ def _memory(passes: list[Pass]) -> MemoryFigures | None:
         swap=largest("swap"),
         base_rss=chosen.hello.base_rss_bytes if chosen.hello else None,
         activations=largest("activations"),
-        dma_buf=largest("dma_buf"),
+        dma_buf=dma_buf,
         phys_footprint=largest("phys_footprint_peak") or largest("phys_footprint"),
         not_counted=tuple(not_counted),
     )
-
-
-def placement(
-    bundle: Bundle, size: str, passes: Sequence[Pass]
-) -> dict[str, dict[str, int]] | None:
-    """Return what ran where: as the engine told, or the CPU where the target has nothing else."""
-    told = {load.artifact: load.units for p in passes for load in p.loads if load.units}
-    if told:
-        return told
-    target = read_rules().targets.get(bundle.manifest.target.partition(":")[0])
-    if target is None or target.unit != "cpu" or not any(p.done for p in passes):
-        return None
-    ops = bundle.manifest.sizes[size].program.ops
-    counts = Counter(op.artifact for op in ops if isinstance(op, Call))
-    return {artifact: {"cpu": count} for artifact, count in sorted(counts.items())}
 
 
 def _heat(device: Device) -> Heat:

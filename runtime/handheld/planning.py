@@ -20,6 +20,7 @@ from handheld.counting import Config, Layer
 from handheld.errors import CheckpointError
 
 Grid = Literal["int8", "int4", "int2", "palette"]
+Container = Grid | Literal["float32"]
 BITS: Mapping[str, int] = {"int8": 8, "int4": 4, "int2": 2}
 FLOAT = ("conv_in", "conv_out", "add_embedding", "time_embedding", "post_quant_conv")
 """Layers that stay in float: a thousandth of the weights, and all of the signal passes them."""
@@ -35,10 +36,13 @@ class Stored:
         Palettes are no grid that a recipe can choose.
     group_size : int, optional
         Weights that share a scale; a whole output channel if not given.
+    float_input : bool
+        Whether the layer's input is not to be rounded.
     """
 
     grid: Grid
     group_size: int | None = None
+    float_input: bool = False
 
     def nbytes(self, shape: tuple[int, ...]) -> float:
         """Return the bytes of codes and scales: float32 per channel, 16 bits per group."""
@@ -80,6 +84,29 @@ CONTAINERS: Mapping[str, Mapping[tuple[str, str], Grid]] = {
 }
 """Grids that a target holds in a wider one, because its kernels read no narrower: the codes and
 the picture stay the same, the file grows."""
+
+FLOAT_INPUTS: Mapping[str, Mapping[str, Container]] = {
+    "litert-cpu": {"linear": "int8", "conv3x3": "int8", "conv1x1": "int8"},
+    "executorch-xnnpack": {"linear": "float32", "conv3x3": "float32", "conv1x1": "float32"},
+}
+"""What holds a layer whose input is not rounded, on targets that round others while running."""
+
+
+def container(target: str, kind: str, stored: Stored) -> Container:
+    """Return what a target holds a layer's codes in.
+
+    Parameters
+    ----------
+    target : str
+        Without a SoC.
+    kind : {'linear', 'conv1x1', 'conv3x3'}
+    stored : Stored
+    """
+    own = FLOAT_INPUTS.get(target, {}) if stored.float_input else {}
+    if kind in own:
+        return own[kind] if stored.group_size is None else "float32"
+    return CONTAINERS.get(target, {}).get((kind, stored.grid), stored.grid)
+
 
 PLANNED = ("executorch-xnnpack", "litert-cpu")
 """Targets whose file sizes are planned; their files hold codes, scales and float32."""
@@ -167,9 +194,10 @@ def _grids(folder: Path) -> dict[str, Stored]:
     path = folder / "quantization.json"
     if not path.is_file():
         return {}
-    layers = _config(path).get("layers", {})
+    tables = _config(path)
+    layers, floats = tables.get("layers", {}), tables.get("float_inputs", [])
     try:
-        grids = {n: Stored(x["grid"], x.get("group_size")) for n, x in layers.items()}
+        grids = {n: Stored(x["grid"], x.get("group_size"), n in floats) for n, x in layers.items()}
         _ = [BITS[stored.grid] for stored in grids.values()]
     except (AttributeError, KeyError, TypeError):
         raise CheckpointError(
@@ -272,16 +300,18 @@ def stored_bytes(
     other_bits: int = 32,
 ) -> int:
     """Return the bytes of layers' parameters; see :func:`unet_bytes`."""
-    wider = CONTAINERS.get(target or "", {})
     total = 0.0
     for layer in layers:
         stored = grids.get(layer.name)
         if stored is None:
             total += layer.params * other_bits / 8
             continue
-        held = wider.get((layer.kind, stored.grid))
-        stored = stored if held is None else Stored(held)
-        total += stored.nbytes(layer.shape) + (layer.params - layer.weights) * other_bits / 8
+        held = container(target or "", layer.kind, stored)
+        if held == "float32":
+            total += layer.weights * 4
+        else:
+            total += (stored if held == stored.grid else Stored(held)).nbytes(layer.shape)
+        total += (layer.params - layer.weights) * other_bits / 8
     return round(total)
 
 

@@ -79,7 +79,8 @@ class Job(Model):
 class Event(BaseModel):
     """Base of all events."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    # JSON has no such numbers, and a record with one could not be written.
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
     t_ms: float
 
 

@@ -278,8 +278,10 @@ class RunRecord(Model):
     heat_start: Heat | None = None
     heat_end: Heat | None = None
     placement: dict[str, dict[str, int]] | None = None
-    """Per artifact, operations by compute unit; null where the engine does not tell. Of targets
-    that run on the CPU alone, calls per picture."""
+    """Per artifact, operations by compute unit; what a delegate took counts once a call, under its
+    name."""
+    placement_note: str | None = None
+    """Why ``placement`` is null, or what it counts instead of operations."""
     battery_drop_percent: float | None = None
     energy_j_per_picture: float | None = None
     """From the battery's charge counter over the sustained pass; null while it charges."""

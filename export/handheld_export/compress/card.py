@@ -17,6 +17,7 @@ WORDS = {
     "trim": "trimming",
     "quantize": "quantization",
     "distill": "distillation",
+    "activations": "choice of the layers that compute in float",
     "decoder": "tiny decoder",
 }
 

@@ -171,3 +171,31 @@ def fit(weight: np.ndarray[Any, Any], choice: Choice, rounds: int = 12) -> Quant
         np.ascontiguousarray(best_scale[..., 0].numpy(), dtype=np.float32),
         choice.group_size,
     )
+
+
+class RoundedInput:
+    """Rounds what a layer reads as CPU kernels do while running, as long as it is ``enabled``.
+
+    Eight bits with a zero point: a linear layer's input has one scale for each token, a
+    convolution's one for the whole picture.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.enabled = False
+        self._axes = (1, 2, 3) if isinstance(layer, nn.Conv2d) else (-1,)
+        self._handle = layer.register_forward_pre_hook(self._round)
+
+    def remove(self) -> None:
+        """Leave the layer as it was."""
+        self._handle.remove()
+
+    def _round(self, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not self.enabled:
+            return None
+        x: Tensor = inputs[0]
+        low = x.amin(self._axes, keepdim=True).clamp(max=0)
+        high = x.amax(self._axes, keepdim=True).clamp(min=0)
+        scale = ((high - low) / 255).clamp_min(torch.finfo(torch.float32).tiny)
+        zero = (-128 - low / scale).round()
+        codes = ((x / scale).round() + zero).clamp(-128, 127)
+        return ((codes - zero) * scale, *inputs[1:])

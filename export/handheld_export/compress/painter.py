@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class Painter:
         own = weights(checkpoint.unet) if unet is None else unet
         self.unet: Any = build_unet(checkpoint.unet.config, own).eval().requires_grad_(False)
         self._encoder = LocalTextEncoder(checkpoint.path)
-        self.decoder, self.factor = _decoder(checkpoint.vae)
+        _, self.decoder, self.factor = load_decoder(checkpoint.vae.config, weights(checkpoint.vae))
         scale = 2 ** (len(_channels(checkpoint.vae.config)) - 1)
         self.size = int(self.settings.get("size") or self.unet.config["sample_size"] * scale)
         self.side = self.size // scale
@@ -109,17 +109,30 @@ def _channels(config: Mapping[str, Any]) -> Sequence[int]:
     return list(config.get("block_out_channels") or config["decoder_block_out_channels"])
 
 
-def _decoder(component: Component) -> tuple[Any, float]:
+def load_decoder(
+    config: Mapping[str, Any], own: Mapping[str, Tensor]
+) -> tuple[Any, Callable[[Tensor], Tensor], float]:
+    """Load a decoder, frozen.
+
+    Returns
+    -------
+    model : torch.nn.Module
+        The autoencoder, of which the decoder has its weights.
+    decode : callable
+        Latents to pictures, -1 to 1.
+    factor : float
+        What scaled latents are divided by first.
+    """
     import diffusers
 
-    config = dict(component.config)
-    vae = getattr(diffusers, str(config["_class_name"])).from_config(config)
-    own = weights(component)
-    if config["_class_name"] == "AutoencoderTiny":
+    tiny = config["_class_name"] == "AutoencoderTiny"
+    vae = getattr(diffusers, str(config["_class_name"])).from_config(dict(config))
+    if tiny:
         inner = {k.removeprefix("decoder."): v for k, v in own.items() if k.startswith("decoder.")}
         vae.decoder.load_state_dict(inner)
-        decode = vae.decoder.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        return decode, 1.0
-    vae.load_state_dict(own)
+    else:
+        vae.load_state_dict(dict(own))
     vae = vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    return (lambda x: vae.decode(x).sample), float(config["scaling_factor"])
+    if tiny:
+        return vae, vae.decoder, 1.0
+    return vae, lambda x: vae.decode(x).sample, float(config["scaling_factor"])

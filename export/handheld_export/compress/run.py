@@ -28,6 +28,8 @@ from handheld_export.compress.step import VERSION, Context, Student, read_all
 from handheld_export.quantization import QuantizedWeight
 from handheld_export.text import encoders_sha256
 
+_DONE = "student.pt"
+"""What a step leaves in its folder when it has ended."""
 _COPIED = (
     "text_encoder",
     "text_encoder_2",
@@ -95,17 +97,20 @@ def compress(
     root = work or cache_root() / "compress"
     encoders = encoders_sha256(checkpoint.path)
     base = f"{VERSION} {checkpoint.sha256} {encoders} {dataset.key()} {machine.precision}"
-    student = None
+    essences = [recipe.essence(i + 1, base) for i in range(len(recipe.steps))]
+    folders = [
+        root / f"{i}-{step.kind}-{essence[:16]}"
+        for i, (step, essence) in enumerate(zip(recipe.steps, essences, strict=True), 1)
+    ]
+    # What comes before the last finished step is in its result, and may be gone.
+    finished = max((i for i, f in enumerate(folders, 1) if (f / _DONE).exists()), default=0)
+    student = _load(folders[finished - 1] / _DONE) if finished else first(checkpoint)
     began = time.monotonic()
     for i, step in enumerate(recipe.steps):
-        essence = recipe.essence(i + 1, base)
-        folder = root / f"{i + 1}-{step.kind}-{essence[:16]}"
-        done = folder / "student.pt"
-        if done.exists():
-            student = _load(done)
+        if i < finished:
             watch.stage(f"{step.kind}: done before")
             continue
-        student = student or first(checkpoint)
+        essence, folder = essences[i], folders[i]
         watch.stage(step.kind)
         context = Context(
             teacher=checkpoint,
@@ -125,11 +130,10 @@ def compress(
             "machine": machine_summary(machine),
         }
         if machine.accelerator.is_main_process:
-            save_atomic(_dump(student), done)
+            save_atomic(_dump(student), folder / _DONE)
             (folder / "checkpoint.pt").unlink(missing_ok=True)
         machine.accelerator.wait_for_everyone()
         machine.accelerator.free_memory()  # it keeps every model that it has prepared
-    assert student is not None
     student.settings |= {
         "name": recipe.name,
         "recipe": recipe.name,
@@ -204,7 +208,13 @@ def write(student: Student, checkpoint: Checkpoint, output: Path) -> None:
                 for k, v in weights.items()
                 if k.removesuffix(".weight") not in codes
             }
-            write_student_component(work / kind, config, float_weights, codes)
+            write_student_component(
+                work / kind,
+                config,
+                float_weights,
+                codes,
+                float_inputs=student.float_inputs.get(kind, ()),
+            )
         settings = student.settings | {"history": student.history}
         (work / "handheld.json").write_text(json.dumps(settings, indent=2) + "\n")
         (work / "README.md").write_text(card.text(settings), encoding="utf-8")

@@ -44,6 +44,8 @@ class Student:
         Float weights by name, CPU.
     quantized : dict of layer to QuantizedWeight
         U-Net layers that carry codes.
+    float_inputs : dict
+        Layers of ``unet`` and ``vae`` whose inputs are not to be rounded.
     settings : dict
         ``handheld.json``.
     reference_config, reference
@@ -59,6 +61,7 @@ class Student:
     settings: dict[str, Any]
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
     vae_quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
+    float_inputs: dict[str, list[str]] = field(default_factory=dict)
     reference_config: dict[str, Any] = field(default_factory=dict)
     reference: dict[str, torch.Tensor] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)

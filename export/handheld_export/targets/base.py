@@ -12,14 +12,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from handheld.errors import UsageError
-from handheld.planning import CONTAINERS
+from handheld.planning import Container, Stored, container
 from handheld.program import Ports
 from handheld_export.quantization import Grid, QuantizedWeight
 
@@ -39,9 +39,9 @@ class SegmentInput:
         ``ports.outputs``. Pictures and latents are ``[N, H, W, C]`` at its boundary and
         the inside is NCHW. In eval mode, float32. Quantized layers (``nn.Linear``,
         ``nn.Conv2d``) hold the dequantized weight as their parameter and carry
-        ``layer.quantized`` (:class:`~handheld_export.quantization.QuantizedWeight`) and,
-        where calibrated, ``layer.activation_range``
-        (:class:`~handheld_export.quantization.ActivationRange`).
+        ``layer.quantized`` (:class:`~handheld_export.quantization.QuantizedWeight`), whether
+        their input is not to be rounded, ``layer.float_input`` (bool), and, where calibrated,
+        ``layer.activation_range`` (:class:`~handheld_export.quantization.ActivationRange`).
     ports : Ports
     examples : sequence of tensors
         One realistic value per input.
@@ -89,6 +89,8 @@ class Target(ABC):
     """Names of :mod:`handheld.precision` that this target runs."""
     segment_weights: ClassVar[int]
     """Grouping policy: neighbouring units join while their weights stay below this."""
+    segment_bytes: ClassVar[int | None] = None
+    """The same by the bytes of a file that keeps codes as they are and all else in fp16."""
     across_blocks: ClassVar[bool] = False
     """Whether units of different blocks join, for engines that like few artifacts."""
 
@@ -142,20 +144,23 @@ class Target(ABC):
         """Return what verification here cannot show, None where :meth:`load` shows all."""
         return self.unproven
 
-    def most_weights(self, precision: str) -> int:
-        """Return the grouping policy for a precision."""
-        return self.segment_weights
+    def container(self, weight: QuantizedWeight, *, float_input: bool = False) -> Container:
+        """Return what holds a weight's codes, wider where no kernel reads its own grid.
 
-    def container(self, weight: QuantizedWeight) -> Grid:
-        """Return the grid that holds a weight's codes, wider where no kernel reads its own."""
+        Parameters
+        ----------
+        weight : QuantizedWeight
+        float_input : bool
+            Whether the layer's input is not to be rounded.
+        """
         shape = weight.codes.shape
         kind = "linear" if len(shape) == 2 else "conv1x1" if shape[2:] == (1, 1) else "conv3x3"
-        held = CONTAINERS.get(self.name.partition(":")[0], {})
-        return held.get((kind, weight.grid), weight.grid)
+        stored = Stored(weight.grid, weight.group_size, float_input)
+        return container(self.name.partition(":")[0], kind, stored)
 
     def held(self, weight: QuantizedWeight) -> QuantizedWeight:
         """Return a weight on the grid that holds its codes."""
-        return replace(weight, grid=self.container(weight))
+        return replace(weight, grid=cast(Grid, self.container(weight)))
 
     def missing(self) -> str | None:
         """Return one line that says what to install, or None if all is there."""

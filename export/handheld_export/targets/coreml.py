@@ -11,13 +11,6 @@ from handheld.errors import UsageError
 from handheld.program import Ports
 from handheld_export.targets.base import Array, Lowered, Runner, SegmentInput, Target
 
-_MOST_WEIGHTS = {
-    "int8": 900_000_000,
-    "int4": 1_500_000_000,
-    "int4g32": 1_500_000_000,
-    "int2": 1_500_000_000,
-}
-
 _UNITS = {"cpu": "CPU_ONLY", "gpu": "CPU_AND_GPU", "ane": "CPU_AND_NE"}
 """Compute units and what coremltools calls them; the CPU takes what the others do not."""
 
@@ -34,7 +27,9 @@ class CoreML(Target):
     engine: ClassVar[str] = "coreml"
     suffix: ClassVar[str] = ".mlpackage"
     precisions: ClassVar[tuple[str, ...]] = ("fp16", "int8", "int4", "int4g32", "int2")
-    segment_weights: ClassVar[int] = 475_000_000
+    # The Neural Engine takes seconds to prepare each package, and none may reach 1 GB.
+    segment_weights: ClassVar[int] = 425_000_000
+    segment_bytes: ClassVar[int | None] = 850_000_000
     across_blocks: ClassVar[bool] = True
     packages: ClassVar[Mapping[str, str]] = {"coremltools": "coremltools"}
     extra: ClassVar[str] = "coreml"
@@ -65,13 +60,6 @@ class CoreML(Target):
                 remedy="verify without --unit: handheld's evaluator runs the package",
             )
         return CoreML(unit)
-
-    def most_weights(self, precision: str) -> int:
-        """Return what stays below 1 GB: the Neural Engine takes seconds to prepare each package.
-
-        SDXL's U-Net becomes two chunks in 4 and 2 bits, three in int8, six in fp16.
-        """
-        return _MOST_WEIGHTS.get(precision, self.segment_weights)
 
     def lower(self, segment: SegmentInput, path: Path) -> Lowered:
         """Write the package of a segment and read its codes back.

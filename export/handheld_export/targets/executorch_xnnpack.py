@@ -29,6 +29,8 @@ class ExecuTorchXNNPACK(Target):
     grid of the calibrated range where the student has one, and quantized per picture while
     running where it has none, which is a few dB more exact and no slower.
 
+    A layer whose input is not to be rounded is held in float32.
+
     Codes are the student's to the bit. So are scales per channel; scales of groups are
     bfloat16 in XNNPACK, so they are rounded to it (relative error at most 2**-8, noted per
     layer) unless the student's are already.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+import torch
 
 from handheld.errors import TargetError
 from handheld.program import Ports
@@ -38,7 +39,8 @@ class LiteRTCPU(Target):
 
         The scales of groups are rounded to bfloat16, because that is all the kernels take;
         codes and all other scales are the student's. Convolutions of fewer than 8 bits are held
-        as int8: XNNPACK reads no narrower ones, int4 runs outside it, and int2 gives NaN.
+        as int8: XNNPACK reads no narrower ones, int4 runs outside it, and int2 gives NaN. So are
+        those of layers whose input is not rounded, which XNNPACK widens when it loads them.
 
         Raises
         ------
@@ -64,7 +66,10 @@ class LiteRTCPU(Target):
         weight = layer.quantized
         if weight is None:
             return layer
-        return replace(layer, quantized=self.held(weight))
+        held = self.container(weight, float_input=layer.float_input)
+        if held == "float32":
+            return replace(layer, quantized=None, weight=torch.from_numpy(weight.dequantize()))
+        return replace(layer, quantized=replace(weight, grid=held))
 
     def share(
         self, paths: Mapping[str, Path], weights: str, folder: Path

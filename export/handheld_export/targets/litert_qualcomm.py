@@ -38,15 +38,7 @@ class LiteRTQualcomm(HexagonTarget):
     }
     extra: ClassVar[str] = "onnx"
     converter: ClassVar[str] = "litert"
-
-    @property
-    def options(self) -> Mapping[str, str]:  # type: ignore[override]
-        """What the engine must be told: the NPU, and of which SoC."""
-        return {"accelerator": "npu", "soc": self.soc or ""}
-
-    def versions(self) -> dict[str, str]:
-        """Return LiteRT's version, the tools' and QNN's."""
-        return super().versions() | {"qnn": self.sdk.build}
+    told: ClassVar[Mapping[str, str]] = {"accelerator": "npu"}
 
     def facts(self, path: Path) -> dict[str, str]:
         """Return ``soc``, ``hexagon`` and ``qnn`` as an artifact's binary says them."""

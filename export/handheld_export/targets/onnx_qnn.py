@@ -32,15 +32,7 @@ class ONNXQNN(HexagonTarget):
     }
     extra: ClassVar[str] = "onnx"
     converter: ClassVar[str] = "litert"
-
-    @property
-    def options(self) -> Mapping[str, str]:  # type: ignore[override]
-        """What the engine must be told: the provider, and of which SoC."""
-        return {"provider": "qnn", "soc": self.soc or ""}
-
-    def versions(self) -> dict[str, str]:
-        """Return onnxruntime's version, the tools' and QNN's."""
-        return super().versions() | {"qnn": self.sdk.build}
+    told: ClassVar[Mapping[str, str]] = {"provider": "qnn"}
 
     def lower(self, segment: SegmentInput, path: Path) -> Lowered:
         """Export a segment, compile it, and read SoC and version back from the binary.

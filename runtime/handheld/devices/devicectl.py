@@ -203,6 +203,7 @@ def _chain(fault: Fault) -> tuple[list[tuple[str, int]], list[str]]:
 
 
 _REMEDIES: Final = {
+    ("NSPOSIXErrorDomain", 28): "free some space on the phone",
     ("FBSOpenApplicationErrorDomain", 7): "unlock the phone and keep it unlocked",
     ("FBSOpenApplicationErrorDomain", 3): "trust the developer on the phone: Settings, General, "
     "VPN & Device Management",
@@ -217,14 +218,15 @@ def _remedy(causes: list[tuple[str, int]]) -> str | None:
     return next((_REMEDIES[c] for c in reversed(causes) if c in _REMEDIES), None)
 
 
-def call(arguments: Sequence[str], timeout_s: float = CALL_S) -> dict[str, Any]:
-    """Run devicectl and return the result of its answer.
+def call(arguments: Sequence[str], timeout_s: float | None = None) -> dict[str, Any]:
+    """Run devicectl and return the result of its answer; None gives it :data:`CALL_S`.
 
     Raises
     ------
     DeviceError
         If it cannot be run, takes too long, answers nonsense or tells of a failure.
     """
+    timeout_s = CALL_S if timeout_s is None else timeout_s
     try:
         return _call(arguments, timeout_s)
     except DevicectlError as error:
@@ -412,7 +414,7 @@ class Devicectl(Iphone):
         return target.is_file()
 
     def _call(
-        self, group: str, verb: str, after: Sequence[str] = (), timeout_s: float = CALL_S
+        self, group: str, verb: str, after: Sequence[str] = (), timeout_s: float | None = None
     ) -> dict[str, Any]:
         return call(["device", group, verb, "--device", self._device, *after], timeout_s)
 

@@ -288,12 +288,20 @@ def _placement(records: Sequence[RunRecord]) -> str:
             + "".join(f"<td>{_link(r, str(counts.get(u, 0)))}</td>" for u in units)
             for artifact, counts in placement.items()
         ]
-        note = "Operations by compute unit; of targets for the CPU alone, calls."
+        note = (
+            "Operations by compute unit; what a delegate took counts once a call, under its name."
+        )
+        if r.placement_note:
+            note = f"{r.placement_note[0].upper()}{r.placement_note[1:]}."
         out.append(table(_name(r), note, ("", *units), rows, "h3"))
     if silent:
+        reasons = sorted(
+            {r.placement_note for r in records if not r.placement and r.placement_note}
+        )
+        why = f": {'; '.join(reasons)}" if reasons else ""
         out.append(
-            f'<p class="note">{silent} records are from engines that do not tell where an '
-            "operation ran.</p>"
+            f'<p class="note">Of {silent} records it is unknown where operations ran'
+            f"{escape(why)}.</p>"
         )
     return "\n".join(out)
 

@@ -24,7 +24,7 @@ class Decoder(DecoderShape, Step):
     """Train the decoder of an AutoencoderTiny (TAESD's architecture) on the VAE's own pictures."""
 
     kind: ClassVar[str] = "decoder"
-    before: ClassVar[tuple[str, ...]] = ("decoder",)
+    before: ClassVar[tuple[str, ...]] = ("decoder", "activations")
 
     train: Loop
     l1: float = Field(default=0.1, ge=0)

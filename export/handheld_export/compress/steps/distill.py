@@ -35,6 +35,7 @@ class Distill(Step):
 
     kind: ClassVar[str] = "distill"
     after: ClassVar[tuple[str, ...]] = ("trim", "quantize")
+    before: ClassVar[tuple[str, ...]] = ("activations",)
 
     train: Loop
     output: float = Field(default=1.0, ge=0)

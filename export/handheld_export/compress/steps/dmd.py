@@ -109,7 +109,7 @@ class DMD(DMDShape, Step):
     """Match the distribution of the teacher's pictures in one step or a few."""
 
     kind: ClassVar[str] = "dmd"
-    before: ClassVar[tuple[str, ...]] = ("dmd", "quantize")
+    before: ClassVar[tuple[str, ...]] = ("dmd", "quantize", "activations")
 
     train: Loop
     """``steps`` counts updates of the generator."""

@@ -28,7 +28,7 @@ class Quantize(QuantizeShape, Step):
 
     kind: ClassVar[str] = "quantize"
     imitated: ClassVar[bool] = True
-    before: ClassVar[tuple[str, ...]] = ("quantize",)
+    before: ClassVar[tuple[str, ...]] = ("quantize", "activations")
 
     method: Literal["round", "gptq"] = "gptq"
     calibration: int = Field(default=32, ge=1)

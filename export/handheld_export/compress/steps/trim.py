@@ -28,7 +28,7 @@ class Trim(TrimShape, Step):
 
     kind: ClassVar[str] = "trim"
     imitated: ClassVar[bool] = True
-    before: ClassVar[tuple[str, ...]] = ("quantize",)
+    before: ClassVar[tuple[str, ...]] = ("quantize", "activations")
 
     calibration: int = Field(default=16, ge=1)
     seed: int = 0

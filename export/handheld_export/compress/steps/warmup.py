@@ -27,7 +27,7 @@ class Warmup(WarmupShape, Step):
     """
 
     kind: ClassVar[str] = "warmup"
-    before: ClassVar[tuple[str, ...]] = ("dmd", "quantize")
+    before: ClassVar[tuple[str, ...]] = ("dmd", "quantize", "activations")
 
     train: Loop
     pairs: int = Field(default=10_000, ge=1)
