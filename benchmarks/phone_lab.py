@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,7 +134,7 @@ def matrix(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "ok": first.returncode == again.returncode == third.returncode == 0
         and not any(left)
         and not any(sent)
-        and all(row["psnr_db"] >= row["min_psnr_db"] for row in drawn),
+        and all(row["matches"] for row in drawn),
         "devices": listed,
         "records": [_row(r) for r in seen],
         "left_on_phones": left,
@@ -149,26 +150,28 @@ def pictures(path: Path, made: list[Phone], folder: Path) -> list[dict[str, Any]
     manifest = bundle.manifest
     prompt = (manifest.reference and manifest.reference.prompt) or ""
 
-    def draw(device: str) -> np.ndarray[Any, Any]:
+    def draw(device: str) -> NDArray[np.uint8]:
         file = folder / f"{device}.png"
         subprocess.run(
             [sys.executable, "-m", "handheld", "generate", str(path), prompt, "--seed", "7",
              "--device", device, "-o", str(file)],
             check=True, stdout=subprocess.DEVNULL,
         )  # fmt: skip
-        return np.asarray(Image.open(file)).astype(np.float64)
+        return np.asarray(Image.open(file))
 
     own = draw("host")
     rows = []
     for phone in made:
-        error = np.square(draw(phone.address) - own).mean()
+        limit = bench.expected_psnr(bundle, manifest.default_size)
+        check = bench.compare(draw(phone.address), own, limit)
         rows.append(
             {
                 "phone": phone.serial,
                 "bundle": f"{manifest.model.id} {manifest.target} {manifest.precision}",
                 "prompt": prompt,
-                "psnr_db": round(10 * float(np.log10(255**2 / max(error, 1e-10))), 1),
-                "min_psnr_db": bench.expected_psnr(bundle, manifest.default_size),
+                "psnr_db": round(check.psnr_db, 1),
+                "min_psnr_db": round(limit, 1),
+                "matches": check.matches,
             }
         )
     return rows

@@ -64,6 +64,18 @@ def connect(phone: Phone, environment: dict[str, str]) -> None:
         time.sleep(0.2)
 
 
+def disconnect(phone: Phone, environment: dict[str, str]) -> None:
+    """Detach a phone and wait until the server has forgotten it."""
+    deadline = time.monotonic() + 30
+    while True:
+        adb("disconnect", phone.address, environment=environment)
+        listed = adb("devices", environment=environment).stdout
+        if phone.address not in listed:
+            return
+        assert time.monotonic() < deadline, listed
+        time.sleep(0.1)
+
+
 def make_phone(folder: Path, profile: str = "qualcomm", serial: str = "R5CX1234567") -> Phone:
     return Phone(folder, PROFILES[profile], serial=serial)
 

@@ -149,7 +149,7 @@ def phone(tmp_path, server, kits, monkeypatch):
     with lab.make_phone(tmp_path / "phone") as made:
         lab.connect(made, server)
         yield made
-        lab.adb("disconnect", made.address, environment=server)
+        lab.disconnect(made, server)
 
 
 @pytest.fixture
@@ -449,7 +449,7 @@ def test_a_phone_that_falls_silent_during_a_run(phone, device, sample, server, m
     monkeypatch.setattr(Server, "call", real)
     monkeypatch.setenv("HANDHELD_FAKE", "")
     phone.state.deaf = False
-    lab.adb("disconnect", phone.address, environment=server)
+    lab.disconnect(phone, server)
     lab.connect(phone, server)
     assert bench.run(sample, device, FAST).status == "ok"
     assert (phone.left(), phone.harnesses()) == ([], [])
@@ -531,7 +531,7 @@ def test_a_phone_without_exit_codes(tmp_path, server, kits, monkeypatch, sample)
         assert device.facts().soc == "mt6768"
         record = bench.run(sample, device, FAST)
         assert (record.status, record.error) == ("ok", None)
-        lab.adb("disconnect", phone.address, environment=server)
+        lab.disconnect(phone, server)
 
 
 @system
@@ -550,7 +550,7 @@ def test_what_stops_a_phone_is_said_with_its_remedy(tmp_path, server, kits, monk
             capture_output=True, text=True, timeout=60, check=True, env=os.environ,
         )  # fmt: skip
         assert phone.address in {o["device"] for o in json.loads(done.stdout)["obstacles"]}
-        lab.adb("disconnect", phone.address, environment=server)
+        lab.disconnect(phone, server)
 
 
 @system
