@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -49,6 +50,13 @@ def test_what_was_compiled_for_an_npu(tmp_path):
     builder.Finish(table(f1=codes, f2=listed([table(f3=operators)])), b"TFL3")
     data = bytes(builder.Output())
     assert count(tmp_path / "a.tflite", data, "litert") == {"cpu": 2, "npu": 1}
+    # A list may name a table again and again, so a small file has lists of lists without end.
+    many = listed([operator(0)] * 2000)
+    builder.Finish(table(f1=codes, f2=listed([table(f3=many)])), b"TFL3")
+    data = bytes(builder.Output())
+    with mock.patch("handheld.placement.MOST_TABLES", 1000):
+        assert count(tmp_path / "a.tflite", data, "litert") is None
+    assert count(tmp_path / "a.tflite", data, "litert") == {"cpu": 2000}
 
 
 @pytest.mark.slow

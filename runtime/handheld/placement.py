@@ -20,7 +20,7 @@ from handheld.records import Pass
 from handheld.release.manifest import Unit
 from handheld.release.rules import read as read_rules
 
-MOST_OPERATIONS: Final = 1_000_000
+MOST_TABLES: Final = 1_000_000
 _DELEGATE_CALL: Final = 2
 _KERNEL_CALL: Final = 1
 _DISPATCH: Final = "DISPATCH_OP"
@@ -112,63 +112,73 @@ def _litert(model: _Table) -> Counter[str]:
     )
 
 
-class _Table:
-    """A table of a flatbuffer. What lies outside the file raises ``struct.error``."""
+class _File:
+    """A flatbuffer. What lies outside it raises ``struct.error``."""
 
-    def __init__(self, data: mmap.mmap, at: int) -> None:
-        self._data, self._at = data, at
-        self._fields = at - self._read("<i", at)
-        if self._fields < 0:
-            raise ValueError("outside the file")
-        self._size = self._read("<H", self._fields)
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data = data
+        self.left = MOST_TABLES
+        """How many tables may still be read: lists that overlap could name any number of them."""
+
+    def read(self, form: str, at: int) -> int:
+        """Return the number at a place."""
+        value: int = struct.unpack_from(form, self.data, at)[0]
+        return value
+
+
+class _Table:
+    """A table of a flatbuffer."""
+
+    def __init__(self, file: _File, at: int) -> None:
+        file.left -= 1
+        self._fields = at - file.read("<i", at)
+        if self._fields < 0 or file.left < 0:
+            raise ValueError("outside the file, or an absurd number")
+        self._file, self._at = file, at
+        self._size = file.read("<H", self._fields)
 
     @classmethod
     def root(cls, data: mmap.mmap) -> _Table:
         """Return the table that a file begins with."""
-        return cls(data, struct.unpack_from("<I", data, 0)[0])
-
-    def _read(self, form: str, at: int) -> int:
-        value: int = struct.unpack_from(form, self._data, at)[0]
-        return value
+        file = _File(data)
+        return cls(file, file.read("<I", 0))
 
     def _place(self, field: int) -> int | None:
         entry = 4 + 2 * field
-        offset = self._read("<H", self._fields + entry) if entry < self._size else 0
+        offset = self._file.read("<H", self._fields + entry) if entry < self._size else 0
         return self._at + offset if offset else None
 
     def byte(self, field: int) -> int:
         """Return a number of one byte."""
         place = self._place(field)
-        return 0 if place is None else self._read("<B", place)
+        return 0 if place is None else self._file.read("<B", place)
 
     def integer(self, field: int) -> int:
         """Return a number of four bytes."""
         place = self._place(field)
-        return 0 if place is None else self._read("<i", place)
+        return 0 if place is None else self._file.read("<i", place)
 
     def table(self, field: int) -> _Table:
         """Return a table in this one."""
         place = self._place(field)
         if place is None:
             raise ValueError("there is no such table")
-        return _Table(self._data, place + self._read("<I", place))
+        return _Table(self._file, place + self._file.read("<I", place))
 
     def text(self, field: int) -> str:
         """Return a text, empty if there is none."""
         place = self._place(field)
         if place is None:
             return ""
-        start = place + self._read("<I", place)
-        return self._data[start + 4 : start + 4 + self._read("<I", start)].decode()
+        start = place + self._file.read("<I", place)
+        return self._file.data[start + 4 : start + 4 + self._file.read("<I", start)].decode()
 
     def tables(self, field: int) -> Iterator[_Table]:
         """Yield the tables of a list."""
         place = self._place(field)
         if place is None:
             return
-        start = place + self._read("<I", place)
-        count = self._read("<I", start)
-        if count > MOST_OPERATIONS:
-            raise ValueError("an absurd number")
+        start = place + self._file.read("<I", place)
+        count = self._file.read("<I", start)
         for entry in range(start + 4, start + 4 + 4 * count, 4):
-            yield _Table(self._data, entry + self._read("<I", entry))
+            yield _Table(self._file, entry + self._file.read("<I", entry))
