@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import tiny
 from handheld.bundle import Bundle
@@ -88,8 +92,10 @@ def settle(bundle: Path) -> Bundle:
     return Bundle.open(bundle)
 
 
-def plant(bundle: Path, checkpoint: Path, edit, target=None, artifact=MIDDLE) -> Bundle:
-    """Lower one artifact again from layers that ``edit`` has changed."""
+def plant(
+    bundle: Path, checkpoint: Path, edit, target=None, artifact=MIDDLE, samples=lambda _: ()
+) -> Bundle:
+    """Lower one artifact again from layers that ``edit`` has changed, on other samples."""
     manifest = Bundle.open(bundle).manifest
     source = Checkpoint(checkpoint)
     target = target or targets.find(manifest.target)
@@ -101,7 +107,8 @@ def plant(bundle: Path, checkpoint: Path, edit, target=None, artifact=MIDDLE) ->
     edit(dict(layers(segment)))
     path = bundle / "artifacts" / f"{segment.id}{target.suffix}"
     module = SegmentModule(segment).eval()
-    target.lower(SegmentInput(segment.id, module, segment.ports, inputs), path)
+    given = SegmentInput(segment.id, module, segment.ports, inputs, samples=samples(inputs))
+    target.lower(given, path)
     release(segment)
     return settle(bundle)
 
@@ -222,6 +229,42 @@ def test_wrong_engine_version(bundle, checkpoint):
     assert report.problems[0].startswith("unet.00.down_blocks.0: made for engine version 7.1")
 
 
+@pytest.mark.slow
+@on("executorch-qnn:SM8650", "16a4w")
+def test_blockwise_convolution_compiled_for_qnn(bundle, checkpoint, tmp_path):
+    """Blockwise 3x3 convolutions compile without a word, and the NPU's simulation gives noise."""
+    from handheld_export.targets.executorch_qnn import ExecuTorchQNN
+
+    told = {}
+
+    class Blockwise(ExecuTorchQNN):
+        name = "executorch-qnn:SM8650"
+        soc = "SM8650"
+
+        def lower(self, segment, path):
+            program, inputs = tmp_path / "segment.pt2", tmp_path / "inputs.safetensors"
+            exported = torch.export.export(segment.module, tuple(segment.examples), strict=True)
+            torch.export.save(exported, program)
+            save_file({f"{i:03}": x for i, x in enumerate(segment.examples)}, inputs)
+            script = Path(__file__).parent / "blockwise.py"
+            command = [sys.executable, script, program, inputs, self.soc, path]
+            done = subprocess.run(
+                [str(c) for c in command],
+                env=self.sdk.environment(),
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            told["torch"] = float(re.search(r"torch: (\S+) dB", done.stdout)[1])
+
+    assert verify(Bundle.open(bundle), checkpoint).passed
+    report = verify(plant(bundle, checkpoint, lambda _: None, Blockwise()), checkpoint)
+    assert told["torch"] > 15, "four bits alone must not fail"
+    assert found(report) == {MIDDLE}
+    (row,) = (r for r in report.rows if r.artifact == MIDDLE)
+    assert row.student_snr_db < 10
+
+
 @pytest.mark.parametrize("kind", ["ExecuTorchQNN", "LiteRTQualcomm"])
 def test_blockwise_convolution_on_qnn(kind, tmp_path):
     """QNN compiles blockwise 3x3 convolutions, and they come out wrong without a word."""
@@ -243,6 +286,22 @@ def test_blockwise_convolution_on_qnn(kind, tmp_path):
     given = replace(item, samples=[item.examples])
     with pytest.raises(TargetError, match=r"layer 'steps\.0': int4 in groups does not run on QNN"):
         target.lower(given, tmp_path / f"a{target.suffix}")
+
+
+@pytest.mark.slow
+@on("onnx-qnn:SM8650", "16a8w")
+def test_resnet_at_8x8_on_grids_that_are_too_narrow_on_qnn(bundle, checkpoint, monkeypatch):
+    """Blocks this small are kept in fp16; here they are quantized, on grids that clip."""
+    monkeypatch.setattr("handheld_export.hexagon._LEAST_SIDE", 0)
+
+    def narrow(inputs):
+        return [[x / 8 for x in inputs]]
+
+    assert verify(Bundle.open(bundle), checkpoint).passed
+    report = verify(plant(bundle, checkpoint, lambda _: None, samples=narrow), checkpoint)
+    assert found(report) == {MIDDLE}
+    (row,) = (r for r in report.rows if r.artifact == MIDDLE)
+    assert row.snr_db < 15
 
 
 @pytest.mark.slow
