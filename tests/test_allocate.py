@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from handheld.counting import Layer
 from handheld.errors import UsageError
 from handheld.precision import Choice
 from handheld.reshaping import Option, assign, nbytes
@@ -120,10 +121,13 @@ class Mixed(torch.nn.Module):
 def test_the_layer_with_an_outlier_is_kept_in_float():
     torch.manual_seed(0)
     model, x = Mixed(), torch.randn(4, 8, 32)
-    macs = {"plain": 32 * 32, "planted": 33 * 32}
+    layers = {
+        n: Layer(n, "linear", (32, w), bias=True, macs=32 * w, outputs=32)
+        for n, w in (("plain", 32), ("planted", 33))
+    }
 
-    def chosen(error, budget=1e9):
-        return float_inputs(model, lambda: model(x), macs, error, budget)
+    def chosen(error, macs=1e9, weights=1e9):
+        return float_inputs(model, lambda: model(x), layers, error, macs, weights)
 
     names, before, after = chosen(1e-3)
     assert names == ["planted"]
@@ -131,7 +135,9 @@ def test_the_layer_with_an_outlier_is_kept_in_float():
     assert after < 1e-3
     assert chosen(1.0)[0] == [], "nothing is done without need"
     names, _, after = chosen(0.0)
-    assert set(names) == set(macs) and after == 0
-    names, before, after = chosen(1e-3, budget=32 * 32)
-    assert names == ["plain"] and after == pytest.approx(before, rel=0.1), "the budget holds"
+    assert set(names) == set(layers) and after == 0
+    for budgets in ({"macs": 32 * 32}, {"weights": 32 * 32}, {"macs": 1}):
+        names, before, after = chosen(1e-3, **budgets)
+        assert "planted" not in names, "the budget holds"
+        assert after == pytest.approx(before, rel=0.1)
     assert not model.plain._forward_pre_hooks, "the model is as it was"

@@ -286,10 +286,11 @@ def test_broken_codes(student, tmp_path, change, what):
 
 def test_a_float_input_of_no_layer_is_refused(student, tmp_path):
     folder = tiny.copied(student[0], tmp_path / "broken")
-    change_quantization(folder, lambda q: q.update(float_inputs=["mid_block.none"]))
-    with pytest.raises(CheckpointError, match=r"mid_block\.none") as e:
-        _ = Checkpoint(folder).unet.float_inputs
-    assert (e.value.field, e.value.path.endswith("quantization.json")) == ("float_inputs", True)
+    for name in ("mid_block.none", "mid_block.resnets.0.norm1"):
+        change_quantization(folder, lambda q, name=name: q.update(float_inputs=[name]))
+        error = refusal(folder, read_all)
+        assert (error.field, name in error.message) == ("float_inputs", True)
+        assert error.path.endswith("quantization.json")
 
 
 def test_students_with_a_byte_for_each_code_are_read(student, tmp_path):

@@ -237,6 +237,26 @@ def test_layers_with_float_inputs_round_nothing(case, grid, tmp_path):
     assert "XNNConvert" not in {n["xnode_union_type"] for n in graph["xnodes"]}
 
 
+def test_a_layer_with_a_float_input_reads_nothing_from_a_fixed_grid(tmp_path):
+    block = nn.Sequential(
+        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1)
+    )
+    item = segment(randomize(Line(block)), [(1, 8, 8, 32)])
+    quantize(item, lambda *_: ("int8",))
+    block[2].float_input = True
+    run(item, tmp_path / "a.pte")
+    graph, _ = xnnpack._read(tmp_path / "a.pte")
+    kinds = [n["xnode_union_type"] for n in graph["xnodes"]]
+    assert kinds == ["XNNConvert", "XNNConv2d", "XNNConv2d"]
+    inputs = [
+        graph["xvalues"][n["xnode_union"]["input1_id"]]["xvalue_union"]
+        for n in graph["xnodes"]
+        if n["xnode_union_type"] == "XNNConv2d"
+    ]
+    types = [v.get("tensor_value", v).get("datatype") for v in inputs]
+    assert types == ["xnn_datatype_qdint8", "xnn_datatype_fp32"]
+
+
 def test_grids_that_do_not_run_are_refused(tmp_path):
     layer = nn.Linear(64, 32)
     item = segment(randomize(nn.Sequential(layer, Tuple())), [(1, 64)])

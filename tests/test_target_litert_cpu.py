@@ -326,6 +326,67 @@ def test_narrow_convolutions_are_held_as_int8_with_the_same_codes(
             assert TARGET.container(layer.quantized) == "int8"
 
 
+@pytest.mark.parametrize("name", ["resnet", "transformer"])
+@pytest.mark.parametrize("linear", [INT8, INT4, INT2], ids=str)
+def test_layers_with_float_inputs_keep_their_codes_and_round_nothing(
+    name: str, linear: tuple, tmp_path: Path
+) -> None:
+    module, examples = _make(name)
+    module = _quantized(module, linear)
+    layers = [x for x in module.modules() if getattr(x, "quantized", None) is not None]
+    for layer in layers:
+        layer.float_input = True
+    path = tmp_path / "a.tflite"
+    lowered, snr = _lower(module, examples, path)
+    assert snr > 90, "as exact as float"
+    assert lowered.partitions == 1, "weights are widened inside XNNPACK"
+    assert {bits for bits, *_ in _stored(path).values()} == {8}
+
+
+def test_groups_with_float_inputs_are_held_in_float(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Tokens(nn.Linear(64, 32)).eval()
+    _quantize(module.layers[0], *INT4_G32)
+    module.layers[0].float_input = True
+    _, snr = _lower(module, (torch.randn(1, 16, 64),), tmp_path / "a.tflite")
+    assert snr > 90
+    assert _stored(tmp_path / "a.tflite")["layers.0.weight"][0] == 32
+
+
+def test_weights_with_float_inputs_are_shared_by_sizes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = _quantized(Picture(nn.Conv2d(32, 32, 3, padding=1)).eval(), INT8)
+    module.module.float_input = True
+    paths = {}
+    for side in (8, 12):
+        paths[f"s.{side}x{side}"] = tmp_path / f"{side}.tflite"
+        _lower(module, (torch.randn(1, side, side, 32),), paths[f"s.{side}x{side}"])
+    (tmp_path / "out").mkdir()
+    made = TARGET.share(paths, "s.weights", tmp_path / "out")
+    assert made is not None
+    codes = module.module.quantized.codes.transpose(0, 2, 3, 1).tobytes()
+    for graph, common in made.values():
+        assert codes in common.read_bytes()
+        assert codes not in graph.read_bytes()
+
+
+@pytest.mark.parametrize("float_input", [True, False])
+def test_palettes_run_in_float_or_not_at_all(float_input: bool, tmp_path: Path) -> None:
+    codes = np.random.default_rng(0).integers(0, 4, (32, 64)).astype(np.int8)
+    book = np.array([-1.5, -0.2, 0.3, 1.0], np.float32)
+    weight = QuantizedWeight("palette", codes, np.ones(32, np.float32), None, book)
+    module = Tokens(nn.Linear(64, 32)).eval()
+    layer = module.layers[0]
+    layer.quantized, layer.float_input = weight, float_input
+    layer.weight = nn.Parameter(torch.from_numpy(weight.dequantize()), requires_grad=False)
+    example = (torch.randn(1, 4, 64),)
+    if not float_input:
+        with pytest.raises(TargetError, match="palettes do not run"):
+            _lower(module, example, tmp_path / "a.tflite")
+        return
+    assert _lower(module, example, tmp_path / "a.tflite")[1] > 90
+
+
 @pytest.mark.parametrize(("grid", "group"), [("int2", 32), ("int8", 32), ("int4", 16)])
 def test_groups_that_do_not_run_are_refused(grid: str, group: int, tmp_path: Path) -> None:
     module = Tokens(nn.Linear(64, 32)).eval()

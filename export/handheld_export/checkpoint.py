@@ -325,16 +325,7 @@ class Component:
     @cached_property
     def float_inputs(self) -> frozenset[str]:
         """Layers whose inputs eight bits do not hold: engines are not to round them."""
-        found = frozenset(self._quantization.float_inputs)
-        for layer in sorted(found - self.quantized):
-            if f"{layer}.weight" not in self.store:
-                raise CheckpointError(
-                    f"names '{layer}', and the weights have no such layer",
-                    path=self.origin.parent / "quantization.json",
-                    field="float_inputs",
-                    remedy="compress the checkpoint again",
-                )
-        return found
+        return frozenset(self._quantization.float_inputs)
 
     def codes(self, layer: str) -> tuple[str, tuple[int, ...] | None]:
         """Return the tensor that holds a layer's codes, and its weight's shape if it is packed."""

@@ -529,6 +529,15 @@ def check_weights(component: Component, model: nn.Module, wanted: set[str]) -> N
             field=f"layers.{unknown[0].removesuffix('.weight')}",
             remedy="compress the checkpoint again",
         )
+    modules = dict(model.named_modules())
+    for name in sorted(component.float_inputs):
+        if not isinstance(modules.get(name), nn.Linear | nn.Conv2d):
+            raise CheckpointError(
+                f"'{name}' is no linear layer and no convolution",
+                path=component.origin.parent / "quantization.json",
+                field="float_inputs",
+                remedy="compress the checkpoint again",
+            )
     for name in sorted(wanted):
         stored, packed = name, None
         if name in codes:

@@ -63,9 +63,15 @@ class _File:
     def kernels(self) -> set[_Kernel]:
         """Return what packed weights are known by and made of."""
         found = set()
+        widened = {
+            int(op.outputs[0]): int(op.inputs[0])
+            for op in self.graph.operators
+            if code_of(self.model, op) == schema.BuiltinOperator.DEQUANTIZE
+        }
         for op in self.graph.operators:
             if (code := code_of(self.model, op)) in _KERNELS:
-                weight, bias = self.graph.tensors[int(op.inputs[1])], 0
+                read = int(op.inputs[1])
+                weight, bias = self.graph.tensors[widened.get(read, read)], 0
                 if len(op.inputs) > 2 and int(op.inputs[2]) >= 0:
                     bias = self.graph.tensors[int(op.inputs[2])].buffer
                 found.add(_Kernel(code, weight.buffer, bias, self._grid(weight)))

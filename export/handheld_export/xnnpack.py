@@ -16,7 +16,7 @@ import math
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -617,6 +617,8 @@ class _Emitter:
         layer, name = self._layer(weight)
         limits = self._limits(node)
         quantized, range_ = _codes_of(layer), range_of(layer)
+        if any(float_input_of(reader) for reader in self._reading(node, limits is not None)):
+            range_ = None  # a grid on its way would round what that layer reads
         if quantized is None or range_ is None:
             source, result = x, self._value(shape, _NHWC)
             if quantized is None:
@@ -664,6 +666,13 @@ class _Emitter:
         if raw != result.id:
             self._node_add(xs.XNNConvert(raw, result.id, 0))
         return result
+
+    def _reading(self, node: Node, fused: bool) -> Iterator[nn.Module]:
+        """Give the layers that read a convolution's result, or that of its activation."""
+        tail = next(iter(node.users)) if fused else node
+        for reader in tail.users:
+            if str(reader.target) in ("aten.conv2d.default", "aten.linear.default"):
+                yield self._layer(self.values[cast(Node, reader.args[1])])[0]
 
     def _static(self, x: Value, qparams: tuple[float, int]) -> Value:
         key = ("static", x.id, qparams)

@@ -104,7 +104,8 @@ def container(target: str, kind: str, stored: Stored) -> Container:
     """
     own = FLOAT_INPUTS.get(target, {}) if stored.float_input else {}
     if kind in own:
-        return own[kind] if stored.group_size is None else "float32"
+        plain = stored.group_size is None and stored.grid != "palette"
+        return own[kind] if plain else "float32"
     return CONTAINERS.get(target, {}).get((kind, stored.grid), stored.grid)
 
 
@@ -124,6 +125,8 @@ class Shape:
         Height and width of the latent that is counted.
     grids : mapping of layer to Stored
         Of the U-Net; other layers are float.
+    decoder_floats : frozenset of str
+        Layers of the decoder whose inputs are not to be rounded.
     steps : int
         U-Net runs for one picture, guidance included.
     notes : tuple of str
@@ -134,6 +137,7 @@ class Shape:
     decoder: Config
     latent: tuple[int, int]
     grids: Mapping[str, Stored] = field(default_factory=dict)
+    decoder_floats: frozenset[str] = frozenset()
     steps: int = 20
     notes: tuple[str, ...] = ()
 
@@ -186,7 +190,21 @@ def architecture(name: str, size: int | None = None) -> Shape:
             )
     unet, vae = (_config(folder / part / "config.json") for part in ("unet", "vae"))
     shape = shape_of(unet, vae, size, str(folder))
-    return replace(shape, grids=_grids(folder / "unet"), steps=_steps(folder, shape.steps))
+    return replace(
+        shape,
+        grids=_grids(folder / "unet"),
+        decoder_floats=_float_inputs(folder / "vae"),
+        steps=_steps(folder, shape.steps),
+    )
+
+
+def _float_inputs(folder: Path) -> frozenset[str]:
+    """Return the layers of a student that compute in float."""
+    path = folder / "quantization.json"
+    names = _config(path).get("float_inputs", []) if path.is_file() else []
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise CheckpointError("is no list of layers", path=path, field="float_inputs")
+    return frozenset(names)
 
 
 def _grids(folder: Path) -> dict[str, Stored]:
@@ -194,8 +212,7 @@ def _grids(folder: Path) -> dict[str, Stored]:
     path = folder / "quantization.json"
     if not path.is_file():
         return {}
-    tables = _config(path)
-    layers, floats = tables.get("layers", {}), tables.get("float_inputs", [])
+    layers, floats = _config(path).get("layers", {}), _float_inputs(folder)
     try:
         grids = {n: Stored(x["grid"], x.get("group_size"), n in floats) for n, x in layers.items()}
         _ = [BITS[stored.grid] for stored in grids.values()]
@@ -287,7 +304,7 @@ def decoder_grids(shape: Shape) -> dict[str, Stored]:
     if not shape.grids:
         return {}
     return {
-        x.name: Stored("int8")
+        x.name: Stored("int8", float_input=x.name in shape.decoder_floats)
         for x in shape.decoder_layers
         if len(x.shape) > 1 and not x.name.endswith(("conv_in", "conv_out", "post_quant_conv"))
     }

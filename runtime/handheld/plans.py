@@ -236,7 +236,15 @@ def _part(
             if target in PARTS:
                 queries = banding.queries(heads, queries, keys)
             wanted = max(wanted, heads * queries * keys + 6 * x.outputs)
-    return _file(layers, grids, target), len(layers), round(4 * wanted * rows)
+    # Codes that the engine widens to float32 when it loads them.
+    widened = sum(
+        4 * x.weights - round(Stored("int8").nbytes(x.shape))
+        for x in layers
+        if (stored := grids.get(x.name)) is not None
+        and stored.float_input
+        and planning.container(target, x.kind, stored) == "int8"
+    )
+    return _file(layers, grids, target) + widened, len(layers), round(4 * wanted * rows)
 
 
 def _bands(shape: Shape) -> tuple[list[tuple[list[cutting.Unit], float]], int] | None:

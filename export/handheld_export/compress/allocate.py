@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from handheld.counting import Layer
 from handheld.precision import Choice
 from handheld.reshaping import Option, nbytes
 from handheld_export.compress.fakequant import RoundedInput, fit
 from handheld_export.quantization import QuantizedWeight
+
+_NEAR = 1.02
+"""Errors that are as good as the least."""
 
 
 @torch.no_grad()
@@ -55,9 +59,10 @@ def sensitivity(
 def float_inputs(
     model: nn.Module,
     evaluate: Callable[[], Tensor],
-    macs: Mapping[str, int],
+    layers: Mapping[str, Layer],
     error: float,
-    budget: float,
+    macs: float,
+    weights: float,
     watch: Callable[[int, int], None] = lambda done, count: None,
 ) -> tuple[list[str], float, float]:
     """Choose the layers whose inputs stay in float, the others' being rounded to eight bits.
@@ -66,22 +71,23 @@ def float_inputs(
     ----------
     evaluate : callable
         Runs the model on fixed inputs; the first axis of its result is the picture's.
-    macs : mapping of layer to int
-        All layers whose inputs would be rounded, and what each computes.
+    layers : mapping of name to Layer
+        All whose inputs would be rounded.
     error : float
         Wanted at most: squared error of a picture's result relative to its square, in the mean.
-    budget : float
-        MACs that may compute in float.
+    macs, weights : float
+        Multiply-accumulates that may compute in float, and weights that they may have.
 
     Returns
     -------
     chosen : list of str
-        Those that do most harm alone for what they compute, as few as suffice.
+        Those that do most harm alone for what they compute: as few as suffice, or as come near
+        (2 %) the least error that the budgets allow.
     before, after : float
         The error with all inputs rounded, and with those of all but the chosen layers.
     """
     reference = evaluate()
-    hooks = {name: RoundedInput(model.get_submodule(name)) for name in macs}
+    hooks = {name: RoundedInput(model.get_submodule(name)) for name in layers}
 
     def harm(rounded: Iterable[str]) -> float:
         names = set(rounded)
@@ -95,19 +101,21 @@ def float_inputs(
         for i, name in enumerate(hooks):
             alone[name] = harm([name])
             watch(i + 1, len(hooks))
-        order, spent = [], 0.0
-        for name in sorted(alone, key=lambda n: -alone[n] / macs[n]):
-            if spent + macs[name] <= budget:
+        order = []
+        for name in sorted(alone, key=lambda n: -alone[n] / layers[n].macs):
+            layer = layers[name]
+            if alone[name] > 0 and layer.macs <= macs and layer.weights <= weights:
                 order.append(name)
-                spent += macs[name]
+                macs, weights = macs - layer.macs, weights - layer.weights
 
         def left(count: int) -> float:
             return harm(n for n in hooks if n not in order[:count])
 
         before = after = left(0)
         low, high = 0, len(order)
-        if before > error:
+        if before > error and order:
             after = left(high)
+            error = max(error, _NEAR * after)
             while high - low > 1:
                 middle = (low + high) // 2
                 reached = left(middle)

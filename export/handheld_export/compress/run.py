@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import platform
 import shutil
 import time
@@ -16,7 +17,7 @@ import torch
 
 from handheld import __version__, planning
 from handheld.devices.host import cpu_model
-from handheld.errors import HandheldError, OutputError
+from handheld.errors import CheckpointError, HandheldError, OutputError
 from handheld.files import cache_root, replaced_folder, write_file
 from handheld_export.checkpoint import Checkpoint, read_json, write_student_component
 from handheld_export.compress import card, estimate
@@ -261,8 +262,17 @@ def _dump(student: Student) -> dict[str, Any]:
 
 
 def _load(path: Path) -> Student:
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return _student(torch.load(path, map_location="cpu", weights_only=True))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as e:
+        raise CheckpointError(
+            f"does not hold what a finished step gives: {e}",
+            path=path,
+            remedy="remove this file; the step before it, or the recipe, goes on from there",
+        ) from None
 
+
+def _student(state: dict[str, Any]) -> Student:
     def weight(value: dict[str, Any]) -> QuantizedWeight:
         book = value["codebook"]
         return QuantizedWeight.checked(

@@ -90,4 +90,5 @@ class LiteRTQualcomm(HexagonTarget):
         if weight is None or not on_grids:
             return replace(layer, quantized=None, half=True)
         check(layer.name, weight)
-        return replace(layer, quantized=self.held(weight))
+        # Inputs are on 16-bit grids, which hold what eight bits do not.
+        return replace(layer, quantized=self.held(weight), float_input=False)

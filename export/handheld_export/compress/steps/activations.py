@@ -39,6 +39,8 @@ class Activations(Step):
     decoder_db: float = Field(default=44.0, gt=0)
     most: float = Field(default=0.2, gt=0, le=1)
     """Largest share of the multiply-accumulates, of U-Net and decoder each, that is in float."""
+    most_weights: float = Field(default=0.2, gt=0, le=1)
+    """Largest share of the weights: engines may hold a layer that computes in float in float32."""
     calibration: int = Field(default=8, ge=1)
     """Pictures' worth of prompts and noise."""
     seed: int = 0
@@ -56,7 +58,7 @@ class Activations(Step):
         unet = build_unet(student.unet_config, _dequantized(student)).to(context.device).eval()
         evaluate = calibration(student, context, unet, self.calibration, self.seed)
         counted = counting.count_unet(student.unet_config, (side, side))
-        choices = _rounded(unet, "unet", counted, student.quantized)
+        choices = _rounded("unet", counted, student.quantized)
         found = {"unet": self._choose(unet, evaluate, choices, self.unet_db, context)}
 
         latents = evaluate()
@@ -68,7 +70,7 @@ class Activations(Step):
             return torch.cat([decode(part.to(context.device)).clamp(-1, 1) for part in parts])
 
         counted = counting.count_decoder(student.vae_config, (side, side))
-        choices = _rounded(vae, "decoder", counted, {})
+        choices = _rounded("decoder", counted, {})
         found["vae"] = self._choose(vae, pictures, choices, self.decoder_db, context)
         student.float_inputs = {name: layers for name, (layers, _) in found.items()}
         student.history.append(
@@ -84,29 +86,32 @@ class Activations(Step):
         self,
         model: nn.Module,
         evaluate: Callable[[], Tensor],
-        choices: Mapping[str, int],
+        choices: Mapping[str, counting.Layer],
         wanted_db: float,
         context: Context,
     ) -> tuple[list[str], dict[str, Any]]:
-        total = sum(choices.values())
+        macs = sum(x.macs for x in choices.values())
+        weights = sum(x.weights for x in choices.values())
         watch = context.watch
         chosen, before, after = float_inputs(
             model,
             evaluate,
             choices,
             10 ** (-wanted_db / 10),
-            self.most * total,
+            self.most * macs,
+            self.most_weights * weights,
             lambda i, n: watch.step("rounding inputs", i, n, {}),
         )
         reached = -10 * math.log10(max(after, 1e-20))
         if reached < wanted_db:
             watch.stage(
-                f"{self.kind}: {reached:.1f} dB with {self.most:.0%} of the MACs in float, "
-                f"{wanted_db:g} dB are wanted"
+                f"{self.kind}: {wanted_db:g} dB are wanted, and {reached:.1f} are reached within "
+                f"{self.most:.1%} of the MACs and {self.most_weights:.1%} of the weights"
             )
         figures = {
             "layers_in_float": len(chosen),
-            "macs_in_float": sum(choices[n] for n in chosen) / total,
+            "macs_in_float": sum(choices[n].macs for n in chosen) / macs,
+            "weights_in_float": sum(choices[n].weights for n in chosen) / weights,
             "snr_db": [-10 * math.log10(max(before, 1e-20)), reached],
         }
         return sorted(chosen), figures
@@ -118,9 +123,9 @@ def _dequantized(student: Student) -> dict[str, Tensor]:
 
 
 def _rounded(
-    model: nn.Module, component: str, counted: Sequence[counting.Layer], own: Mapping[str, Any]
-) -> dict[str, int]:
-    """Return the layers whose inputs CPU kernels round, with their MACs."""
+    component: str, counted: Sequence[counting.Layer], own: Mapping[str, Any]
+) -> dict[str, counting.Layer]:
+    """Return the layers whose inputs CPU kernels round."""
     int8 = find_precision("int8")
     found = {}
     for layer in counted:
@@ -130,6 +135,5 @@ def _rounded(
             coded = len(layer.shape) > 1
             rounded = coded and int8.choose(component, layer.name, layer.shape) is not None
         if rounded:
-            model.get_submodule(layer.name)
-            found[layer.name] = layer.macs
+            found[layer.name] = layer
     return found
