@@ -15,7 +15,7 @@ from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock, UNetMidB
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from handheld import banding
+from handheld import banding, planning
 from handheld_export import litert_rewrites
 from handheld_export.quantization import ActivationRange, round_to_nearest
 from handheld_export.rewrites import GatedGELU, Pointwise, rewrite
@@ -131,6 +131,26 @@ def test_attention_in_parts_computes_the_same(case, table, monkeypatch):
         expected = module(*inputs)
         actual = rewrite(module, litert_rewrites.REPLACEMENTS)(*inputs)
     assert (actual - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(8, 8), (5, 7)])
+def test_a_convolution_is_the_sum_of_its_kernels_places(size, stride, monkeypatch):
+    monkeypatch.setitem(planning.SLICED, "litert-cpu", 0)
+    conv = randomize(nn.Conv2d(12, 20, 3, padding=1, stride=stride))
+    conv.quantized = round_to_nearest(conv.weight.detach().numpy(), "int4")
+    x = picture(12, *size)
+    with torch.no_grad():
+        expected = conv(x)
+        sliced = rewrite(conv, litert_rewrites.REPLACEMENTS)
+        assert isinstance(sliced, litert_rewrites.SlicedConv)
+        assert (sliced(x) - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
+def test_convolutions_in_int8_stay():
+    conv = randomize(nn.Conv2d(12, 20, 3, padding=1))
+    conv.quantized = round_to_nearest(conv.weight.detach().numpy(), "int8")
+    assert isinstance(rewrite(conv, litert_rewrites.REPLACEMENTS), nn.Conv2d)
 
 
 def test_parts_of_an_attention_are_the_fewest_that_fit():

@@ -16,6 +16,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from handheld import planning
 from handheld.errors import TargetError
 from handheld.program import Ports, TensorSpec
 from handheld_export import tflite
@@ -385,6 +386,40 @@ def test_palettes_run_in_float_or_not_at_all(float_input: bool, tmp_path: Path) 
             _lower(module, example, tmp_path / "a.tflite")
         return
     assert _lower(module, example, tmp_path / "a.tflite")[1] > 90
+
+
+@pytest.mark.parametrize("grid", ["int4", "int2"])
+@pytest.mark.parametrize("kind", ["downsample", "resnet"])
+def test_large_narrow_convolutions_are_nine_linear_layers(
+    grid: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, examples = _make(kind)
+    module = _quantized(module, INT8, (grid, None))
+    wide, _ = _lower(module, examples, tmp_path / "wide.tflite")
+    monkeypatch.setitem(planning.SLICED, "litert-cpu", 0)
+    lowered, snr = _lower(module, examples, tmp_path / "sliced.tflite")
+    assert snr > 38
+    if kind == "resnet":
+        assert lowered.partitions == wide.partitions == 1
+    data = (tmp_path / "sliced.tflite").read_bytes()
+    graph = schema.ModelT.InitFromPackedBuf(data, 0)
+    narrow = {"int4": schema.TensorType.INT4, "int2": schema.TensorType.INT2}[grid]
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
+            own = [t for t in graph.subgraphs[0].tensors if t.name == f"{name}.weight".encode()]
+            assert [t.type for t in own] == [narrow] * 9
+            assert TARGET.container(layer.quantized) == grid
+            places = []
+            for tensor in own:
+                buffer = graph.buffers[tensor.buffer]
+                raw = np.frombuffer(data, np.uint8, buffer.size, buffer.offset)
+                count = layer.weight[:, :, 0, 0].numel()
+                places.append(tflite.unpack(raw, int(grid[3:]), count))
+                np.testing.assert_array_equal(tensor.quantization.scale, layer.quantized.scales)
+            wanted = [layer.quantized.codes[:, :, i, j] for i in range(3) for j in range(3)]
+            assert {p.tobytes() for p in places} == {
+                np.ascontiguousarray(w).tobytes() for w in wanted
+            }
 
 
 @pytest.mark.parametrize(("grid", "group"), [("int2", 32), ("int8", 32), ("int4", 16)])

@@ -20,12 +20,16 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from handheld import banding
+from handheld.planning import Stored, sliced
 from handheld_export import rewrites
 from handheld_export.rewrites import (
     ExplicitAttention,
     GatedGELU,
     PictureGroupNorm,
     Resnet,
+    float_input_of,
+    kernel_places,
+    quantized_of,
     replace_upsample,
     replace_upsample2d,
 )
@@ -108,6 +112,42 @@ class LastAxisResnet(Resnet):
         return x if self.rescale == 1 else x * (1 / self.rescale)
 
 
+class SlicedConv(nn.Module):
+    """A 3x3 convolution as nine linear layers, one for each place of its kernel.
+
+    LiteRT's convolutions read no codes of less than 8 bits, its linear layers do.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.stride = conv.stride
+        self.places = nn.ModuleList(kernel_places(conv))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, h, w = x.shape
+        down, right = self.stride
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+        rows, columns = -(-h // down), -(-w // right)
+        y: Tensor | None = None
+        for k, linear in enumerate(self.places):
+            i, j = divmod(k, 3)
+            part = padded[:, i : i + h : down, j : j + w : right].reshape(n, rows * columns, -1)
+            y = linear(part) if y is None else y + linear(part)
+        assert y is not None
+        return y.reshape(n, rows, columns, -1).permute(0, 3, 1, 2)
+
+
+def _replace_conv(conv: Any) -> nn.Module:
+    weight = quantized_of(conv)
+    plain = conv.kernel_size == (3, 3) and conv.padding == (1, 1) and conv.groups == 1
+    plain = plain and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+    if weight is None or not plain:
+        return conv  # type: ignore[no-any-return]
+    stored = Stored(weight.grid, weight.group_size, float_input_of(conv))
+    slices = weight.grid != "palette" and sliced("litert-cpu", "conv3x3", stored, weight.codes.size)
+    return SlicedConv(conv) if slices else conv
+
+
 def _replace_resnet(block: Any) -> nn.Module:
     if block.time_embedding_norm != "default" or block.up or block.down:
         return block  # type: ignore[no-any-return]
@@ -143,6 +183,7 @@ def _replace_attention(attention: Any) -> nn.Module:
 
 REPLACEMENTS: Mapping[type[nn.Module], Callable[[Any], nn.Module]] = {
     nn.GroupNorm: ChannelGroupNorm,
+    nn.Conv2d: _replace_conv,
     GEGLU: GatedGELU,
     ResnetBlock2D: _replace_resnet,
     Attention: _replace_attention,

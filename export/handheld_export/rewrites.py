@@ -12,7 +12,9 @@ and ``activation_range``; where a rewrite splits a layer, its codes are split wi
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -387,6 +389,24 @@ def split_rows(layer: nn.Linear, parts: int) -> tuple[nn.Linear, ...]:
             part.quantized = quantized.rows(start, stop)  # type: ignore[assignment]
         part.float_input = float_input_of(layer)  # type: ignore[assignment]
         part.source_name = source_of(layer)  # type: ignore[assignment]
+        result.append(part)
+    return tuple(result)
+
+
+def kernel_places(conv: nn.Conv2d) -> tuple[nn.Linear, ...]:
+    """Return a linear layer for each place of a kernel, codes and scales included.
+
+    They add up to the convolution; the first has its bias.
+    """
+    result: list[nn.Linear] = []
+    height, width = conv.kernel_size
+    for i, j in itertools.product(range(height), range(width)):
+        bias = conv.bias.detach() if conv.bias is not None and not result else None
+        part = _make_linear(conv.weight.detach()[:, :, i, j], bias)
+        if q := quantized_of(conv):
+            codes = np.ascontiguousarray(q.codes[:, :, i, j])
+            part.quantized = replace(q, codes=codes)  # type: ignore[assignment]
+        part.source_name = source_of(conv)  # type: ignore[assignment]
         result.append(part)
     return tuple(result)
 

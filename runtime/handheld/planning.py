@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from handheld import counting
 from handheld.counting import Config, Layer
@@ -92,7 +92,19 @@ FLOAT_INPUTS: Mapping[str, Mapping[str, Container]] = {
 """What holds a layer whose input is not rounded, on targets that round others while running."""
 
 
-def container(target: str, kind: str, stored: Stored) -> Container:
+SLICED: Final[dict[str, int]] = {"litert-cpu": 4_000_000}
+"""Targets that have narrower kernels for linear layers than for convolutions, and from how many
+weights on a 3x3 convolution is nine linear layers, one for each place of its kernel."""
+
+
+def sliced(target: str, kind: str, stored: Stored, weights: int) -> bool:
+    """Return whether a target makes nine linear layers of a convolution."""
+    narrow = stored.grid in ("int4", "int2") and stored.group_size is None
+    plain = kind == "conv3x3" and not stored.float_input
+    return plain and narrow and weights >= SLICED.get(target, math.inf)
+
+
+def container(target: str, kind: str, stored: Stored, weights: int) -> Container:
     """Return what a target holds a layer's codes in.
 
     Parameters
@@ -101,7 +113,11 @@ def container(target: str, kind: str, stored: Stored) -> Container:
         Without a SoC.
     kind : {'linear', 'conv1x1', 'conv3x3'}
     stored : Stored
+    weights : int
+        How many the layer has.
     """
+    if sliced(target, kind, stored, weights):
+        kind = "linear"
     own = FLOAT_INPUTS.get(target, {}) if stored.float_input else {}
     if kind in own:
         plain = stored.group_size is None and stored.grid != "palette"
@@ -323,7 +339,7 @@ def stored_bytes(
         if stored is None:
             total += layer.params * other_bits / 8
             continue
-        held = container(target or "", layer.kind, stored)
+        held = container(target or "", layer.kind, stored, layer.weights)
         if held == "float32":
             total += layer.weights * 4
         else:

@@ -317,6 +317,13 @@ def file_bytes(shape: Shape, target: str) -> tuple[int, int]:
 def _file(layers: Sequence[Layer], grids: Mapping[str, Stored], target: str) -> int:
     channels = sum(x.shape[0] for x in layers if x.name in grids)
     around = CHANNEL_BYTES.get(target, 0) * channels + LAYER_BYTES.get(target, 0) * len(layers)
+    # Each of the nine has scales of its own.
+    sliced = (
+        x for x in layers
+        if x.name in grids and planning.sliced(target, x.kind, grids[x.name], x.weights)
+    )  # fmt: skip
+    each = CHANNEL_BYTES.get(target, 0) + 4
+    around += sum(8 * (each * x.shape[0] + LAYER_BYTES.get(target, 0)) for x in sliced)
     return planning.stored_bytes(layers, grids, target) + around
 
 

@@ -156,7 +156,7 @@ class Target(ABC):
         shape = weight.codes.shape
         kind = "linear" if len(shape) == 2 else "conv1x1" if shape[2:] == (1, 1) else "conv3x3"
         stored = Stored(weight.grid, weight.group_size, float_input)
-        return container(self.name.partition(":")[0], kind, stored)
+        return container(self.name.partition(":")[0], kind, stored, weight.codes.size)
 
     def held(self, weight: QuantizedWeight) -> QuantizedWeight:
         """Return a weight on the grid that holds its codes."""
