@@ -88,6 +88,14 @@ def test_peaks_are_within_ten_percent_of_runs(stack, target, resident, stream):
     assert peaks["stream"] == pytest.approx(stream * 1e6, rel=0.1)
 
 
+def test_peaks_of_full_size_are_within_ten_percent_of_runs():
+    # Measured, in MB: docs/planning.md.
+    shape = recipes.shape_after(recipes.builtin("stack1", "sdxl"), planning.architecture("sdxl"))
+    peaks = plans.peak_bytes(plans.at_size(shape, 512, 512), "litert-cpu")
+    assert peaks["resident"] == pytest.approx(1631e6, rel=0.1)
+    assert peaks["stream"] == pytest.approx(144e6, rel=0.1)
+
+
 @pytest.mark.parametrize("size", [512, 768, 1024])
 def test_decoders_in_bands_take_less_than_the_unet(size):
     shape = recipes.shape_after(recipes.builtin("stack1", "sdxl"), planning.architecture("sdxl"))

@@ -242,7 +242,7 @@ def _part(
         for x in layers
         if (stored := grids.get(x.name)) is not None
         and stored.float_input
-        and planning.container(target, x.kind, stored) == "int8"
+        and planning.container(target, x.kind, stored, x.weights) == "int8"
     )
     return _file(layers, grids, target) + widened, len(layers), round(4 * wanted * rows)
 
