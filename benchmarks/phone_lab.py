@@ -298,18 +298,18 @@ def _full(phone: Phone, _: dict[str, str], rng: random.Random) -> Trouble:
 
 
 def _hot(phone: Phone, _: dict[str, str], rng: random.Random) -> Trouble:
+    seconds = rng.uniform(1.0, 4.0)
+
     def make() -> None:
         phone.state.thermal = 3
-        timer = threading.Timer(rng.uniform(0.5, 3.0), undo)
+        timer = threading.Timer(seconds, undo)
         timer.daemon = True
         timer.start()
 
     def undo() -> None:
         phone.state.thermal = 0
 
-    trouble = Trouble(make, undo)
-    trouble.after(rng.uniform(0.0, 3.0))
-    return trouble
+    return _in_run(phone, rng, Trouble(make, undo))
 
 
 FAULTS: dict[str, Fault] = {
