@@ -22,7 +22,7 @@ WITH_RELEASE := $(PY) -m pip install --quiet -e ".[release]" 2>.venv/pip-release
 	{ cat .venv/pip-release.log >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-slow bench critter lint docs clean
+.PHONY: help demo test test-all test-slow qnn qnn-litert bench critter lint docs clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -51,10 +51,17 @@ PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: $(INSTALLED)  ## The fast tests
 	@$(PY) -m pytest $(PARALLEL) --durations 30 -m "not slow and not system"
 
-test-all: $(INSTALLED) $(TRAINING)  ## All tests; those whose system package is missing are skipped
+# Tests on ExecuTorch's QNN take minutes more, and run where `make qnn` was called before.
+qnn-litert: $(INSTALLED)
+	@$(PY) -m handheld qnn install --for litert || echo "No QNN: its tests are skipped"
+
+qnn: qnn-litert  ## Qualcomm's QNN libraries, for all tests that run its simulation
+	@$(PY) -m handheld qnn install --for executorch
+
+test-all: $(INSTALLED) $(TRAINING) qnn-litert  ## All tests; those whose system package is missing are skipped
 	@$(PY) -m pytest $(PARALLEL) -rs --durations 30
 
-test-slow: $(INSTALLED) $(TRAINING)  ## The tests that `make test` leaves out
+test-slow: $(INSTALLED) $(TRAINING) qnn-litert  ## The tests that `make test` leaves out
 	@$(PY) -m pytest $(PARALLEL) -rs --durations 30 -m "slow or system"
 
 bench: $(INSTALLED)  ## Every precision on every target, more iterations; records in build/bench
