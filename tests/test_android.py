@@ -342,8 +342,12 @@ def test_the_phone_fills_while_files_are_sent(phone, device, sample, monkeypatch
 def test_a_hot_phone_is_waited_for_or_marked(phone, device, sample, monkeypatch):
     monkeypatch.setattr("handheld.thermal_gate.POLL_S", 0.2)
     phone.state.thermal = 3
-    threading.Timer(1.0, lambda: setattr(phone.state, "thermal", 0)).start()
-    record = bench.run(sample, device, FAST)
+
+    def cool(text):
+        if text.startswith("waiting for"):
+            phone.state.thermal = 0
+
+    record = bench.run(sample, device, FAST, notice=cool)
     assert record.gate.passed
     assert record.gate.waited_for == ("thermal status 3",)
     assert record.throttled is False

@@ -388,11 +388,13 @@ def test_a_hot_iphone_is_waited_for_or_marked(iphone, sample, monkeypatch):
     iphone.set(thermal=2)
     hot = bench.run(sample, device(), FAST)
     assert (hot.gate.passed, hot.throttled, hot.heat_start.status) == (False, True, 3)
-    timer = threading.Timer(3.0, iphone.set)
-    timer.start()
-    gate = Gate(patience_s=120)
-    record = bench.run(sample, device(), FAST.model_copy(update={"gate": gate}))
-    timer.join()
+
+    def cool(text):
+        if text.startswith("waiting for"):
+            iphone.set()
+
+    options = FAST.model_copy(update={"gate": Gate(patience_s=120)})
+    record = bench.run(sample, device(), options, notice=cool)
     assert (record.gate.passed, record.gate.waited_for) == (True, ("thermal status 3",))
     assert (record.status, record.throttled) == ("ok", False)
 
