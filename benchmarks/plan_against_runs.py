@@ -55,7 +55,7 @@ def planned(checkpoint: Path, bundle: Bundle) -> dict[str, dict[str, Any]]:
             path=bundle.path,
             remedy=f"export for {' or '.join(planning.PLANNED)}",
         )
-    if bundle.manifest.provenance.options.get("decoder_bands") != "auto":
+    if bundle.manifest.provenance.options.get("decoder_bands", "auto") != "auto":
         raise UsageError(
             "was exported with --decoder-bands, which is not planned",
             path=bundle.path,

@@ -578,7 +578,8 @@ def test_no_harness_for_this_phone(phone, monkeypatch, tmp_path, sample):
     monkeypatch.setenv("HANDHELD_KITS", str(tmp_path / "none"))
     (device,) = devices.find("android")
     assert device.facts().engines == {}
-    (obstacle,) = AndroidDevices().obstacles()
+    told = AndroidDevices().obstacles()
+    (obstacle,) = (o for o in told if o.device == device.serial)
     assert "harness build --for linux-x86_64" in obstacle.remedy
     with pytest.raises(HarnessError, match="no harness is built"):
         bench.run(sample, device, FAST)

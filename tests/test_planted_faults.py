@@ -182,7 +182,7 @@ def test_int2_convolution(bundle, checkpoint):
     from handheld_export.targets.litert_cpu import LiteRTCPU
 
     class Narrow(LiteRTCPU):
-        def container(self, weight):
+        def container(self, weight, *, float_input=False):
             return weight.grid
 
     def narrow(layer):

@@ -258,12 +258,21 @@ class DecoderShape(Reshaping):
         return replace(shape, decoder=self.config(dict(shape.decoder)))
 
 
+class ActivationsShape(Reshaping):
+    """Layers that compute in float."""
+
+    def shape(self, shape: Shape) -> Shape:
+        """Leave it, and say so."""
+        return shape.noted("which layers compute in float is measured in the run; here none does")
+
+
 SHAPES: Mapping[str, type[Reshaping]] = {
     "warmup": WarmupShape,
     "dmd": DMDShape,
     "trim": TrimShape,
     "quantize": QuantizeShape,
     "decoder": DecoderShape,
+    "activations": ActivationsShape,
 }
 """By their names in recipes; other steps of ours change weights alone."""
 

@@ -14,8 +14,8 @@ from handheld.errors import UsageError
 from handheld.planning import Shape
 
 STACKS = ("stack1", "stack2", "stack3")
-UNSHAPING = ("activations", "distill")
-"""Steps that change no shape and no grid."""
+TRAINING = ("distill",)
+"""Steps that change weights alone."""
 
 
 def builtin(stack: str, model: str) -> Path:
@@ -65,11 +65,7 @@ def shape_after(path: Path, shape: Shape) -> Shape:
         raise UsageError("has no list of steps", path=path, field="steps", remedy="correct it")
     for i, step in enumerate(steps):
         kind = step.get("step")
-        if kind in UNSHAPING:
-            if kind == "activations":
-                shape = shape.noted(
-                    "which layers compute in float is measured in the run; here none does"
-                )
+        if kind in TRAINING:
             continue
         cls = SHAPES.get(kind) if isinstance(kind, str) else None
         if cls is None:
@@ -77,7 +73,7 @@ def shape_after(path: Path, shape: Shape) -> Shape:
                 f"step '{kind}' is unknown to the planner",
                 path=path,
                 field=f"steps[{i}].step",
-                remedy=f"it knows {', '.join(sorted((*UNSHAPING, *SHAPES)))}",
+                remedy=f"it knows {', '.join(sorted((*TRAINING, *SHAPES)))}",
             )
         own = {k: v for k, v in step.items() if k in cls.model_fields}
         try:

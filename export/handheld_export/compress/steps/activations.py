@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from handheld import counting
 from handheld.planning import Shape
 from handheld.precision import find as find_precision
+from handheld.reshaping import ActivationsShape
 from handheld_export.compress.allocate import float_inputs
 from handheld_export.compress.load import Load, macs, params
 from handheld_export.compress.painter import load_decoder
@@ -23,7 +24,7 @@ _PART = 4
 """Pictures that are decoded at once."""
 
 
-class Activations(Step):
+class Activations(ActivationsShape, Step):
     """Find the layers that are to compute in float.
 
     CPU kernels round what a layer reads to eight bits while running: a linear layer's input for
