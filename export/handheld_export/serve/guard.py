@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import time
+import weakref
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from functools import partial
@@ -381,6 +382,7 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first request; make room if there are too many connections."""
         super().connection_made(transport)
+        self._cycles: weakref.WeakSet[Any] = weakref.WeakSet()
         # Writing is paused while anything is unsent, also on a connection that is being closed.
         transport.set_write_buffer_limits(high=1)
         application: Any = self.config.app
@@ -462,6 +464,7 @@ class Protocol(HttpToolsProtocol):
         super().on_headers_complete()
         scope: Any = self.scope
         scope[ABORT] = partial(self._abandon, self.cycle)
+        self._cycles.add(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         """Take a part of a body."""
@@ -490,6 +493,9 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""
         self._forget()
+        # uvicorn knows the last request only, and would miss the end of an earlier answer.
+        for cycle in self._cycles:
+            cycle.disconnected = True
         self.resume_writing()
         super().connection_lost(exc)
 
