@@ -4,11 +4,11 @@
     python benchmarks/numerics.py --model critter-stack1 --target litert-cpu --precision int8
     python benchmarks/numerics.py --segment             # one full-size segment in the evaluator
 
-Writes build/numerics: the bundles, a report beside each, and of all of them numerics.md,
-numerics.json and numerics.html with pictures. A target whose tools are missing is named and passed
-over. Bundles of the same checkpoint that are there already are taken as they are, and so are their
-reports: what was stopped goes on. Exits with 1 if a gate fails, or the full-size segment takes
-longer than a minute.
+Writes build/numerics: the bundles, a report beside each, and of those that this call asks for
+numerics.md, numerics.json and numerics.html with pictures. A target whose tools are missing is
+named and passed over. Bundles of the same checkpoint that are there already are taken as they are,
+and so are their reports: what was stopped goes on. Exits with 1 if a gate fails, or the full-size
+segment takes longer than a minute.
 """
 
 from __future__ import annotations

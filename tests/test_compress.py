@@ -616,6 +616,18 @@ def test_layers_that_eight_bits_harm_most_compute_in_float(compress, tmp_path):
         compress(*steps, last, recipes.distill(), checkpoint=Checkpoint(source))
 
 
+def test_what_a_finished_step_left_is_named_when_it_is_broken(compress, tmp_path):
+    compress(recipes.quantize())
+    (left,) = (tmp_path / "work").glob("1-quantize-*/student.pt")
+    for raw in (b"", left.read_bytes()[:-1000], b"no student"):
+        left.write_bytes(raw)
+        with pytest.raises(CheckpointError, match="a finished step gives") as error:
+            compress(recipes.quantize(), output="again")
+        assert error.value.path == str(left)
+    left.unlink()
+    compress(recipes.quantize(), output="again")
+
+
 def test_a_finished_step_needs_nothing_of_those_before_it(compress, tmp_path):
     compress(recipes.warmup(), recipes.quantize())
     (first,) = (tmp_path / "work").glob("1-warmup-*")

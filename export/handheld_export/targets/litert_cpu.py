@@ -39,8 +39,9 @@ class LiteRTCPU(Target):
 
         The scales of groups are rounded to bfloat16, because that is all the kernels take;
         codes and all other scales are the student's. Convolutions of fewer than 8 bits are held
-        as int8: XNNPACK reads no narrower ones, int4 runs outside it, and int2 gives NaN. So are
-        those of layers whose input is not rounded, which XNNPACK widens when it loads them.
+        as int8: XNNPACK reads no narrower ones, int4 runs outside it, and int2 gives NaN. Large
+        ones (:func:`handheld.planning.sliced`) become nine linear layers instead. Layers whose
+        input is not rounded are held as int8, too, and XNNPACK widens them when it loads them.
 
         Raises
         ------
