@@ -13,7 +13,7 @@ from handheld.precision import find as find_precision
 from handheld_export import half
 from handheld_export.ane_rewrites import ANE_REPLACEMENTS
 from handheld_export.measure import snr_db
-from handheld_export.rewrites import rewrite
+from handheld_export.rewrites import SiLU, rewrite
 from handheld_export.segments import SegmentModule, decoder_graph, group, materialize
 
 
@@ -87,3 +87,28 @@ def test_package_in_half_precision(decoder, tmp_path):
         found[name] = Package(path).run({"in0": x.numpy()})["out0"]
     assert snr_db(wanted, found["plain"]) < 0
     assert snr_db(wanted, found["scaled"]) > 40
+
+
+class Activated(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Sequential(torch.nn.SiLU())
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_silus_that_read_values_far_below_zero_go_without_sigmoid():
+    x = torch.linspace(-80, 20, 1001)
+    module = rewrite(Activated())
+    assert half.steady(module, [x]) == ("1 SiLUs read values down to -80: without sigmoid",)
+    assert not any(isinstance(m, SiLU) for m in module.modules())
+    assert torch.allclose(module(x), torch.nn.functional.silu(x), rtol=1e-5, atol=1e-30)
+    wide = torch.tensor([-60000.0, -100, -12, 0, 12, 60000], dtype=torch.float16)
+    assert torch.allclose(module(wide), torch.nn.functional.silu(wide), atol=1e-5)
+
+
+def test_silus_of_normalised_values_keep_their_sigmoid():
+    module = rewrite(Activated())
+    assert half.steady(module, [torch.linspace(-7, 60, 10)]) == ()
+    assert any(isinstance(m, SiLU) for m in module.modules())

@@ -97,6 +97,18 @@ class SiLU(nn.Module):
         return x * torch.sigmoid(x)
 
 
+class SteadySiLU(nn.Module):
+    """``x * sigmoid(x)`` without a sigmoid, whose error ``x`` would multiply.
+
+    ``relu(x) - |x| e^-|x| / (1 + e^-|x|)``: what is small comes out of something small.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = torch.abs(x)
+        small = torch.exp(-size)
+        return torch.relu(x) - size * small / (1.0 + small)
+
+
 class TanhGELU(nn.Module):
     """The tanh approximation of GELU, which delegates would take for the exact one."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -50,6 +51,9 @@ class ExecuTorchQNN(HexagonTarget):
         TargetError
             If a layer's grid does not run, or an operator is not taken by the NPU.
         """
+        from handheld_export.half import steady
+        from handheld_export.rewrites import rewrite
+
         layers = _quantized(segment.module)
         for name, weight in layers.items():
             check(name, weight)
@@ -59,9 +63,13 @@ class ExecuTorchQNN(HexagonTarget):
             notes = (small,)
             held = counted(layers.values())
             layers = {}
+        module = segment.module
+        if not layers:
+            module = rewrite(module, {})
+            notes = (*notes, *steady(module, segment.examples))
         with tempfile.TemporaryDirectory(prefix="handheld-qnn-") as folder:
             work = Path(folder)
-            self._write(work, segment, layers)
+            self._write(work, replace(segment, module=module), layers)
             answer, _ = process(self.sdk, "lower")(
                 {"do": "lower", "folder": folder, "soc": self.soc}
             )

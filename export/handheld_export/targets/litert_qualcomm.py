@@ -58,15 +58,17 @@ class LiteRTQualcomm(HexagonTarget):
             NPU.
         """
         from handheld_export import litert, litert_npu, tflite, tflite_static
-        from handheld_export.half import fit
+        from handheld_export.half import fit, steady
         from handheld_export.litert_rewrites import GPU_REPLACEMENTS
-        from handheld_export.rewrites import rewrite
+        from handheld_export.rewrites import quantized_of, rewrite
 
         module = rewrite(segment.module, GPU_REPLACEMENTS)
         notes = fit(module, segment.examples)
+        given = [w for layer in module.modules() if (w := quantized_of(layer)) is not None]
+        on_grids = bool(segment.samples and given)
+        if not on_grids:
+            notes = (*notes, *steady(module, segment.examples))
         opened = tflite.Open(module, len(segment.ports.inputs)).eval()
-        given = [x.quantized for x in opened.layers]
-        on_grids = bool(segment.samples) and any(given)
         opened.layers = [self._holding(x, on_grids) for x in opened.layers]
         flatbuffer = litert.convert(opened, segment, [x.weight for x in opened.layers])
         assert self.soc is not None
@@ -82,7 +84,7 @@ class LiteRTQualcomm(HexagonTarget):
             tflite.graft(flatbuffer, opened.layers, segment.ports, source, edit)
             tflite.check(source, opened.layers)
             litert_npu.compile_for(self.sdk, self.soc, source, path)
-        held = None if on_grids else counted(w for w in given if w is not None)
+        held = None if on_grids else counted(given)
         return Lowered(path, 1, self.versions() | self.made(path), notes, held=held)
 
     def _holding(self, layer: tflite.Layer, on_grids: bool) -> tflite.Layer:

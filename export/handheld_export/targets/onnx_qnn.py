@@ -48,7 +48,7 @@ class ONNXQNN(HexagonTarget):
         import onnx as onnx_format
 
         from handheld_export import onnx, onnx_static
-        from handheld_export.half import fit
+        from handheld_export.half import fit, steady
         from handheld_export.rewrites import quantized_of, rewrite
 
         small = too_small(segment) if segment.samples else None
@@ -60,6 +60,8 @@ class ONNXQNN(HexagonTarget):
         on_grids = bool(segment.samples and coded and small is None)
         if on_grids:
             onnx_static.replace(module, check)
+        else:
+            notes = (*notes, *steady(module, segment.examples))
         inputs, outputs = list(segment.ports.inputs), list(segment.ports.outputs)
         with tempfile.TemporaryDirectory(prefix="handheld-npu-") as folder:
             source = Path(folder) / path.name
