@@ -5,6 +5,7 @@
 Runs a bundle five times as `handheld bench` does and compares the medians: on an idle machine they
 lie within 5 % of each other, as MLPerf Mobile asks of its runs, and none is marked noisy. Then does
 the same while other processes keep all cores busy: every one of these records must be marked noisy.
+One core is left to the system: a picture waits for its slowest thread.
 Writes the records and summary.json.
 """
 
@@ -58,6 +59,10 @@ def main() -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--tries", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=45.0, help="of timed runs a try")
+    cores = os.cpu_count() or 1
+    parser.add_argument(
+        "--threads", type=int, default=max(1, cores - 1), help="by default all cores but one"
+    )
     parser.add_argument("--loaded-seconds", type=float, default=8.0)
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "repeatability")
     arguments = parser.parse_args()
@@ -65,7 +70,9 @@ def main() -> int:
     file = arguments.output / "records.jsonl"
 
     def tries(seconds: float) -> list[dict[str, Any]]:
-        options = bench.Options(iterations=20, min_seconds=seconds, first_ever=False)
+        options = bench.Options(
+            threads=arguments.threads, iterations=20, min_seconds=seconds, first_ever=False
+        )
         found = []
         for _ in range(arguments.tries):
             record = bench.run(
@@ -79,7 +86,7 @@ def main() -> int:
 
     with stages(f"{arguments.tries} tries"):
         idle = tries(arguments.seconds)
-    with stages(f"{arguments.tries} tries, all cores busy"), load(os.cpu_count() or 1):
+    with stages(f"{arguments.tries} tries, all cores busy"), load(cores):
         loaded = tries(arguments.loaded_seconds)
     medians = [r["median_ms"] for r in idle]
     apart = max(medians) / min(medians) - 1
@@ -94,6 +101,7 @@ def main() -> int:
             "versions": versions(),
             "device": device.facts().model_dump(mode="json"),
             "bundle": bundle.sha256,
+            "threads": arguments.threads,
             "medians_apart": round(apart, 4),
             "idle": idle,
             "loaded": loaded,
