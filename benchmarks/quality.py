@@ -245,6 +245,7 @@ def main() -> None:
     )
     parser.add_argument("--pictures", type=int, default=2000)
     parser.add_argument("--noises", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=51, help="of prompts and noise")
     parser.add_argument("--steps", type=int, default=20, help="of the teacher")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of drawing")
     parser.add_argument("--threads", type=int, default=2)
@@ -256,12 +257,12 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="Markdown page whose table is written again")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    n = arguments.pictures
-    creatures, asked, captions = prompts(n)
+    n, seed = arguments.pictures, arguments.seed
+    creatures, asked, captions = prompts(n, seed=seed)
     teacher = Checkpoint(arguments.teacher)
     classifier = judge.load(arguments.teacher)
     real = data.compose(creatures)
-    other, _, _ = prompts(n, seed=151)
+    other, _, _ = prompts(n, seed=seed + 100)
     reference = features(classifier, data.compose(other))
     cache = Path("build/quality") / arguments.precision
     bf16 = arguments.precision == "bf16"
@@ -302,8 +303,8 @@ def main() -> None:
     hits: dict[str, dict[str, torch.Tensor]] = {}
     rows: dict[str, torch.Tensor] = {}
     for name, (painter, checkpoint, key) in models.items():
-        pictures, seconds = drawn(painter, captions, 52, cache, key)
-        free, _ = drawn(painter, [PROMPT] * arguments.noises, 53, cache, key)
+        pictures, seconds = drawn(painter, captions, seed + 1, cache, key)
+        free, _ = drawn(painter, [PROMPT] * arguments.noises, seed + 2, cache, key)
         figures, hits[name] = measure(pictures, free, asked, classifier, reference)
         rows[name] = pictures
         report["models"][name] = figures | size(checkpoint) | {"seconds_per_picture": seconds}
