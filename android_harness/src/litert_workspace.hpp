@@ -139,12 +139,7 @@ class Workspace {
     return base;
   }
 
-  void remove(char* base) {
-    const auto found = std::find_if(regions_.begin(), regions_.end(),
-                                    [base](const Region& r) { return r.base == base; });
-    munmap(base, found->bytes);
-    regions_.erase(found);
-  }
+  void remove(char* base);
 
   // Neither in memory nor swapped out.
   static bool untouched(const Region& region) {
@@ -266,6 +261,17 @@ class Pool {
     regions_ = workspace.regions_.size();
   }
 
+  // Forgets the pages of a region that is about to go, as when a model asks for a larger one in the
+  // middle of a run. Moving them later would tear a hole where they should come, or take what has
+  // come to their addresses since.
+  void forget(const Workspace& workspace, const Workspace::Region& region) {
+    const auto inside = [&](const char* place) {
+      return place && place >= region.base && place < region.base + region.bytes;
+    };
+    places_.erase(std::remove_if(places_.begin(), places_.end(), inside), places_.end());
+    if (holder_ == &workspace) holder_ = nullptr;
+  }
+
   // Forgets the pages that are in a workspace. Call before it goes.
   void detach(const Workspace& workspace) {
     for (const Workspace::Region& region : workspace.regions_) {
@@ -281,7 +287,12 @@ class Pool {
     if (place && place != target) {
       void* moved = mremap(place, Workspace::kBlock, Workspace::kBlock,
                            MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, target);
-      if (moved == MAP_FAILED) madvise(place, Workspace::kBlock, MADV_DONTNEED);
+      if (moved == MAP_FAILED) {
+        madvise(place, Workspace::kBlock, MADV_DONTNEED);
+        // What was refused may have taken away what was mapped at the target.
+        mmap(target, Workspace::kBlock, PROT_READ | PROT_WRITE,
+             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+      }
     }
     place = target;
   }
@@ -296,6 +307,15 @@ inline void* Workspace::add(size_t size) {
   // Asked for in the middle of a run: the pages must come now.
   if (block && settled_) pool_->attach(*this);
   return block;
+}
+
+inline void Workspace::remove(char* base) {
+  const auto found = std::find_if(regions_.begin(), regions_.end(),
+                                  [base](const Region& r) { return r.base == base; });
+  // Before it is settled, no pages have come to it, and others may be running.
+  if (settled_) pool_->forget(*this, *found);
+  munmap(base, found->bytes);
+  regions_.erase(found);
 }
 
 }  // namespace hh::litert
