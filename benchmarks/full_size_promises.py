@@ -92,7 +92,9 @@ def _time(
         yield at_most("picture", where, seen["median_ms"], PICTURE_MS.get(here or ""), " ms")
     elif resident is not None and resident["median_ms"]:
         most = STREAM_TIMES if here is not None and seen["way"] == "stream" else None
-        if here is not None and seen["memory_budget_mb"] == BUDGET_MB.get(here):
+        if seen["memory_budget_mb"] is not None and seen["memory_budget_mb"] == BUDGET_MB.get(
+            here or ""
+        ):
             most = BUDGET_TIMES
         times = seen["median_ms"] / resident["median_ms"]
         yield _ratio("time over resident", where, times, most)
