@@ -75,6 +75,14 @@ CONFIGURATIONS: Mapping[str, Mapping[str, bool]] = {
     },
 }
 """Each is tried, and the best time of each part counts for the peer."""
+PREFIXES: Mapping[str, str] = {
+    "unet/diffusion_pytorch_model.safetensors": "unet.",
+    "vae/diffusion_pytorch_model.safetensors": "vae.",
+    "text_encoder/model.safetensors": "cond_stage_model.transformer.",
+    "text_encoder_2/model.safetensors": "cond_stage_model.1.transformer.",
+}
+"""What the peer's names begin with. It reads folders as well, but takes the two text encoders of
+one for a single one, and the model for SD 1.x."""
 STAGES = {
     "text_ms": r"get_learned_condition completed, taking ([\d.]+)s",
     "unet_step_ms": r"\bsampling completed, taking ([\d.]+)s",
@@ -86,6 +94,7 @@ STAGES = {
 def checkpoint(folder: Path, stages: Stages) -> tuple[Path, Path]:
     """Make the peer's checkpoint, unless it is there; return it and the tiny decoder's weights."""
     path, tiny = folder / "sdxl-fp16", folder / "tiny"
+    single = path.with_suffix(".safetensors")
     for place, words in (
         (path, ("--decoder", "full", "--text")),
         (tiny, ("--stack", "stack1", "--decoder", "tiny")),
@@ -103,8 +112,35 @@ def checkpoint(folder: Path, stages: Stages) -> tuple[Path, Path]:
             end(f"peak {seen.peak / 1e6:.0f} MB")
         if place == tiny:
             shutil.rmtree(place / "unet")
+        else:
+            join(place, single)
+            shutil.rmtree(place)
         done.touch()
-    return path, tiny / "vae" / "diffusion_pytorch_model.safetensors"
+    return single, tiny / "vae" / "diffusion_pytorch_model.safetensors"
+
+
+def join(folder: Path, output: Path) -> None:
+    """Write the components of a checkpoint as one safetensors file, named as the peer wants it."""
+    header: dict[str, Any] = {}
+    parts, end = [], 0
+    for name, prefix in PREFIXES.items():
+        with (folder / name).open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            tensors = json.loads(file.read(length))
+        tensors.pop("__metadata__", None)
+        for tensor, entry in tensors.items():
+            places = [end + at for at in entry["data_offsets"]]
+            header[prefix + tensor] = entry | {"data_offsets": places}
+        end = max(entry["data_offsets"][1] for entry in header.values())
+        parts.append((folder / name, 8 + length))
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with output.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for path, skipped in parts:
+            with path.open("rb") as file:
+                file.seek(skipped)
+                shutil.copyfileobj(file, out, 1 << 24)
 
 
 def convert(source: Path, kind: str, stages: Stages) -> Path:

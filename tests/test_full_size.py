@@ -337,3 +337,19 @@ def test_a_small_model_all_the_way(smallest, tmp_path):
     assert len((tmp_path / "out.cold.records.jsonl").read_text().splitlines()) == 2
     drawn = (tmp_path / "out.html").read_text()
     assert "<svg" in drawn and "growth over 100 pictures" in drawn and "MISSED" not in drawn
+
+
+def test_the_peer_gets_one_file(peers, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    wanted = {}
+    for i, (name, prefix) in enumerate(peers.PREFIXES.items()):
+        (tmp_path / name).parent.mkdir()
+        tensors = {"a.weight": torch.full((2, 3), float(i)), "b": torch.arange(i + 1.0)}
+        save_file(tensors, tmp_path / name, {"format": "pt"})
+        wanted |= {prefix + k: v for k, v in tensors.items()}
+    peers.join(tmp_path, tmp_path / "one.safetensors")
+    found = load_file(tmp_path / "one.safetensors")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[k], v) for k, v in wanted.items())
