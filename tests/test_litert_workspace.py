@@ -1,4 +1,4 @@
-"""Pages that go from one model's workspace to another's: none is lost, none is taken from others."""
+"""Pages that go from one model's workspace to another's: none is lost, none taken from others."""
 
 from __future__ import annotations
 
