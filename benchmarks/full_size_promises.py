@@ -92,9 +92,8 @@ def _time(
         yield at_most("picture", where, seen["median_ms"], PICTURE_MS.get(here or ""), " ms")
     elif resident is not None and resident["median_ms"]:
         most = STREAM_TIMES if here is not None and seen["way"] == "stream" else None
-        if seen["memory_budget_mb"] is not None and seen["memory_budget_mb"] == BUDGET_MB.get(
-            here or ""
-        ):
+        budget = seen["memory_budget_mb"]
+        if budget is not None and budget == BUDGET_MB.get(here or ""):
             most = BUDGET_TIMES
         times = seen["median_ms"] / resident["median_ms"]
         yield _ratio("time over resident", where, times, most)
