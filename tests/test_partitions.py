@@ -133,3 +133,23 @@ def test_partitions_of_a_tiny_model(sdxl, tmp_path, monkeypatch):
     for artifact in bundle.manifest.artifacts:
         count = executorch_partitions(bundle.file(artifact.file))
         assert count == artifact.partitions == 1, artifact.id
+
+
+@pytest.mark.slow
+def test_an_attention_in_many_parts_stays_in_one_partition(tmp_path, monkeypatch):
+    """As SDXL's at 768 px and more: XNNPACK does not join the results of so many parts at once."""
+    import litert_torch
+    from diffusers.models.attention_processor import Attention
+
+    from handheld.banding import queries
+    from handheld_export.litert_rewrites import REPLACEMENTS
+    from handheld_export.rewrites import rewrite
+
+    tokens, heads = 48, 2
+    monkeypatch.setattr("handheld.banding.TABLE_BYTES", 4 * heads * tokens)
+    assert queries(heads, tokens, tokens) == 1
+    attention = Attention(16, heads=heads, dim_head=8).eval()
+    module = torch.nn.Sequential(rewrite(attention, REPLACEMENTS), torch.nn.Linear(16, 16))
+    path = tmp_path / "attention.tflite"
+    litert_torch.convert(module.eval(), (torch.zeros(1, tokens, 16),)).export(str(path))
+    assert litert_partitions(path) == 1

@@ -9,7 +9,8 @@ one wide tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from itertools import cycle
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,10 @@ from handheld_export.rewrites import (
     replace_upsample,
     replace_upsample2d,
 )
+
+JOINED: Final = 5
+"""Tensors that XNNPACK joins at once. With more, LiteRT does it outside of XNNPACK, which then has
+two partitions, and the second finds the workspace of the first too small."""
 
 
 class ChannelGroupNorm(nn.Module):
@@ -154,6 +159,18 @@ def _replace_resnet(block: Any) -> nn.Module:
     return LastAxisResnet(block)
 
 
+def _join(parts: list[Tensor]) -> Tensor:
+    """Join [n, heads, queries, width] by queries, at most `JOINED` at once."""
+    n, heads, _, width = parts[0].shape
+    # Of one shape after the other, else the converter makes one operator of two that follow.
+    shapes = cycle([(n, heads, -1, width), (n * heads, -1, width)])
+    while len(parts) > 1:
+        shape, starts = next(shapes), range(0, len(parts), JOINED)
+        parts = [x.reshape(shape) for x in parts]
+        parts = [torch.cat(parts[i : i + JOINED], dim=-2) for i in starts]
+    return parts[0].reshape(n, heads, -1, width)
+
+
 class PartialAttention(ExplicitAttention):
     """Attention of some queries after the other, where the table of all of them is large.
 
@@ -169,8 +186,7 @@ class PartialAttention(ExplicitAttention):
         starts = range(0, tokens, rows)
         queries = [q] if rows == tokens else [q[:, :, i : i + rows] for i in starts]
         parts = [F.scaled_dot_product_attention(x, k, v, scale=self.scale) for x in queries]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-        return y.transpose(1, 2).reshape(n, tokens, width)
+        return _join(parts).transpose(1, 2).reshape(n, tokens, width)
 
 
 def _replace_attention(attention: Any) -> nn.Module:
