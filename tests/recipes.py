@@ -33,9 +33,9 @@ def warmup(steps=4, lr=1e-3):
     )  # fmt: skip
 
 
-def dmd(steps=3, timesteps="[399]"):
-    lines = (f"timesteps = {timesteps}", "guidance = 2.0", "fake_updates = 2", "fake_lr = 1e-3")
-    return step("dmd", *lines, train(steps))
+def dmd(steps=3, timesteps="[399]", *lines):
+    given = (f"timesteps = {timesteps}", "guidance = 2.0", "fake_updates = 2", "fake_lr = 1e-3")
+    return step("dmd", *given, *lines, train(steps))
 
 
 def trim():

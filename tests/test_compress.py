@@ -91,6 +91,16 @@ def test_a_student_records_its_history_and_draws_what_was_trained(compress, tmp_
     assert Checkpoint(sdxl).unet.quantized == frozenset()
 
 
+def test_the_regression_beside_dmd_weighs_colors_as_the_warm_up_or_as_told(compress):
+    def regression(*lines):
+        told = recipes.dmd(1, "[399]", "regression = 2.0", *lines)
+        return compress(recipes.warmup(1), told).history[-1]["losses"]["regression"]
+
+    plain = regression()
+    assert regression("color = 0.0") == plain  # the warm-up has none
+    assert regression("color = 5.0") > plain
+
+
 def test_trimmed_students_keep_the_weights_that_stay(compress, tmp_path, sdxl):
     student = compress(recipes.trim())
     teacher = weights(Checkpoint(sdxl).unet)

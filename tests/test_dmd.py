@@ -140,6 +140,7 @@ def test_several_timesteps_see_the_generators_own_pictures(schedule):
         ({"low": 0.5, "high": 0.4}, "below high"),
         ({"gan_head": 0.0}, "head that learns"),
         ({"timesteps": [499, 999]}, "must fall"),
+        ({"color": 2.0}, "give regression"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, words):

@@ -133,6 +133,8 @@ class DMD(DMDShape, Step):
     regression: float = Field(default=0.0, ge=0)
     """Weight of the warm-up's loss, on its pairs, which DMD kept on and DMD2 did without: it holds
     the student where batches are small and the distribution loss is noisy."""
+    color: float | None = Field(default=None, ge=0)
+    """Weight of areas' means in that loss, as in a warm-up; the warm-up's if not given."""
     gan_generator: float = Field(default=5e-3, ge=0)
     gan_head: float = Field(default=1e-2, ge=0)
     low: float = Field(default=0.02, ge=0, lt=1)
@@ -143,6 +145,8 @@ class DMD(DMDShape, Step):
     @model_validator(mode="after")
     def _consistent(self) -> DMD:
         check_matching(self.low, self.high, self.gan_generator, self.gan_head)
+        if self.color is not None and not self.regression:
+            raise ValueError("color is of the regression's loss: give regression, too")
         return self
 
     def load(self, after: Shape, reference: Shape, teacher: Shape) -> Load:
@@ -200,7 +204,7 @@ class DMD(DMDShape, Step):
             high=self.high,
         )
 
-        regression = Regression.of(student, context) if self.regression else None
+        regression = Regression.of(student, context, self.color) if self.regression else None
         if regression is not None and regression.timestep != self.timesteps[0]:
             raise UsageError(
                 f"the warm-up's timestep is {regression.timestep}, the first one here "

@@ -104,8 +104,13 @@ class Regression:
         self.timestep, self._color = warmup.timestep, warmup.color
 
     @classmethod
-    def of(cls, student: Student, context: Context) -> Regression:
+    def of(cls, student: Student, context: Context, color: float | None = None) -> Regression:
         """Go on with the student's own warm-up.
+
+        Parameters
+        ----------
+        color : float, optional
+            Weight of areas' means, if not the warm-up's.
 
         Raises
         ------
@@ -114,7 +119,8 @@ class Regression:
         """
         for entry in reversed(student.history):
             if entry["step"] == Warmup.kind:
-                return cls(Warmup.model_validate(entry["settings"]), context)
+                given = {} if color is None else {"color": color}
+                return cls(Warmup.model_validate(entry["settings"] | given), context)
         raise UsageError(
             "no warm-up made pairs of noise and picture",
             field="dmd.regression",
