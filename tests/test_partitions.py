@@ -141,15 +141,15 @@ def test_an_attention_in_many_parts_stays_in_one_partition(tmp_path, monkeypatch
     import litert_torch
     from diffusers.models.attention_processor import Attention
 
-    from handheld.banding import queries
+    from handheld import banding
     from handheld_export.litert_rewrites import REPLACEMENTS
     from handheld_export.rewrites import rewrite
 
-    tokens, heads = 48, 2
-    monkeypatch.setattr("handheld.banding.TABLE_BYTES", 4 * heads * tokens)
-    assert queries(heads, tokens, tokens) == 1
-    attention = Attention(16, heads=heads, dim_head=8).eval()
-    module = torch.nn.Sequential(rewrite(attention, REPLACEMENTS), torch.nn.Linear(16, 16))
+    tokens, heads, width = 48, 12, 96
+    monkeypatch.setattr(banding, "TABLE_BYTES", 4 * 2 * tokens)
+    assert banding.attention(heads, tokens, tokens) == (2, 1)
+    attention = Attention(width, heads=heads, dim_head=width // heads).eval()
+    module = torch.nn.Sequential(rewrite(attention, REPLACEMENTS), torch.nn.Linear(width, width))
     path = tmp_path / "attention.tflite"
-    litert_torch.convert(module.eval(), (torch.zeros(1, tokens, 16),)).export(str(path))
+    litert_torch.convert(module.eval(), (torch.zeros(1, tokens, width),)).export(str(path))
     assert litert_partitions(path) == 1

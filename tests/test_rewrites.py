@@ -154,10 +154,12 @@ def test_convolutions_in_int8_stay():
 
 
 def test_parts_of_an_attention_are_the_fewest_that_fit():
-    assert banding.queries(10, 1024, 1024) == 512  # SDXL at 512 x 512: 21 MB of 42
-    assert banding.queries(20, 256, 256) == 256
-    assert banding.queries(10, 4096, 4096) == 128
-    assert banding.queries(10, 9, 10**9) == 1
+    assert banding.attention(10, 1024, 1024) == (5, 1024)  # SDXL at 512 x 512: 21 MB of 42
+    assert banding.attention(20, 256, 256) == (20, 256)
+    assert banding.attention(10, 2304, 2304) == (2, 1152)
+    assert banding.attention(10, 4096, 4096) == (2, 512)
+    assert banding.attention(1, 4096, 4096) == (1, 1024)
+    assert banding.attention(10, 9, 10**9) == (2, 1)
 
 
 @pytest.mark.parametrize("linear", [True, False])

@@ -9,7 +9,6 @@ one wide tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from itertools import cycle
 from typing import Any, Final
 
 import torch
@@ -159,20 +158,19 @@ def _replace_resnet(block: Any) -> nn.Module:
     return LastAxisResnet(block)
 
 
-def _join(parts: list[Tensor]) -> Tensor:
-    """Join [n, heads, queries, width] by queries, at most `JOINED` at once."""
-    n, heads, _, width = parts[0].shape
-    # Of one shape after the other, else the converter makes one operator of two that follow.
-    shapes = cycle([(n, heads, -1, width), (n * heads, -1, width)])
+def _join(parts: list[Tensor], dim: int) -> Tensor:
+    """Join tensors along a negative dimension, at most `JOINED` at once."""
+    rank = parts[0].dim()
     while len(parts) > 1:
-        shape, starts = next(shapes), range(0, len(parts), JOINED)
-        parts = [x.reshape(shape) for x in parts]
-        parts = [torch.cat(parts[i : i + JOINED], dim=-2) for i in starts]
-    return parts[0].reshape(n, heads, -1, width)
+        starts = range(0, len(parts), JOINED)
+        parts = [torch.cat(parts[i : i + JOINED], dim=dim) for i in starts]
+        # Of another rank each time, else the converter makes one operator of two that follow.
+        parts = [x.unsqueeze(0) if x.dim() == rank else x.squeeze(0) for x in parts]
+    return parts[0] if parts[0].dim() == rank else parts[0].squeeze(0)
 
 
 class PartialAttention(ExplicitAttention):
-    """Attention of some queries after the other, where the table of all of them is large.
+    """Attention of some heads and queries after the others, where the table of all is large.
 
     The softmax is one of rows, so nothing changes but memory.
     """
@@ -182,11 +180,16 @@ class PartialAttention(ExplicitAttention):
         q, k, v = (
             t.reshape(n, -1, self.heads, width // self.heads).transpose(1, 2) for t in (q, k, v)
         )
-        rows = banding.queries(n * self.heads, tokens, k.shape[2])
-        starts = range(0, tokens, rows)
-        queries = [q] if rows == tokens else [q[:, :, i : i + rows] for i in starts]
-        parts = [F.scaled_dot_product_attention(x, k, v, scale=self.scale) for x in queries]
-        return _join(parts).transpose(1, 2).reshape(n, tokens, width)
+        heads, rows = banding.attention(self.heads, tokens, n * k.shape[2])
+        groups = []
+        for i in range(0, self.heads, heads):
+            own, keys, values = (t[:, i : i + heads] for t in (q, k, v))
+            parts = [own[:, :, j : j + rows] for j in range(0, tokens, rows)]
+            parts = [
+                F.scaled_dot_product_attention(x, keys, values, scale=self.scale) for x in parts
+            ]
+            groups.append(_join(parts, -2).transpose(1, 2).reshape(n, tokens, -1))
+        return _join(groups, -1)
 
 
 def _replace_attention(attention: Any) -> nn.Module:

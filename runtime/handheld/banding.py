@@ -1,6 +1,6 @@
 """What is computed in parts to save memory, from sizes alone: the rule of export and plan.
 
-Decoders are cut into bands of rows, the table of an attention into some queries after the other.
+Decoders are cut into bands of rows, the table of an attention into heads and queries.
 """
 
 from __future__ import annotations
@@ -21,11 +21,26 @@ TABLE_BYTES: Final = 32 * 10**6
 """Of what the softmax of an attention gives at once, in float32."""
 
 
-def queries(heads: int, count: int, keys: int) -> int:
-    """Return how many queries an attention takes at once; they divide ``count``."""
-    parts = (n for n in range(1, count + 1) if count % n == 0)
-    fits = (n for n in parts if 4 * heads * (count // n) * keys <= TABLE_BYTES)
-    return count // next(fits, count)
+def attention(heads: int, queries: int, keys: int) -> tuple[int, int]:
+    """Return of how many heads and queries the table of an attention is computed at once.
+
+    All queries of as many heads as fit; where not even two heads fit, of two, since the keys and
+    values of a part are packed for it, and what is packed once for few queries costs most. Of one
+    head alone LiteRT makes another operator.
+
+    Returns
+    -------
+    heads, queries : int
+        They divide what is given.
+    """
+
+    def fits(heads: int, queries: int) -> bool:
+        return 4 * heads * queries * keys <= TABLE_BYTES
+
+    at_once = [n for n in range(heads, 0, -1) if heads % n == 0 and (n > 1 or heads == 1)]
+    rows = [n for n in range(queries, 0, -1) if queries % n == 0]
+    chosen = next((n for n in at_once if fits(n, queries)), at_once[-1])
+    return chosen, next((n for n in rows if fits(chosen, n)), 1)
 
 
 def choose(largest: int) -> float | None:

@@ -234,7 +234,7 @@ def _part(
         elif x.table is not None:  # queries, keys, values, what they give, and copies by heads
             heads, queries, keys = x.table
             if target in PARTS:
-                queries = banding.queries(heads, queries, keys)
+                heads, queries = banding.attention(heads, queries, keys)
             wanted = max(wanted, heads * queries * keys + 6 * x.outputs)
     # Codes that the engine widens to float32 when it loads them.
     widened = sum(
