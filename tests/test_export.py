@@ -26,14 +26,9 @@ from handheld.program import Call
 from handheld.text import embed
 from handheld_export import lowering
 from handheld_export.checkpoint import Checkpoint
-from handheld_export.export import (
-    Options,
-    Progress,
-    _in_workers,
-    _sampled,
-    export,
-    plan_segments,
-)
+from handheld_export.export import Options, Progress, export, plan_segments
+from handheld_export.export.reference import sampled
+from handheld_export.export.workers import in_workers
 from handheld_export.memory import Budget
 from handheld_export.segments import group
 
@@ -463,10 +458,10 @@ def test_segments_wait_for_room(monkeypatch):
 
     budget = Budget(10, 0)
     monkeypatch.setattr("handheld_export.memory.IDLE", 0)
-    monkeypatch.setattr("handheld_export.export.ProcessPoolExecutor", Pool)
-    monkeypatch.setattr("handheld_export.export.wait", wait)
+    monkeypatch.setattr("handheld_export.export.workers.ProcessPoolExecutor", Pool)
+    monkeypatch.setattr("handheld_export.export.workers.wait", wait)
     weights = dict.fromkeys(needs, 1)
-    metas = _in_workers([Task(n) for n in needs], 2, 1, budget, needs, Progress(), weights)
+    metas = in_workers([Task(n) for n in needs], 2, 1, budget, needs, Progress(), weights)
     assert log == ["large", "wait", "a", "b", "wait"]
     assert set(metas) == set(needs)
 
@@ -554,7 +549,7 @@ def test_calibration_sees_enough_calls(calls, precision, codes, runs):
             ops=[Call.model_construct(artifact=a) for a, n in calls.items() for _ in range(n)]
         ),
     )
-    found = _sampled(plan)
+    found = sampled(plan)
     assert len(found) == runs
     if runs:
         assert sum(len(run["unet.0"]) for run in found) == 16

@@ -81,10 +81,10 @@ def tool_versions() -> dict[str, str]:
 def source_sha256() -> str:
     """Hash of the source that turns checkpoints into bundles."""
     here = Path(__file__).parent
-    files = [*here.glob("*.py"), *here.glob("targets/*.py")]
+    files = [p for folder in (".", "export", "targets") for p in (here / folder).glob("*.py")]
     h = hashlib.sha256()
     for file in sorted(files):
-        h.update(file.name.encode() + file.read_bytes())
+        h.update(str(file.relative_to(here)).encode() + file.read_bytes())
     return h.hexdigest()
 
 
