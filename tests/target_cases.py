@@ -151,3 +151,13 @@ def run(target, item, path):
         assert result.shape == y.shape
         assert result.flags.c_contiguous
     return lowered, min(snr_db(y, r) for y, r in zip(expected, results, strict=True))
+
+
+def far_below_zero():
+    """An embedding's layers: nearly all that the second one reads comes from inputs of -20 to 0."""
+    torch.manual_seed(0)
+    first, second = nn.Linear(64, 512), nn.Linear(512, 64)
+    with torch.no_grad():
+        first.weight.mul_(4)
+        first.bias.sub_(9)
+    return segment(nn.Sequential(first, nn.SiLU(), second, Tuple()).eval(), [(1, 64)])

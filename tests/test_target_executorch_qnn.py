@@ -201,6 +201,14 @@ def test_fp16_and_small_pictures(target, tmp_path):
 
 @here
 @pytest.mark.slow
+def test_an_embedding_whose_silu_reads_values_far_below_zero_is_right(target, tmp_path):
+    lowered, db = target_cases.run(target, target_cases.far_below_zero(), tmp_path / "a.pte")
+    assert db > 55
+    assert any("without sigmoid" in note for note in lowered.notes)
+
+
+@here
+@pytest.mark.slow
 def test_every_grid_of_linear_layers(target, tmp_path):
     item = make("transformer")
     quantize(item, mixed)

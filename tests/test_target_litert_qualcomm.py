@@ -114,6 +114,15 @@ def test_without_samples_codes_are_held_in_fp16(tmp_path):
     assert again.path.read_bytes() == lowered.path.read_bytes()
 
 
+@needs_qnn
+@pytest.mark.slow
+def test_an_embedding_whose_silu_reads_values_far_below_zero_is_right(tmp_path):
+    item = target_cases.far_below_zero()
+    lowered, db = target_cases.run(LiteRTQualcomm.for_soc("SM8650"), item, tmp_path / "a.tflite")
+    assert db > 55
+    assert any("without sigmoid" in note for note in lowered.notes)
+
+
 @pytest.mark.parametrize("grid", ["int8", "int4"])
 def test_groups_are_refused(grid, tmp_path):
     layer = nn.Linear(32, 16)

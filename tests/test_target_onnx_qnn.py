@@ -186,14 +186,7 @@ def test_only_small_pictures_are_kept_in_fp16(side, small, tmp_path):
 
 @needs_qnn
 def test_an_embedding_whose_silu_reads_values_far_below_zero_is_right(tmp_path):
-    """Nearly all that the second layer reads comes from inputs of -20 to 0."""
-    torch.manual_seed(0)
-    first, second = nn.Linear(64, 512), nn.Linear(512, 64)
-    with torch.no_grad():
-        first.weight.mul_(4)
-        first.bias.sub_(9)
-    module = nn.Sequential(first, nn.SiLU(), second, target_cases.Tuple()).eval()
-    item = target_cases.segment(module, [(1, 64)])
+    item = target_cases.far_below_zero()
     lowered, db = target_cases.run(ONNXQNN.for_soc("SM8650"), item, tmp_path / "a.onnx")
     assert db > 55
     assert any("without sigmoid" in note for note in lowered.notes)
