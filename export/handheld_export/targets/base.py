@@ -202,6 +202,20 @@ class Target(ABC):
             The first one is that which the engine opens. None where the engine cannot share or
             there is nothing to share: the artifacts stay as they are, and weights are repeated.
         """
+        outputs = {name: folder / f"{name}{self.suffix}" for name in paths}
+        common = self.share_weights(list(paths.values()), list(outputs.values()), folder / weights)
+        return {name: (path, common) for name, path in outputs.items()} if common else None
+
+    def share_weights(
+        self, paths: Sequence[Path], outputs: Sequence[Path], weights: Path
+    ) -> Path | None:
+        """Write artifacts again, and in one file, ``weights`` or beside it, what they share.
+
+        Returns
+        -------
+        Path or None
+            That file. None where there is nothing to share; nothing is written then.
+        """
         return None
 
     def on(self, unit: str) -> Target:

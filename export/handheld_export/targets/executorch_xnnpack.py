@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -58,17 +58,13 @@ class ExecuTorchXNNPACK(Target):
         xnnpack.check(path, result.layers)
         return Lowered(path, 1, self.versions(), result.notes)
 
-    def share(
-        self, paths: Mapping[str, Path], weights: str, folder: Path
-    ) -> Mapping[str, tuple[Path, ...]] | None:
+    def share_weights(
+        self, paths: Sequence[Path], outputs: Sequence[Path], weights: Path
+    ) -> Path | None:
         """Put weights into one file that continues the programs of all sizes."""
         from handheld_export import pte_shared
 
-        outputs = {name: folder / f"{name}{self.suffix}" for name in paths}
-        common = folder / weights
-        if not pte_shared.share(list(paths.values()), list(outputs.values()), common):
-            return None
-        return {name: (path, common) for name, path in outputs.items()}
+        return weights if pte_shared.share(paths, outputs, weights) else None
 
     def load(self, path: Path, ports: Ports) -> Runner:
         """Open an artifact with the engine's Python runtime."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -72,17 +72,13 @@ class LiteRTCPU(Target):
             return replace(layer, quantized=None, weight=torch.from_numpy(weight.dequantize()))
         return replace(layer, quantized=replace(weight, grid=held))
 
-    def share(
-        self, paths: Mapping[str, Path], weights: str, folder: Path
-    ) -> Mapping[str, tuple[Path, ...]] | None:
+    def share_weights(
+        self, paths: Sequence[Path], outputs: Sequence[Path], weights: Path
+    ) -> Path | None:
         """Put weights into one file that continues the graphs of all sizes."""
         from handheld_export import tflite_shared
 
-        outputs = {name: folder / f"{name}{self.suffix}" for name in paths}
-        common = folder / weights
-        if not tflite_shared.share(list(paths.values()), list(outputs.values()), common):
-            return None
-        return {name: (path, common) for name, path in outputs.items()}
+        return weights if tflite_shared.share(paths, outputs, weights) else None
 
     def load(self, path: Path, ports: Ports) -> Runner:
         """Open an artifact with the engine's Python runtime."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,15 +47,13 @@ class ONNX(Target):
         onnx.read_back(path, layers)
         return Lowered(path, tools=self.versions(), parts=(data,) if data else ())
 
-    def share(
-        self, paths: Mapping[str, Path], weights: str, folder: Path
-    ) -> Mapping[str, tuple[Path, ...]] | None:
+    def share_weights(
+        self, paths: Sequence[Path], outputs: Sequence[Path], weights: Path
+    ) -> Path | None:
         """Put weights into one file beside the graphs of all sizes."""
         from handheld_export import onnx_shared
 
-        outputs = {name: folder / f"{name}{self.suffix}" for name in paths}
-        common = onnx_shared.share(list(paths.values()), list(outputs.values()), folder)
-        return {name: (path, common) for name, path in outputs.items()} if common else None
+        return onnx_shared.share(paths, outputs, weights.parent)
 
     def load(self, path: Path, ports: Ports) -> Runner:
         """Open an artifact with onnxruntime."""
