@@ -106,6 +106,7 @@ class Profiled:
         self._path = path
         self._data = np.fromfile(path, np.uint8)
         environment, model, options = (ctypes.c_void_p() for _ in range(3))
+        self._owned = {"Model": model, "Options": options, "Environment": environment}
         told = (_Option * 2)(
             _Option(_ACCELERATORS, _INTEGER, _CPU), _Option(_LEAST_SEVERITY, _INTEGER, _ERRORS)
         )
@@ -192,12 +193,11 @@ class Profiled:
 
     def close(self) -> None:
         """Give its memory back."""
-        self._call_void("DestroyCompiledModel", self._compiled)
-
-    def _call_void(self, name: str, *arguments: Any) -> None:
-        function = getattr(self._library, f"LiteRt{name}")
-        function.restype = None
-        function(*arguments)
+        buffers = [("TensorBuffer", ctypes.c_void_p(x)) for x in (*self._inputs, *self._outputs)]
+        for kind, handle in (*buffers, ("CompiledModel", self._compiled), *self._owned.items()):
+            destroy = getattr(self._library, f"LiteRtDestroy{kind}")
+            destroy.restype = None
+            destroy(handle)
 
 
 def multiplied(path: Path) -> Sums:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,12 @@ def ops(monkeypatch):
 )
 def test_kinds_of_operators(ops, tag, kind):
     assert ops.kind_of(tag) == kind
+
+
+def test_xnnpack_is_told_what_the_harness_tells_it(ops):
+    source = BENCHMARKS.parent / "android_harness" / "src" / "engine_litert.cpp"
+    (flags,) = re.findall(r"kXnnpackFlags = ([^;]+);", source.read_text())
+    assert sum(int(flag, 16) for flag in flags.split("|")) == ops.XNNPACK_FLAGS
 
 
 def test_every_multiplication_of_a_bundle_is_timed(ops, smallest, tmp_path, monkeypatch, capsys):
