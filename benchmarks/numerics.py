@@ -4,30 +4,34 @@
     python benchmarks/numerics.py --model critter-stack1 --target litert-cpu --precision int8
     python benchmarks/numerics.py --segment             # one full-size segment in the evaluator
 
-Writes build/numerics: the bundles, a report beside each, and of those that this call asks for
-numerics.md, numerics.json and numerics.html with pictures. A target whose tools are missing is
-named and passed over. Bundles of the same checkpoint that are there already are taken as they are,
-and so are their reports: what was stopped goes on. Exits with 1 if a gate fails, or the full-size
-segment takes longer than a minute.
+Writes build/numerics: the bundles, a report beside each, and of all of them numerics.md,
+numerics.json and numerics.html with pictures. A target whose tools are missing is named and passed
+over. Bundles of the same checkpoint that are there already are taken as they are, and so are their
+reports: what was stopped goes on, and calls for some targets add up. Exits with 1 if a gate of this
+call fails, or the full-size segment takes longer than a minute.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import pickle
 import shutil
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from handheld.bundle import MANIFEST, Bundle
 from handheld.errors import HandheldError, TargetError
+from handheld.files import write_file
+from handheld.manifest import Verification
 from handheld.models import checkpoint as find_model
+from handheld.numerics_gates import Gate
 from handheld.program import Ports, TensorSpec
 from handheld_export import measure, targets, verify_page
 from handheld_export.checkpoint import Checkpoint
@@ -35,12 +39,14 @@ from handheld_export.cli import quiet
 from handheld_export.export import Options, export
 from handheld_export.quantization import round_to_nearest
 from handheld_export.targets.base import SegmentInput
-from handheld_export.verify import Report, verify
+from handheld_export.verify import Report, Row, verify
 
 MODELS = ("critter", "critter-stack1", "critter-stack2", "critter-stack3")
 STUDENT_PRECISIONS = ("fp32", "fp16", "int8", "16a8w")
 """Roundings of a student's other layers: its own codes are the rest."""
 SECONDS = 60.0
+REPORT = ".report"
+"""Ending of what was found of a bundle."""
 
 
 def bundles(
@@ -135,15 +141,85 @@ def segment(folder: Path) -> dict[str, Any]:
 
 def report_of(path: Path, noises: int) -> Report:
     """Verify a bundle, or read what was found when that was done before."""
-    kept = path.with_suffix(".report")
-    if kept.exists() and kept.stat().st_mtime > (path / MANIFEST).stat().st_mtime:
-        with kept.open("rb") as file:
-            known: Report = pickle.load(file)
+    kept = path.with_suffix(REPORT)
+    if _current(kept):
+        known = read(kept)
         if len(known.draws) == noises:
             return known
     report = verify(Bundle.open(path), noises=noises)
-    kept.write_bytes(pickle.dumps(report))
+    write(report, kept)
     return report
+
+
+def _current(report: Path) -> bool:
+    bundle = report.with_suffix("") / MANIFEST
+    both = report.exists() and bundle.exists()
+    return both and report.stat().st_mtime > bundle.stat().st_mtime
+
+
+def write(report: Report, path: Path) -> None:
+    """Keep a report, pictures included."""
+    told = json.dumps(report.as_dict()).encode()
+    arrays: dict[str, Any] = {f"picture {k}": v for k, v in report.pictures.items()}
+    with path.with_suffix(".partial").open("wb") as file:
+        np.savez_compressed(file, report=np.frombuffer(told, np.uint8), **arrays)
+    path.with_suffix(".partial").replace(path)
+
+
+def read(path: Path) -> Report:
+    """Read what :func:`write` kept."""
+    with np.load(path, allow_pickle=False) as file:
+        told = json.loads(file["report"].tobytes())
+        pictures = {
+            name.removeprefix("picture "): file[name] for name in file.files if name != "report"
+        }
+    whole = told["end_to_end"]
+    own = ("bundle", "model", "target", "precision", "size", "reference")
+    return Report(
+        **{name: told[name] for name in own},
+        rows=tuple(_row(row) for row in told["artifacts"]),
+        end_to_end=Verification(**{k: v for k, v in whole.items() if k != "text"}),
+        draws=tuple(Verification(**draw) for draw in told["noises"]),
+        text=whole["text"],
+        gate=_gate(told["gate"]),
+        problems=tuple(told["problems"]),
+        notes=tuple(told["notes"]),
+        pictures=pictures,
+    )
+
+
+def _row(told: dict[str, Any]) -> Row:
+    names = {f.name for f in fields(Row)}
+    return Row(**{k: v for k, v in told.items() if k in names} | {"gate": _gate(told["gate"])})
+
+
+def _gate(told: dict[str, Any]) -> Gate:
+    return Gate(**told | {"text": tuple(told["text"])})
+
+
+def gather(folder: Path) -> list[Report]:
+    """Return all reports of a folder: by model, targets and precisions in their own order."""
+    order = {name: i for i, name in enumerate((*MODELS, *targets.names()))}
+    reports = [read(path) for path in sorted(folder.glob(f"*{REPORT}")) if _current(path)]
+
+    def place(report: Report) -> tuple[int, int, int]:
+        base = report.target if report.target in order else ""
+        levels = targets.find(report.target).precisions if base else ()
+        level = levels.index(report.precision) if report.precision in levels else len(levels)
+        return order.get(report.model, len(order)), order.get(base, len(order)), level
+
+    return sorted(reports, key=place)
+
+
+def summarize(folder: Path) -> None:
+    """Write all reports of a folder as Markdown, JSON and a page."""
+    reports = gather(folder)
+    for name, text in (
+        ("numerics.md", markdown(reports) + "\n"),
+        ("numerics.json", json.dumps([r.as_dict() for r in reports], indent=2)),
+        ("numerics.html", verify_page.render(reports)),
+    ):
+        write_file(folder / name, text.encode())
 
 
 def failures(report: Report) -> list[str]:
@@ -197,11 +273,7 @@ def main() -> None:
             reports.append(report)
             print(markdown([report]).rsplit("\n", 1)[-1], flush=True)
             failed += [f"{path.name}: {what}" for what in failures(report)]
-            (folder / "numerics.md").write_text(markdown(reports) + "\n")
-            (folder / "numerics.json").write_text(
-                json.dumps([r.as_dict() for r in reports], indent=2)
-            )
-            (folder / "numerics.html").write_text(verify_page.render(reports))
+            summarize(folder)
     print(markdown(reports))
     if failed:
         sys.exit("\n".join(failed))
