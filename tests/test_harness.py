@@ -28,6 +28,7 @@ from handheld.bundle import Bundle
 from handheld.errors import HarnessError, MissingDependencyError
 from handheld.execute import execute
 from handheld.memory_plan import plan_bundle
+from handheld.program import Affine, Concat, Slice, Term
 from handheld.protocol import AnyEvent, Job
 from samples import ref
 
@@ -199,6 +200,48 @@ def test_min_seconds(built, bundle, inputs, tmp_path):
 def test_base_memory(built, bundle, inputs, tmp_path):
     _, events = run(built, tmp_path, job(bundle, inputs))
     assert events[0].base_rss_bytes - events[0].engine_library_bytes <= 8 * 10**6
+
+
+def joining(parts):
+    """A program that draws, and then joins what it cuts from tensors that end there."""
+    program = hb.program()
+    p, x = hb._Writer(), hb.spec(1, hb.H, hb.W, hb.C)
+    p.tensors, p.ops = dict(program.tensors), list(program.ops)
+    for k in range(parts):
+        wide, part = f"wide.{k}", f"cut.{k}"
+        p.add(Affine(terms=(Term(x="noise", scale=1.0 + k),), bias=0.5, out=wide), **{wide: x})
+        cut = Slice(x=wide, axis=1, start=1, length=hb.H - 2, out=part)
+        p.add(cut, **{part: hb.spec(1, hb.H - 2, hb.W, hb.C)})
+    p.add(
+        Concat(xs=tuple(f"cut.{k}" for k in range(parts)), axis=1, out="joined"),
+        joined=hb.spec(1, parts * (hb.H - 2), hb.W, hb.C),
+    )
+    outputs = {**program.outputs, "joined": "joined"}
+    return program.model_copy(
+        update={"tensors": p.tensors, "ops": tuple(p.ops), "outputs": outputs}
+    )
+
+
+def test_what_parts_are_cut_from_does_not_stay_until_they_are_joined(built, made, inputs, tmp_path):
+    from handheld.native import Session
+
+    sizes = []
+    x = noise.normal(11, (1, hb.H, hb.W, hb.C), 3)[:, 1:-1]
+    for parts in (2, 10):
+        path = hb.write(tmp_path / str(parts), made, joining(parts)).path
+        status, events = run(built, tmp_path, job(path, inputs))
+        assert status == 0, events[-1]
+        sizes.append([e for e in events if e.event == "memory"][-1].activations)
+        with Session(Job(bundle=str(path), size=SIZE, seed=11)) as session:
+            for name, value in hb.inputs().items():
+                session.set_input(name, value)
+            session.run_job()
+            shape = (1, parts * (hb.H - 2), hb.W, hb.C)
+            found = session.output("joined", shape, np.dtype("float32"))
+        want = np.concatenate([x * (1.0 + k) + 0.5 for k in range(parts)], axis=1)
+        assert np.allclose(found, want, rtol=1e-6, atol=1e-6)
+    added = 8 * (hb.H - 2) * hb.W * hb.C * 4
+    assert sizes[1] - sizes[0] <= added
 
 
 def test_every_operation_gives_the_specified_bits(built, made, bundle, inputs, tmp_path):

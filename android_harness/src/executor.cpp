@@ -90,9 +90,33 @@ bool Executor::host(const std::string& part, const std::string& whole, uint64_t 
   return true;
 }
 
+// What only a concatenation reads, and can be written at its place there.
+std::unordered_set<std::string> Executor::joined(const Program& program) const {
+  std::unordered_map<std::string, int> readers;
+  for (const Op& op : program.ops)
+    for (const std::string& name : reads(op)) ++readers[name];
+  for (const auto& [role, name] : program.outputs) ++readers[name];
+  std::unordered_set<std::string> found;
+  for (const Op& op : program.ops) {
+    const auto* concat = std::get_if<ConcatOp>(&op);
+    if (!concat) continue;
+    uint64_t offset = 0;
+    for (const std::string& name : concat->xs) {
+      const Placed& part = placed(name);
+      if (layout(part.spec, concat->axis).outer != 1) break;
+      if (offset % kAlignment == 0 && readers[name] == 1) found.insert(name);
+      offset += part.bytes;
+    }
+  }
+  return found;
+}
+
 void Executor::share_memory(const Program& program) {
+  const std::unordered_set<std::string> copied = joined(program);
   for (const Op& op : program.ops) {
     if (auto* slice = std::get_if<SliceOp>(&op)) {
+      // One copy, made at once: what it is cut from need not stay until all parts are there.
+      if (copied.contains(slice->out)) continue;
       const Placed& x = placed(slice->x);
       Layout l = layout(x.spec, slice->axis);
       Placed& out = placed(slice->out);

@@ -5,6 +5,7 @@
 #include <span>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <variant>
 #include <vector>
 
@@ -98,6 +99,7 @@ class Executor {
   std::byte* address(const std::string& name) const;
   static Layout layout(const TensorSpec&, int64_t axis);
   bool host(const std::string& part, const std::string& whole, uint64_t offset);
+  std::unordered_set<std::string> joined(const Program&) const;
   void share_memory(const Program&);
   void place();
   void build(const Manifest&, const Program&);
