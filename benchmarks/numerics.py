@@ -44,8 +44,9 @@ from handheld_export.verify import Report, Row, verify
 MODELS = ("critter", "critter-stack1", "critter-stack2", "critter-stack3")
 STUDENT_PRECISIONS = ("fp32", "fp16", "int8", "16a8w")
 """Roundings of a student's other layers: its own codes are the rest."""
+PRECISIONS = ("fp32", "fp16", "int8", "int4", "16a8w", "16a4w", "16a2w")
 SECONDS = 60.0
-REPORT = ".report"
+REPORT = ".report.npz"
 """Ending of what was found of a bundle."""
 
 
@@ -141,7 +142,7 @@ def segment(folder: Path) -> dict[str, Any]:
 
 def report_of(path: Path, noises: int) -> Report:
     """Verify a bundle, or read what was found when that was done before."""
-    kept = path.with_suffix(REPORT)
+    kept = path.with_name(path.name + REPORT)
     if _current(kept):
         known = read(kept)
         if len(known.draws) == noises:
@@ -152,7 +153,7 @@ def report_of(path: Path, noises: int) -> Report:
 
 
 def _current(report: Path) -> bool:
-    bundle = report.with_suffix("") / MANIFEST
+    bundle = report.with_name(report.name.removesuffix(REPORT)) / MANIFEST
     both = report.exists() and bundle.exists()
     return both and report.stat().st_mtime > bundle.stat().st_mtime
 
@@ -198,15 +199,16 @@ def _gate(told: dict[str, Any]) -> Gate:
 
 
 def gather(folder: Path) -> list[Report]:
-    """Return all reports of a folder: by model, targets and precisions in their own order."""
-    order = {name: i for i, name in enumerate((*MODELS, *targets.names()))}
-    reports = [read(path) for path in sorted(folder.glob(f"*{REPORT}")) if _current(path)]
+    """Return the reports of all bundles in a folder, by model, target and precision.
 
-    def place(report: Report) -> tuple[int, int, int]:
-        base = report.target if report.target in order else ""
-        levels = targets.find(report.target).precisions if base else ()
-        level = levels.index(report.precision) if report.precision in levels else len(levels)
-        return order.get(report.model, len(order)), order.get(base, len(order)), level
+    A bundle of another checkpoint goes when its model is asked for again, and its report with it.
+    """
+    reports = [read(path) for path in sorted(folder.glob(f"*{REPORT}")) if _current(path)]
+    order = {name: i for i, name in enumerate((*MODELS, *targets.names(), *PRECISIONS))}
+
+    def place(report: Report) -> list[int]:
+        names = (report.model, report.target, report.precision)
+        return [order.get(name, len(order)) for name in names]
 
     return sorted(reports, key=place)
 

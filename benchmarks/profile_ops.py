@@ -20,6 +20,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
@@ -260,10 +261,9 @@ def profile(bundle: Bundle, threads: int, runs: int) -> list[dict[str, Any]]:
     for known in bundle.manifest.called(bundle.manifest.default_size):
         with sharing.whole(bundle.path / known.file.path) as path:
             macs = multiplied(path)
-            model = Profiled(path, known.ports, threads)
-            model.run()
-            seen = [model.run() for _ in range(runs)]
-            model.close()
+            with closing(Profiled(path, known.ports, threads)) as model:
+                model.run()
+                seen = [model.run() for _ in range(runs)]
         kinds: Sums = defaultdict(float)
         best: Sums = defaultdict(float)
         for position, (tag, _) in enumerate(seen[0]):

@@ -45,7 +45,7 @@ def keep(numerics, folder, found):
     bundle.mkdir()
     (bundle / numerics.MANIFEST).write_text("{}")
     os.utime(bundle / numerics.MANIFEST, (1, 1))
-    numerics.write(found, bundle.with_suffix(numerics.REPORT))
+    numerics.write(found, bundle.with_name(bundle.name + numerics.REPORT))
     return bundle
 
 

@@ -157,8 +157,10 @@ def test_parts_of_an_attention_are_the_fewest_that_fit():
     assert banding.attention(10, 1024, 1024) == (5, 1024)  # SDXL at 512 x 512: 21 MB of 42
     assert banding.attention(20, 256, 256) == (20, 256)
     assert banding.attention(10, 2304, 2304) == (2, 1152)
-    assert banding.attention(10, 4096, 4096) == (2, 512)
-    assert banding.attention(1, 4096, 4096) == (1, 1024)
+    assert banding.attention(10, 4096, 4096) == (2, 820)
+    assert banding.attention(10, 4087, 4087) == (2, 818)
+    assert banding.attention(1, 4096, 4096) == (1, 1366)
+    assert banding.attention(9, 4096, 4096) == (3, 586)
     assert banding.attention(10, 9, 10**9) == (2, 1)
 
 

@@ -115,9 +115,9 @@ void Executor::share_memory(const Program& program) {
   const std::unordered_set<std::string> copied = joined(program);
   for (const Op& op : program.ops) {
     if (auto* slice = std::get_if<SliceOp>(&op)) {
-      // One copy, made at once: what it is cut from need not stay until all parts are there.
-      if (copied.contains(slice->out)) continue;
       const Placed& x = placed(slice->x);
+      // One copy, made at once: what it is cut from need not stay until all parts are there.
+      if (copied.contains(slice->out) && x.last < placed(slice->out).last) continue;
       Layout l = layout(x.spec, slice->axis);
       Placed& out = placed(slice->out);
       uint64_t offset = x.offset + static_cast<uint64_t>(slice->start) * l.inner_bytes;

@@ -24,23 +24,20 @@ TABLE_BYTES: Final = 32 * 10**6
 def attention(heads: int, queries: int, keys: int) -> tuple[int, int]:
     """Return of how many heads and queries the table of an attention is computed at once.
 
-    All queries of as many heads as fit; where not even two heads fit, of two, since the keys and
-    values of a part are packed for it, and what is packed once for few queries costs most. Of one
-    head alone LiteRT makes another operator.
+    All queries of as many heads as fit. Where not even the fewest do, of those: the keys and values
+    of a part are packed for it, and what is packed for few queries costs most. Of one head alone
+    LiteRT makes another operator, so the fewest are the least divisor above one.
 
     Returns
     -------
     heads, queries : int
-        They divide what is given.
+        The heads divide what is given; the last part may have fewer queries.
     """
-
-    def fits(heads: int, queries: int) -> bool:
-        return 4 * heads * queries * keys <= TABLE_BYTES
-
     at_once = [n for n in range(heads, 0, -1) if heads % n == 0 and (n > 1 or heads == 1)]
-    rows = [n for n in range(queries, 0, -1) if queries % n == 0]
-    chosen = next((n for n in at_once if fits(n, queries)), at_once[-1])
-    return chosen, next((n for n in rows if fits(chosen, n)), 1)
+    chosen = next((n for n in at_once if 4 * n * queries * keys <= TABLE_BYTES), at_once[-1])
+    most = max(1, TABLE_BYTES // (4 * chosen * keys))
+    parts = math.ceil(queries / most)
+    return chosen, math.ceil(queries / parts)
 
 
 def choose(largest: int) -> float | None:

@@ -291,9 +291,9 @@ def _windows(
         found.append((level, cut.rows / height))
         result, calls = layers[-1].outputs, len(cut.starts)
         between = max(between, source + result)
-        if calls > 1:  # what a call reads and gives, and what is joined in the end
+        if calls > 1:  # what a call reads and gives; it is copied to its place at once
             band = (source + result) * cut.rows // height
-            between = max(between, source + result + band, 2 * result)
+            between = max(between, source + result + band)
         height, width = height * scale, width * scale
     return found, between
 
