@@ -298,9 +298,13 @@ class ExecuTorchEngine final : public Engine {
   std::unique_ptr<Model> load(const ArtifactInfo& info) override {
     last_log.clear();
     if (!cache_) return open(info, nullptr);
-    if (auto hit = cache_->find(info.sha256)) return use(info, std::move(*hit));
     const auto turn = cache_->wait(info.sha256);
-    if (auto hit = cache_->find(info.sha256)) return use(info, std::move(*hit));
+    if (auto hit = cache_->find(info.sha256)) {
+      auto model = use(info, std::move(*hit));
+      // ExecuTorch locks the file of a loaded model. One that another process has just let go, after
+      // it was found locked, is packed again in place; then it no longer is what was found.
+      if (model->packed.intact()) return model;
+    }
     const std::string temporary = cache_->begin(info.sha256, info.id, info.bytes);
     try {
       auto model = open(info, temporary.c_str());

@@ -179,7 +179,7 @@ PackCache::Turn PackCache::wait(const std::string& artifact_sha256) const {
   while (turn.fd_ && ::fcntl(turn.fd_.get(), F_OFD_SETLK, &range) != 0 &&
          (errno == EAGAIN || errno == EACCES || errno == EINTR) &&
          std::chrono::steady_clock::now() < end)
-    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
 #else
   (void)artifact_sha256;
 #endif
