@@ -303,7 +303,11 @@ class ExecuTorchEngine final : public Engine {
       auto model = use(info, std::move(*hit));
       // ExecuTorch locks the file of a loaded model. One that another process has just let go, after
       // it was found locked, is packed again in place; then it no longer is what was found.
-      if (model->packed.intact()) return model;
+      if (model->packed.intact()) {
+        // Still locked, so it is not used, and what becomes of it does not matter.
+        if (!model->packed.mapped()) model->packed = PackedFile();
+        return model;
+      }
     }
     const std::string temporary = cache_->begin(info.sha256, info.id, info.bytes);
     try {

@@ -13,8 +13,10 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <functional>
 #include <memory>
+#include <sstream>
 #include <thread>
 
 #include "engine.hpp"
@@ -112,6 +114,18 @@ bool PackedFile::intact() const {
   return !fd_ || (::fstat(fd_.get(), &now) == 0 && now.st_size == then_.st_size &&
                   now.st_mtim.tv_sec == then_.st_mtim.tv_sec &&
                   now.st_mtim.tv_nsec == then_.st_mtim.tv_nsec);
+}
+
+bool PackedFile::mapped() const {
+  std::ifstream maps("/proc/self/maps");
+  if (!maps) return true;
+  std::string line, place, rights, offset, device;
+  while (std::getline(maps, line)) {
+    unsigned long long inode = 0;
+    std::istringstream fields(line);
+    if (fields >> place >> rights >> offset >> device >> inode && inode == then_.st_ino) return true;
+  }
+  return false;
 }
 
 void PackedFile::prefetch() const { ::posix_fadvise(fd_.get(), 0, 0, POSIX_FADV_WILLNEED); }

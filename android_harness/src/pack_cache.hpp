@@ -23,6 +23,8 @@ class PackedFile {
   const std::string& path() const { return path_; }
   // False once anyone wrote to the file or cut it off.
   bool intact() const;
+  // Whether this process has it mapped; true where the system does not tell.
+  bool mapped() const;
   // Asks for its pages without waiting for them.
   void prefetch() const;
 
