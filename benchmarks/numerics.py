@@ -14,6 +14,7 @@ call fails, or the full-size segment takes longer than a minute.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import shutil
 import sys
@@ -162,9 +163,9 @@ def write(report: Report, path: Path) -> None:
     """Keep a report, pictures included."""
     told = json.dumps(report.as_dict()).encode()
     arrays: dict[str, Any] = {f"picture {k}": v for k, v in report.pictures.items()}
-    with path.with_suffix(".partial").open("wb") as file:
-        np.savez_compressed(file, report=np.frombuffer(told, np.uint8), **arrays)
-    path.with_suffix(".partial").replace(path)
+    made = io.BytesIO()
+    np.savez_compressed(made, report=np.frombuffer(told, np.uint8), **arrays)
+    write_file(path, made.getvalue())
 
 
 def read(path: Path) -> Report:
