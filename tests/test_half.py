@@ -11,7 +11,7 @@ import tiny
 from handheld.errors import TargetError
 from handheld.precision import find as find_precision
 from handheld_export import half
-from handheld_export.ane_rewrites import ANE_REPLACEMENTS
+from handheld_export.coreml.rewrites import ANE_REPLACEMENTS
 from handheld_export.measure import snr_db
 from handheld_export.rewrites import SiLU, rewrite
 from handheld_export.segments import SegmentModule, decoder_graph, group, materialize
@@ -72,8 +72,8 @@ def test_part_of_a_decoder_is_refused(decoder):
 def test_package_in_half_precision(decoder, tmp_path):
     """The package overflows as it is, and is right when it was scaled."""
     pytest.importorskip("coremltools")
-    from handheld_export import coreml
-    from handheld_export.mil import Package
+    from handheld_export.coreml import packages
+    from handheld_export.coreml.mil import Package
 
     module, x, wanted = decoder
     module = copy.deepcopy(module)
@@ -83,7 +83,7 @@ def test_package_in_half_precision(decoder, tmp_path):
         if name == "scaled":
             half.fit(module, [x])
         path = tmp_path / f"{name}.mlpackage"
-        coreml.convert(module, [x], 1, path)
+        packages.convert(module, [x], 1, path)
         found[name] = Package(path).run({"in0": x.numpy()})["out0"]
     assert snr_db(wanted, found["plain"]) < 0
     assert snr_db(wanted, found["scaled"]) > 40

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(
 )
 if importlib.util.find_spec("executorch") is not None:
     import harness_bundles as hb
-    import test_pte_shared
+    import test_executorch_shared
     import tflites
 
 SIZE = "24x16"
@@ -965,7 +965,7 @@ def sized(tmp_path_factory):
 def sized_programs(tmp_path_factory):
     """The same for ExecuTorch."""
     folder = tmp_path_factory.mktemp("sized")
-    shared, alone = test_pte_shared.made(folder)
+    shared, alone = test_executorch_shared.made(folder)
     bundles = {"shared": shared, "alone": {w: (path,) for w, path in alone.items()}}
     return [tflites.write(folder / n, b, "executorch").path for n, b in bundles.items()]
 

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from handheld.files import sha256_file
 from handheld.program import Ports, TensorSpec
-from handheld_export import onnx_shared
+from handheld_export.onnx import shared as onnx_shared
 from handheld_export.targets.onnx import ONNX
 
 SIZES = (4, 6, 9)

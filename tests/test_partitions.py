@@ -15,9 +15,10 @@ from handheld import models
 from handheld.bundle import Bundle
 from handheld.errors import UsageError
 from handheld.precision import find as find_precision
-from handheld_export import litert, lowering, targets
+from handheld_export import lowering, targets
 from handheld_export.checkpoint import Checkpoint
 from handheld_export.export import Options, export
+from handheld_export.litert import runtime
 from handheld_export.segments import SegmentModule, materialize, release
 from handheld_export.targets.base import SegmentInput
 
@@ -91,14 +92,14 @@ def test_the_list_is_well_formed():
 @pytest.mark.parametrize(("target", "precision"), COMBINATIONS)
 def test_partitions_of_critter(target, precision, checkpoint, converted, tmp_path, monkeypatch):
     """As an export lowers its U-Net; what the artifacts compute is tested elsewhere."""
-    convert = litert.convert
+    convert = runtime.convert
 
     def once(opened, given, weights):
         if given.id not in converted:
             converted[given.id] = convert(opened, given, weights)
         return converted[given.id]
 
-    monkeypatch.setattr(litert, "convert", once)
+    monkeypatch.setattr(runtime, "convert", once)
     lowers = targets.find(target)
     side = checkpoint.unet.config["sample_size"]
     segments = lowering.lines(checkpoint, (side, side), 77).cut("unet", lowers, precision)
@@ -142,7 +143,7 @@ def test_an_attention_in_many_parts_stays_in_one_partition(tmp_path, monkeypatch
     from diffusers.models.attention_processor import Attention
 
     from handheld import banding
-    from handheld_export.litert_rewrites import REPLACEMENTS
+    from handheld_export.litert.rewrites import REPLACEMENTS
     from handheld_export.rewrites import rewrite
 
     tokens, heads, width = 48, 12, 96

@@ -292,7 +292,7 @@ def test_blockwise_convolution_on_qnn(kind, tmp_path):
 @on("onnx-qnn:SM8650", "16a8w")
 def test_resnet_at_8x8_on_grids_that_are_too_narrow_on_qnn(bundle, checkpoint, monkeypatch):
     """Blocks this small are kept in fp16; here they are quantized, on grids that clip."""
-    monkeypatch.setattr("handheld_export.hexagon._LEAST_SIDE", 0)
+    monkeypatch.setattr("handheld_export.qnn.hexagon._LEAST_SIDE", 0)
 
     def narrow(inputs):
         return [[x / 8 for x in inputs]]

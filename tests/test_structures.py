@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from handheld.program import Ports, TensorSpec
-from handheld_export import litert, structures, tflite
+from handheld_export import structures
+from handheld_export.litert import runtime, tflite
 from handheld_export.targets.base import SegmentInput
 from handheld_export.targets.litert_cpu import LiteRTCPU
 
@@ -44,13 +45,13 @@ def segment(module, shared):
 @pytest.fixture
 def conversions(monkeypatch):
     calls = []
-    real = litert._convert
+    real = runtime._convert
 
     def counted(*args):
         calls.append(args)
         return real(*args)
 
-    monkeypatch.setattr(litert, "_convert", counted)
+    monkeypatch.setattr(runtime, "_convert", counted)
     return calls
 
 

@@ -19,8 +19,8 @@ from torch import nn
 
 import target_cases
 from handheld.errors import TargetError
-from handheld_export import coreml
-from handheld_export.mil import Package
+from handheld_export.coreml import packages
+from handheld_export.coreml.mil import Package
 from handheld_export.quantization import QuantizedWeight, round_to_nearest
 from handheld_export.rewrites import rewrite
 from handheld_export.targets.coreml import CoreML
@@ -56,7 +56,7 @@ def student(tmp_path_factory):
 
 
 def layers(item):
-    return coreml.compress(rewrite(item.module), TARGET.held)
+    return packages.compress(rewrite(item.module), TARGET.held)
 
 
 def test_every_grid_runs_near_the_student(student):
@@ -86,7 +86,7 @@ def test_reading_back_finds_a_changed_code_and_a_changed_scale(student):
     item, lowered, _ = student
     package = lowered.path.parent
     found = layers(item)
-    coreml.read_back(package, found)
+    packages.read_back(package, found)
     for layer in found[:: len(found) // 5]:
         codes = layer.weight.codes.copy()
         codes.flat[7] ^= 1
@@ -95,7 +95,7 @@ def test_reading_back_finds_a_changed_code_and_a_changed_scale(student):
             replace(layer, weight=replace(layer.weight, scales=layer.weight.scales * 2)),
         ):
             with pytest.raises(TargetError, match=f"'{layer.name}'.*other codes or scales"):
-                coreml.read_back(package, [other])
+                packages.read_back(package, [other])
 
 
 def test_a_transposed_palette_is_found(student, tmp_path):
@@ -122,7 +122,7 @@ def test_a_transposed_palette_is_found(student, tmp_path):
     data[start : start + count // 2] = turned[:, 0] | (turned[:, 1] << 4)
     data.tofile(weights)
     with pytest.raises(TargetError, match="other codes or scales"):
-        coreml.read_back(copy, layers(item))
+        packages.read_back(copy, layers(item))
 
 
 def test_palettes_of_the_student_are_kept(tmp_path):
@@ -189,8 +189,8 @@ def test_compute_units(monkeypatch, tmp_path):
 
     from handheld.errors import UsageError
     from handheld.program import Ports, TensorSpec
-    from handheld_export import coreml
-    from handheld_export.mil import Package
+    from handheld_export.coreml import packages
+    from handheld_export.coreml.mil import Package
     from handheld_export.targets.coreml import CoreML
 
     with pytest.raises(UsageError, match="macOS only"):
@@ -198,7 +198,7 @@ def test_compute_units(monkeypatch, tmp_path):
     with pytest.raises(UsageError, match="no compute unit 'npu'"):
         CoreML().on("npu")
     x = torch.randn(1, 4)
-    files = coreml.convert(torch.nn.Linear(4, 3).eval(), [x], 1, tmp_path / "a.mlpackage")
+    files = packages.convert(torch.nn.Linear(4, 3).eval(), [x], 1, tmp_path / "a.mlpackage")
     opened = []
 
     class Model:

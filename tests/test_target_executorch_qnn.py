@@ -19,8 +19,8 @@ import target_cases
 from handheld import qnn
 from handheld.errors import TargetError, UsageError
 from handheld_export import targets
-from handheld_export.hexagon import facts
-from handheld_export.qnn_process import Process
+from handheld_export.qnn.hexagon import facts
+from handheld_export.qnn.process import Process
 from handheld_export.quantization import QuantizedWeight, round_to_nearest
 from handheld_export.targets.executorch_qnn import ExecuTorchQNN
 from target_cases import CASES, Tuple, attach, quantize, randomize, segment
@@ -145,7 +145,7 @@ def test_codes_that_do_not_arrive_are_found():
         Quantizer,
     )
 
-    from handheld_export.qnn_lowering import _ANNOTATION, _WEIGHTED, _Weights
+    from handheld_export.qnn.executorch import _ANNOTATION, _WEIGHTED, _Weights
 
     class Plain(Quantizer):
         def annotate(self, model):

@@ -13,7 +13,7 @@ from torch import nn
 import target_cases
 from handheld.errors import TargetError
 from handheld.program import Ports, TensorSpec
-from handheld_export import xnnpack
+from handheld_export.executorch import reading, xnnpack
 from handheld_export.quantization import QuantizedWeight, round_to_nearest
 from handheld_export.targets.executorch_xnnpack import ExecuTorchXNNPACK
 from target_cases import CASES, Line, Tuple, attach, layers_of, quantize, randomize, segment
@@ -35,7 +35,7 @@ def run(item, path):
 
 def stored(path):
     """Each quantized constant of an artifact with the bytes of its codes and scales."""
-    graph, data = xnnpack._read(path)
+    graph, data = reading.read(path)
     found = []
     for value in graph["xvalues"]:
         union = value["xvalue_union"]
@@ -53,7 +53,7 @@ def test_float(case, tmp_path):
     assert db >= 90
     assert lowered.partitions == 1
     assert lowered.notes == ()
-    graph, _ = xnnpack._read(tmp_path / "a.pte")
+    graph, _ = reading.read(tmp_path / "a.pte")
     kinds = [n["xnode_union_type"] for n in graph["xnodes"]]
     transposes = 8 if "transformer" in case else 1 if "mid" in case else 0
     assert kinds.count("XNNStaticTranspose") == transposes
@@ -83,7 +83,7 @@ def test_convolutions_run_in_int8(case, tmp_path):
     quantize(item, lambda *_: ("int8",))
     _, db = run(item, tmp_path / "a.pte")
     assert db >= 35
-    graph, _ = xnnpack._read(tmp_path / "a.pte")
+    graph, _ = reading.read(tmp_path / "a.pte")
     for node in graph["xnodes"]:
         if node["xnode_union_type"] == "XNNConv2d":
             value = graph["xvalues"][node["xnode_union"]["input1_id"]]["xvalue_union"]
@@ -98,7 +98,7 @@ def test_convolutions_in_a_row_stay_in_int8(tmp_path):
     quantize(item, lambda *_: ("int8",))
     _, db = run(item, tmp_path / "a.pte")
     assert db >= 35
-    graph, _ = xnnpack._read(tmp_path / "a.pte")
+    graph, _ = reading.read(tmp_path / "a.pte")
     kinds = [n["xnode_union_type"] for n in graph["xnodes"]]
     assert kinds == ["XNNConvert", "XNNConv2d", "XNNConv2d", "XNNConvert"]
 
@@ -162,17 +162,17 @@ def test_check_finds_a_changed_code(tmp_path):
     item = segment(randomize(module), shapes)
     quantize(item, lambda *_: ("int8",))
     result = xnnpack.lower(module, item.examples, tmp_path / "a.pte")
-    xnnpack.check(tmp_path / "a.pte", result.layers)
+    reading.check(tmp_path / "a.pte", result.layers)
     assert {x.name for x in result.layers} == set(layers_of(module))
     for layer in result.layers:
         codes = layer.weight.codes.copy()
         codes.flat[7] ^= 1
         other = replace(layer, weight=replace(layer.weight, codes=codes))
         with pytest.raises(TargetError, match=f"'{layer.name}'.*codes"):
-            xnnpack.check(tmp_path / "a.pte", [other])
+            reading.check(tmp_path / "a.pte", [other])
         other = replace(layer, weight=replace(layer.weight, scales=layer.weight.scales * 2))
         with pytest.raises(TargetError, match="scales"):
-            xnnpack.check(tmp_path / "a.pte", [other])
+            reading.check(tmp_path / "a.pte", [other])
 
 
 def test_same_codes_under_other_scales_stay_apart(tmp_path):
@@ -183,7 +183,7 @@ def test_same_codes_under_other_scales_stay_apart(tmp_path):
     attach(second, replace(weight, scales=weight.scales * 3))
     _, db = run(item, tmp_path / "a.pte")
     assert db >= 35
-    graph, _ = xnnpack._read(tmp_path / "a.pte")
+    graph, _ = reading.read(tmp_path / "a.pte")
     keys = [c["named_key"] for c in graph["constant_data"][1:]]
     assert len(set(keys)) == 4
 
@@ -233,7 +233,7 @@ def test_layers_with_float_inputs_round_nothing(case, grid, tmp_path):
     lowered, db = run(item, tmp_path / "a.pte")
     assert db >= 90, "as exact as float"
     assert lowered.partitions == 1
-    graph, _ = xnnpack._read(tmp_path / "a.pte")
+    graph, _ = reading.read(tmp_path / "a.pte")
     assert "XNNConvert" not in {n["xnode_union_type"] for n in graph["xnodes"]}
 
 
@@ -245,7 +245,7 @@ def test_a_layer_with_a_float_input_reads_nothing_from_a_fixed_grid(tmp_path):
     quantize(item, lambda *_: ("int8",))
     block[2].float_input = True
     run(item, tmp_path / "a.pte")
-    graph, _ = xnnpack._read(tmp_path / "a.pte")
+    graph, _ = reading.read(tmp_path / "a.pte")
     kinds = [n["xnode_union_type"] for n in graph["xnodes"]]
     assert kinds == ["XNNConvert", "XNNConv2d", "XNNConv2d"]
     inputs = [

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from handheld import planning
 from handheld.errors import TargetError
 from handheld.program import Ports, TensorSpec
-from handheld_export import tflite
+from handheld_export.litert import tflite
 from handheld_export.quantization import QuantizedWeight, round_to_nearest
 from handheld_export.targets.base import Lowered, SegmentInput
 from handheld_export.targets.litert_cpu import LiteRTCPU

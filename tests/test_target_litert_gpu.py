@@ -17,7 +17,8 @@ from torch import nn
 import target_cases
 from handheld.errors import TargetError, UsageError
 from handheld.program import Ports
-from handheld_export import litert, targets, tflite
+from handheld_export import targets
+from handheld_export.litert import runtime, tflite
 from handheld_export.measure import snr_db
 from handheld_export.quantization import round_to_nearest
 from handheld_export.targets.litert_gpu import LiteRTGPU
@@ -90,25 +91,25 @@ def test_webgpu_takes_all(lowered):
 
 
 def test_operators_that_gpus_do_not_take(tmp_path):
-    model = schema.ModelT.InitFromPackedBuf(litert._sum(), 0)
+    model = schema.ModelT.InitFromPackedBuf(runtime._sum(), 0)
     model.operatorCodes[0].builtinCode = schema.BuiltinOperator.BROADCAST_TO
     model.operatorCodes[0].deprecatedBuiltinCode = 127
     path = tmp_path / "a.tflite"
     path.write_bytes(tflite.packed(model))
     with pytest.raises(TargetError, match="GPU delegate does not take BROADCAST_TO"):
-        litert.check_gpu(path)
-    path.write_bytes(litert._sum())
-    litert.check_gpu(path)
+        runtime.check_gpu(path)
+    path.write_bytes(runtime._sum())
+    runtime.check_gpu(path)
 
 
 def test_more_dimensions_than_gpus_take(tmp_path):
-    model = schema.ModelT.InitFromPackedBuf(litert._sum(), 0)
+    model = schema.ModelT.InitFromPackedBuf(runtime._sum(), 0)
     for tensor in model.subgraphs[0].tensors:
         tensor.shape = [1, 2, 2, 2, 2]
     path = tmp_path / "a.tflite"
     path.write_bytes(tflite.packed(model))
     with pytest.raises(TargetError, match="does not take 5 dimensions"):
-        litert.check_gpu(path)
+        runtime.check_gpu(path)
 
 
 def test_codes_become_float16():
@@ -119,7 +120,7 @@ def test_codes_become_float16():
 
 
 def test_units(monkeypatch):
-    monkeypatch.setattr(litert, "gpu", lambda: None)
+    monkeypatch.setattr(runtime, "gpu", lambda: None)
     target = targets.find("litert-gpu")
     assert "on the CPU in half precision" in target.caveat()
     assert target.options == {"accelerator": "gpu"}
@@ -127,13 +128,13 @@ def test_units(monkeypatch):
         target.on("gpu")
     with pytest.raises(UsageError, match="no compute unit 'ane'"):
         target.on("ane")
-    monkeypatch.setattr(litert, "gpu", lambda: "Adreno")
+    monkeypatch.setattr(runtime, "gpu", lambda: "Adreno")
     assert "'Adreno'" in target.caveat()
     assert "on the CPU" in target.on("cpu").caveat()
 
 
 if __name__ == "__main__":
     target = LiteRTGPU().on("gpu")
-    sys.stdout.write(f"{litert.gpu()}\n")
+    sys.stdout.write(f"{runtime.gpu()}\n")
     for name in sys.argv[1:]:
         sys.stdout.write(f"{on(target, Path(name)):.1f}\n")

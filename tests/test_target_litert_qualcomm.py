@@ -12,7 +12,8 @@ from torch import nn
 import target_cases
 from handheld import qnn
 from handheld.errors import TargetError, UsageError
-from handheld_export import litert, litert_npu, targets
+from handheld_export import targets
+from handheld_export.litert import npu, runtime
 from handheld_export.quantization import QuantizedWeight, round_to_nearest
 from handheld_export.targets.litert_qualcomm import LiteRTQualcomm
 
@@ -38,12 +39,12 @@ def test_socs():
 
 def test_what_is_no_binary(tmp_path):
     path = tmp_path / "a.tflite"
-    path.write_bytes(litert._sum())
+    path.write_bytes(runtime._sum())
     with pytest.raises(TargetError, match="not compiled for an NPU"):
-        litert_npu.binary(path)
+        npu.binary(path)
     path.write_bytes(b"nothing")
     with pytest.raises(TargetError, match="not compiled for an NPU"):
-        litert_npu.binary(path)
+        npu.binary(path)
 
 
 @needs_qnn
@@ -147,4 +148,4 @@ def test_operators_outside_are_named(tmp_path, case, said):
     source = tmp_path / "a.tflite"
     targets.find("litert-cpu").lower(item, source)
     with pytest.raises(TargetError, match=f"{said}; outside: CONV_2D"):
-        litert_npu.compile_for(qnn.find("litert"), "SM8650", source, tmp_path / "b.tflite")
+        npu.compile_for(qnn.find("litert"), "SM8650", source, tmp_path / "b.tflite")

@@ -17,7 +17,7 @@ from torch import nn
 import target_cases
 from handheld.errors import TargetError
 from handheld.files import sha256_file
-from handheld_export import onnx as graphs
+from handheld_export.onnx import graphs
 from handheld_export.quantization import BITS, QuantizedWeight, round_to_nearest
 from handheld_export.rewrites import rewrite
 from handheld_export.targets.onnx import ONNX

@@ -17,8 +17,8 @@ import tiny
 from handheld import qnn
 from handheld.errors import TargetError
 from handheld.precision import find as find_precision
-from handheld_export import onnx_static
-from handheld_export.hexagon import too_small
+from handheld_export.onnx import static
+from handheld_export.qnn.hexagon import too_small
 from handheld_export.quantization import round_to_nearest
 from handheld_export.segments import SegmentModule, group, materialize, release, unet_graph
 from handheld_export.targets.base import SegmentInput
@@ -140,7 +140,7 @@ def test_codes_that_do_not_arrive_are_found():
     layer = nn.Linear(4, 2)
     layer.quantized = round_to_nearest(layer.weight.detach().numpy(), "int8")
     module = nn.Sequential(layer)
-    onnx_static.replace(module, lambda *_: None)
+    static.replace(module, lambda *_: None)
     codes, scales = layer.quantized.codes.T.copy(), layer.quantized.scales
     node = helper.make_node("DequantizeLinear", ["0.codes", "0.scales"], ["w"], axis=1)
     made = helper.make_tensor_value_info("w", TensorProto.FLOAT, [4, 2])
@@ -152,11 +152,11 @@ def test_codes_that_do_not_arrive_are_found():
         [numpy_helper.from_array(codes, "0.codes"), numpy_helper.from_array(scales, "0.scales")],
     )
     model = helper.make_model(graph)
-    onnx_static.check(model, module)
+    static.check(model, module)
     codes[1, 1] += 1
     model.graph.initializer[0].CopyFrom(numpy_helper.from_array(codes, "0.codes"))
     with pytest.raises(TargetError, match="layer '0': the graph holds other codes or scales"):
-        onnx_static.check(model, module)
+        static.check(model, module)
 
 
 @pytest.mark.parametrize(("side", "small"), [(64, False), (16, True)])

@@ -13,8 +13,8 @@ from handheld import bundle as bundles
 from handheld.bundle import Bundle
 from handheld.manifest import Artifact, Manifest, ModelInfo, Size, TextInfo
 from handheld.program import Affine, Call, Input, Ports, Program, Term
-from handheld_export import tflite_shared
-from handheld_export.tflite import packed
+from handheld_export.litert import shared
+from handheld_export.litert.tflite import packed
 from samples import ref, spec
 
 WIDTH = 64
@@ -205,5 +205,5 @@ def together(folder: Path, scale: float = 1e-3) -> dict[int, tuple[Path, ...]]:
     before = alone(folder / "alone", scale)
     outputs = {width: folder / path.name for width, path in before.items()}
     common = folder / "unet.weights"
-    assert tflite_shared.share(list(before.values()), list(outputs.values()), common)
+    assert shared.share(list(before.values()), list(outputs.values()), common)
     return {width: (path, common) for width, path in outputs.items()}

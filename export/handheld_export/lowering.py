@@ -81,7 +81,8 @@ def tool_versions() -> dict[str, str]:
 def source_sha256() -> str:
     """Hash of the source that turns checkpoints into bundles."""
     here = Path(__file__).parent
-    files = [p for folder in (".", "export", "targets") for p in (here / folder).glob("*.py")]
+    others = {"compress", "critter", "serve"}
+    files = [p for p in here.rglob("*.py") if p.relative_to(here).parts[0] not in others]
     h = hashlib.sha256()
     for file in sorted(files):
         h.update(str(file.relative_to(here)).encode() + file.read_bytes())

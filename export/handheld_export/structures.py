@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from handheld.files import write_file
-from handheld_export.tflite import Open, packed
+from handheld_export.litert.tflite import Open, packed
 
 Convert = Callable[[], bytes]
 

@@ -19,8 +19,8 @@ class CoreML(Target):
     """Lower to an .mlpackage that computes in fp16.
 
     Weights are palettes of the student's codes with one scale per output channel in 2 and 4 bits,
-    and 8-bit codes with scales. :mod:`handheld_export.mil` runs the very package for verification;
-    it was not run on hardware here.
+    and 8-bit codes with scales. :mod:`handheld_export.coreml.mil` runs the very package for
+    verification; it was not run on hardware here.
     """
 
     name: ClassVar[str] = "coreml"
@@ -69,17 +69,17 @@ class CoreML(Target):
         TargetError
             If a layer's grid does not fit or coremltools cannot convert the segment.
         """
-        from handheld_export import coreml
-        from handheld_export.ane_rewrites import ANE_REPLACEMENTS
+        from handheld_export.coreml import packages as written
+        from handheld_export.coreml.mil import Package
+        from handheld_export.coreml.rewrites import ANE_REPLACEMENTS
         from handheld_export.half import fit
-        from handheld_export.mil import Package
         from handheld_export.rewrites import rewrite
 
         module = rewrite(segment.module, ANE_REPLACEMENTS)
         notes = fit(module, segment.examples)
-        layers = coreml.compress(module, self.held)
-        files = coreml.convert(module, segment.examples, len(segment.ports.outputs), path)
-        coreml.read_back(path, layers)
+        layers = written.compress(module, self.held)
+        files = written.convert(module, segment.examples, len(segment.ports.outputs), path)
+        written.read_back(path, layers)
         Package(path).check()
         return Lowered(files[0], tools=self.versions(), notes=notes, parts=tuple(files[1:]))
 
@@ -92,7 +92,7 @@ class CoreML(Target):
 
 class _Runner(Runner):
     def __init__(self, path: Path, ports: Ports) -> None:
-        from handheld_export.mil import Package
+        from handheld_export.coreml.mil import Package
 
         self._package = Package(path)
         self._outputs = len(ports.outputs)

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from handheld.errors import TargetError
-from handheld_export.hexagon import HexagonTarget, check, counted, process, too_small
-from handheld_export.qnn_process import ARTIFACT, CODES, PROGRAM, SAMPLES
+from handheld_export.qnn.hexagon import HexagonTarget, check, counted, process, too_small
+from handheld_export.qnn.process import ARTIFACT, CODES, PROGRAM, SAMPLES
 from handheld_export.quantization import BITS, QuantizedWeight
 from handheld_export.targets.base import Lowered, SegmentInput
 

@@ -51,20 +51,20 @@ class ExecuTorchXNNPACK(Target):
         TargetError
             If a layer's grid does not run or an operator has no XNNPACK form.
         """
-        from handheld_export import xnnpack
+        from handheld_export.executorch import reading, xnnpack
 
         outputs = [spec.shape for spec in segment.ports.outputs.values()]
         result = xnnpack.lower(segment.module, segment.examples, path, outputs)
-        xnnpack.check(path, result.layers)
+        reading.check(path, result.layers)
         return Lowered(path, 1, self.versions(), result.notes)
 
     def share_weights(
         self, paths: Sequence[Path], outputs: Sequence[Path], weights: Path
     ) -> Path | None:
         """Put weights into one file that continues the programs of all sizes."""
-        from handheld_export import pte_shared
+        from handheld_export.executorch import shared
 
-        return weights if pte_shared.share(paths, outputs, weights) else None
+        return weights if shared.share(paths, outputs, weights) else None
 
     def load(self, path: Path, ports: Ports) -> Runner:
         """Open an artifact with the engine's Python runtime."""

@@ -16,7 +16,7 @@ from handheld_export.quantization import QuantizedWeight
 from handheld_export.targets.base import Array, Lowered, Runner, SegmentInput, Target
 
 if TYPE_CHECKING:
-    from handheld_export import tflite
+    from handheld_export.litert import tflite
 
 
 class LiteRTCPU(Target):
@@ -49,8 +49,8 @@ class LiteRTCPU(Target):
             If a layer's grid cannot run, or the converted graph does not read each
             layer's weight as it should.
         """
-        from handheld_export import litert, tflite
-        from handheld_export.litert_rewrites import REPLACEMENTS
+        from handheld_export.litert import runtime, tflite
+        from handheld_export.litert.rewrites import REPLACEMENTS
         from handheld_export.rewrites import rewrite
 
         module = rewrite(segment.module, REPLACEMENTS)
@@ -58,7 +58,7 @@ class LiteRTCPU(Target):
         opened.layers = [self._holding(layer) for layer in opened.layers]
         checked = [_check(x.name, x.quantized) for x in opened.layers if x.quantized is not None]
         notes = [note for note in checked if note]
-        flatbuffer = litert.convert(opened, segment, [layer.weight for layer in opened.layers])
+        flatbuffer = runtime.convert(opened, segment, [layer.weight for layer in opened.layers])
         tflite.graft(flatbuffer, opened.layers, segment.ports, path)
         tflite.check(path, opened.layers)
         return Lowered(path, _partitions(path), self.versions(), tuple(notes))
@@ -76,9 +76,9 @@ class LiteRTCPU(Target):
         self, paths: Sequence[Path], outputs: Sequence[Path], weights: Path
     ) -> Path | None:
         """Put weights into one file that continues the graphs of all sizes."""
-        from handheld_export import tflite_shared
+        from handheld_export.litert import shared
 
-        return weights if tflite_shared.share(paths, outputs, weights) else None
+        return weights if shared.share(paths, outputs, weights) else None
 
     def load(self, path: Path, ports: Ports) -> Runner:
         """Open an artifact with the engine's Python runtime."""
@@ -97,7 +97,7 @@ def _check(name: str, weight: QuantizedWeight) -> str | None:
         raise refuse(f"{weight.grid} in groups does not run on LiteRT; groups are for int4")
     if weight.group_size % 32:
         raise refuse(f"groups of {weight.group_size} do not run on LiteRT; use a multiple of 32")
-    from handheld_export.tflite import block_scales
+    from handheld_export.litert.tflite import block_scales
 
     kept = block_scales(weight.scales).astype(np.float32)
     error = float(np.max(np.abs(kept - weight.scales) / weight.scales))

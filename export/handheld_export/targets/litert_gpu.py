@@ -12,7 +12,7 @@ from handheld.program import Ports
 from handheld_export.targets.base import Lowered, Runner, SegmentInput, Target
 
 if TYPE_CHECKING:
-    from handheld_export import tflite
+    from handheld_export.litert import tflite
 
 
 class LiteRTGPU(Target):
@@ -40,9 +40,9 @@ class LiteRTGPU(Target):
         """Return where artifacts run instead of on a phone."""
         if self._place() == "cpu":
             return "litert-gpu: run on the CPU in half precision, not run on hardware"
-        from handheld_export import litert
+        from handheld_export.litert import runtime
 
-        return f"litert-gpu: run through WebGPU on '{litert.gpu()}', not on a phone"
+        return f"litert-gpu: run through WebGPU on '{runtime.gpu()}', not on a phone"
 
     def on(self, unit: str) -> LiteRTGPU:
         """Return this target with artifacts on the CPU in half precision, or through WebGPU.
@@ -58,9 +58,9 @@ class LiteRTGPU(Target):
             raise UsageError(
                 f"litert-gpu has no compute unit '{unit}'", remedy="choose from cpu, gpu"
             )
-        from handheld_export import litert
+        from handheld_export.litert import runtime
 
-        if litert.gpu() is None:
+        if runtime.gpu() is None:
             raise UsageError(
                 "WebGPU finds no Vulkan driver that it takes",
                 remedy="install one, or name it in VK_DRIVER_FILES; see docs/numerics.md",
@@ -75,19 +75,19 @@ class LiteRTGPU(Target):
         TargetError
             If values leave fp16, or the delegate does not take an operator.
         """
-        from handheld_export import litert, tflite
         from handheld_export.half import fit
-        from handheld_export.litert_rewrites import GPU_REPLACEMENTS
+        from handheld_export.litert import runtime, tflite
+        from handheld_export.litert.rewrites import GPU_REPLACEMENTS
         from handheld_export.rewrites import rewrite
 
         module = rewrite(segment.module, GPU_REPLACEMENTS)
         notes = fit(module, segment.examples)
         opened = tflite.Open(module, len(segment.ports.inputs)).eval()
         opened.layers = [self.stored(layer) for layer in opened.layers]
-        flatbuffer = litert.convert(opened, segment, [x.weight for x in opened.layers])
+        flatbuffer = runtime.convert(opened, segment, [x.weight for x in opened.layers])
         tflite.graft(flatbuffer, opened.layers, segment.ports, path)
         tflite.check(path, opened.layers)
-        litert.check_gpu(path)
+        runtime.check_gpu(path)
         return Lowered(path, 1, self.versions(), notes)
 
     def stored(self, layer: tflite.Layer) -> tflite.Layer:
@@ -96,11 +96,11 @@ class LiteRTGPU(Target):
 
     def load(self, path: Path, ports: Ports) -> Runner:
         """Open an artifact on the GPU, or on the CPU in half precision."""
-        from handheld_export.litert import Compiled
+        from handheld_export.litert.runtime import Compiled
 
         return Compiled(path, ports, self._place())
 
     def _place(self) -> Literal["cpu", "gpu"]:
-        from handheld_export import litert
+        from handheld_export.litert import runtime
 
-        return self._unit or ("gpu" if litert.gpu() else "cpu")
+        return self._unit or ("gpu" if runtime.gpu() else "cpu")

@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from handheld_export.hexagon import HexagonTarget, check, counted
+from handheld_export.qnn.hexagon import HexagonTarget, check, counted
 from handheld_export.targets.base import Lowered, SegmentInput
 
 if TYPE_CHECKING:
-    from handheld_export import tflite
+    from handheld_export.litert import tflite
 
 
 class LiteRTQualcomm(HexagonTarget):
@@ -42,9 +42,9 @@ class LiteRTQualcomm(HexagonTarget):
 
     def facts(self, path: Path) -> dict[str, str]:
         """Return ``soc``, ``hexagon`` and ``qnn`` as an artifact's binary says them."""
-        from handheld_export import litert_npu
+        from handheld_export.litert import npu
 
-        return litert_npu.binary(path)[2]
+        return npu.binary(path)[2]
 
     def lower(self, segment: SegmentInput, path: Path) -> Lowered:
         """Convert a segment, compile it, and read SoC and version back from the binary.
@@ -57,9 +57,9 @@ class LiteRTQualcomm(HexagonTarget):
             If a layer's grid does not run, values leave fp16, or an operator does not go to the
             NPU.
         """
-        from handheld_export import litert, litert_npu, tflite, tflite_static
         from handheld_export.half import fit, steady
-        from handheld_export.litert_rewrites import GPU_REPLACEMENTS
+        from handheld_export.litert import npu, runtime, static, tflite
+        from handheld_export.litert.rewrites import GPU_REPLACEMENTS
         from handheld_export.rewrites import quantized_of, rewrite
 
         module = rewrite(segment.module, GPU_REPLACEMENTS)
@@ -70,7 +70,7 @@ class LiteRTQualcomm(HexagonTarget):
             notes = (*notes, *steady(module, segment.examples))
         opened = tflite.Open(module, len(segment.ports.inputs)).eval()
         opened.layers = [self._holding(x, on_grids) for x in opened.layers]
-        flatbuffer = litert.convert(opened, segment, [x.weight for x in opened.layers])
+        flatbuffer = runtime.convert(opened, segment, [x.weight for x in opened.layers])
         assert self.soc is not None
         with tempfile.TemporaryDirectory(prefix="handheld-npu-") as folder:
             source, edit = Path(folder) / path.name, None
@@ -78,12 +78,10 @@ class LiteRTQualcomm(HexagonTarget):
                 floats = [replace(x, quantized=None) for x in opened.layers]
                 tflite.graft(flatbuffer, floats, segment.ports, source)
                 samples = [[x.numpy() for x in sample] for sample in segment.samples]
-                edit = partial(
-                    tflite_static.quantize, ranges=tflite_static.observe(source, samples)
-                )
+                edit = partial(static.quantize, ranges=static.observe(source, samples))
             tflite.graft(flatbuffer, opened.layers, segment.ports, source, edit)
             tflite.check(source, opened.layers)
-            litert_npu.compile_for(self.sdk, self.soc, source, path)
+            npu.compile_for(self.sdk, self.soc, source, path)
         held = None if on_grids else counted(given)
         return Lowered(path, 1, self.versions() | self.made(path), notes, held=held)
 

@@ -37,23 +37,23 @@ class ONNX(Target):
         TargetError
             If a layer's grid does not run or an operator has no ONNX form.
         """
-        from handheld_export import onnx
+        from handheld_export.onnx import graphs
         from handheld_export.rewrites import rewrite
 
         module = rewrite(segment.module)
-        layers = onnx.replace(module, self.held)
+        layers = graphs.replace(module, self.held)
         ports = segment.ports
-        data = onnx.lower(module, segment.examples, list(ports.inputs), list(ports.outputs), path)
-        onnx.read_back(path, layers)
+        data = graphs.lower(module, segment.examples, list(ports.inputs), list(ports.outputs), path)
+        graphs.read_back(path, layers)
         return Lowered(path, tools=self.versions(), parts=(data,) if data else ())
 
     def share_weights(
         self, paths: Sequence[Path], outputs: Sequence[Path], weights: Path
     ) -> Path | None:
         """Put weights into one file beside the graphs of all sizes."""
-        from handheld_export import onnx_shared
+        from handheld_export.onnx import shared
 
-        return onnx_shared.share(paths, outputs, weights.parent)
+        return shared.share(paths, outputs, weights.parent)
 
     def load(self, path: Path, ports: Ports) -> Runner:
         """Open an artifact with onnxruntime."""

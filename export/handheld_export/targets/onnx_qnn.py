@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from handheld_export.hexagon import HexagonTarget, check, counted, process, too_small
+from handheld_export.qnn.hexagon import HexagonTarget, check, counted, process, too_small
 from handheld_export.targets.base import Lowered, SegmentInput
 
 
@@ -47,8 +47,8 @@ class ONNXQNN(HexagonTarget):
         """
         import onnx as onnx_format
 
-        from handheld_export import onnx, onnx_static
         from handheld_export.half import fit, steady
+        from handheld_export.onnx import graphs, static
         from handheld_export.rewrites import quantized_of, rewrite
 
         small = too_small(segment) if segment.samples else None
@@ -59,21 +59,21 @@ class ONNXQNN(HexagonTarget):
         coded = [w for layer in module.modules() if (w := quantized_of(layer)) is not None]
         on_grids = bool(segment.samples and coded and small is None)
         if on_grids:
-            onnx_static.replace(module, check)
+            static.replace(module, check)
         else:
             notes = (*notes, *steady(module, segment.examples))
         inputs, outputs = list(segment.ports.inputs), list(segment.ports.outputs)
         with tempfile.TemporaryDirectory(prefix="handheld-npu-") as folder:
             source = Path(folder) / path.name
-            onnx.lower(module, segment.examples, inputs, outputs, source)
+            graphs.lower(module, segment.examples, inputs, outputs, source)
             if on_grids:
                 model = onnx_format.load(str(source))
                 samples = [
                     dict(zip(inputs, (x.numpy() for x in sample), strict=True))
                     for sample in segment.samples
                 ]
-                onnx_static.quantize(model, onnx_static.observe(model, samples))
-                onnx_static.check(model, module)
+                static.quantize(model, static.observe(model, samples))
+                static.check(model, module)
                 onnx_format.save_model(model, str(source))
             request = {"do": "compile", "source": str(source), "path": str(path), "soc": self.soc}
             process(self.sdk, "lower")(request)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import tflites
-from handheld_export import pte_shared, sharing
+from handheld_export import sharing
+from handheld_export.executorch import shared as executorch_shared
 from handheld_export.quantization import QuantizedWeight
 from handheld_export.targets.base import SegmentInput
 from handheld_export.targets.executorch_xnnpack import ExecuTorchXNNPACK
@@ -62,7 +63,7 @@ def both(tmp_path_factory):
 
 
 def test_programs_are_read_by_a_process_that_has_written_none(both):
-    code = "import sys, pathlib; from handheld_export.pte_shared import _Program as P; "
+    code = "import sys, pathlib; from handheld_export.executorch.shared import _Program as P; "
     code += "print(len(P(pathlib.Path(sys.argv[1])).names))"
     path = next(iter(both[1].values()))
     done = subprocess.run(
@@ -89,7 +90,7 @@ def test_weights_are_there_once(both):
         assert program.stat().st_size % sharing.PAGE == 0
         assert program.stat().st_size - sharing.PAGE < path.stat().st_size - weights.stat().st_size
         with sharing.whole(program) as joined:
-            have, wanted = pte_shared._Program(joined), pte_shared._Program(path)
+            have, wanted = executorch_shared._Program(joined), executorch_shared._Program(path)
             assert {n: have.content(n) for n in have.names} == {
                 n: wanted.content(n) for n in wanted.names
             }
@@ -98,5 +99,5 @@ def test_weights_are_there_once(both):
 def test_other_weights_are_not_shared(both, tmp_path):
     paths = [both[1][16], lower(tmp_path / "other.pte", 24, seed=1)]
     outputs = [tmp_path / "u.16x8.pte", tmp_path / "u.24x8.pte"]
-    assert not pte_shared.share(paths, outputs, tmp_path / "u.weights")
+    assert not executorch_shared.share(paths, outputs, tmp_path / "u.weights")
     assert not any(p.exists() for p in (*outputs, tmp_path / "u.weights"))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import tflites
-from handheld_export import sharing, tflite_shared
+from handheld_export import sharing
+from handheld_export.litert import shared as litert_shared
 from handheld_export.targets.litert_cpu import LiteRTCPU
 
 
@@ -38,7 +39,7 @@ def test_packed_weights_are_known_by_the_same_numbers(shared):
     numbers = []
     for path in shared[1]:
         with sharing.whole(path) as joined:
-            numbers.append(tflite_shared._File(joined).kernels())
+            numbers.append(litert_shared._File(joined).kernels())
     assert len(numbers[0]) == 3
     assert numbers[0] == numbers[1] == numbers[2]
 
@@ -46,7 +47,7 @@ def test_packed_weights_are_known_by_the_same_numbers(shared):
 def test_the_same_files_give_the_same_bytes(shared, tmp_path):
     alone, outputs, weights = shared
     again = [tmp_path / p.name for p in outputs]
-    assert tflite_shared.share(alone, again, tmp_path / weights.name)
+    assert litert_shared.share(alone, again, tmp_path / weights.name)
     for a, b in zip((*outputs, weights), (*again, tmp_path / weights.name), strict=True):
         assert a.read_bytes() == b.read_bytes()
 
@@ -58,5 +59,5 @@ def test_other_layers_are_not_shared(change, tmp_path):
     scale = 2e-3 if change == "scales" else 1e-3
     paths[1].write_bytes(tflites.convolutions(tflites.SIZES[1], layers, scale))
     outputs = [tmp_path / f"s.{p.name}" for p in paths]
-    assert not tflite_shared.share(paths, outputs, tmp_path / "s.weights")
+    assert not litert_shared.share(paths, outputs, tmp_path / "s.weights")
     assert not any(p.exists() for p in outputs)

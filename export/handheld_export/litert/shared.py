@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from handheld.errors import TargetError
+from handheld_export.litert.tflite import ALIGNMENT, code_of, packed
 from handheld_export.sharing import padded, whole
-from handheld_export.tflite import ALIGNMENT, code_of, packed
 
 _LEAST: Final = 64
 """Bytes of a buffer that is worth a place among the shared ones, which are aligned to as many."""
@@ -111,7 +111,7 @@ def share(paths: Sequence[Path], outputs: Sequence[Path], weights: Path) -> bool
     Parameters
     ----------
     paths : sequence of Path
-        One segment at several sizes, as :func:`~handheld_export.tflite.graft` writes it.
+        One segment at several sizes, as :func:`~handheld_export.litert.tflite.graft` writes it.
     outputs : sequence of Path
         ``SEGMENT.WIDTHxHEIGHT.tflite`` for each, in the folder of ``weights``.
     weights : Path

@@ -127,7 +127,7 @@ class Process:
         if self._child is None:
             self._said = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "handheld_export.qnn_process"],
+                [sys.executable, "-m", "handheld_export.qnn.process"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._said,
@@ -176,10 +176,11 @@ def _program(path: Path) -> _Run:
 
 
 def _context(path: Path) -> _Run:
-    from handheld_export import litert_npu, qnn_onnx
+    from handheld_export.litert import npu
+    from handheld_export.qnn import onnx
 
-    source = litert_npu.as_onnx(path) if path.suffix == ".tflite" else path
-    session = qnn_onnx.session(source)
+    source = npu.as_onnx(path) if path.suffix == ".tflite" else path
+    session = onnx.session(source)
     names = [x.name for x in session.get_inputs()]
     return lambda arrays: list(session.run(None, dict(zip(names, arrays, strict=True))))
 
@@ -188,16 +189,16 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
     loaded: dict[int, _Run] = {}
 
     def lower(header: dict[str, Any], _: list[Array]) -> tuple[dict[str, Any], list[Array]]:
-        from handheld_export import qnn_lowering
+        from handheld_export.qnn import executorch
 
-        qnn_lowering.preload()
-        return _forked(lambda: qnn_lowering.lower(Path(header["folder"]), header["soc"])), []
+        executorch.preload()
+        return _forked(lambda: executorch.lower(Path(header["folder"]), header["soc"])), []
 
     def compile_onnx(header: dict[str, Any], _: list[Array]) -> tuple[dict[str, Any], list[Array]]:
-        from handheld_export import qnn_onnx
+        from handheld_export.qnn import onnx
 
         source, path = Path(header["source"]), Path(header["path"])
-        return _forked(lambda: qnn_onnx.compile_for(header["soc"], source, path)), []
+        return _forked(lambda: onnx.compile_for(header["soc"], source, path)), []
 
     def load(header: dict[str, Any], _: list[Array]) -> tuple[dict[str, Any], list[Array]]:
         path = Path(header["path"])

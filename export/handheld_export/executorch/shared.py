@@ -3,7 +3,7 @@
 A program's weights are named segments behind its flatbuffer, which lists their offsets. So sharing
 moves them into a file that :mod:`continues <handheld_export.sharing>` all programs of a segment,
 and changes nothing of a program but these offsets. Names are hashes of content and scales
-(:mod:`handheld_export.xnnpack`), and XNNPACK knows packed weights by them.
+(:mod:`handheld_export.executorch.xnnpack`), and XNNPACK knows packed weights by them.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def share(paths: Sequence[Path], outputs: Sequence[Path], weights: Path) -> bool
     Parameters
     ----------
     paths : sequence of Path
-        One segment at several sizes, as :func:`~handheld_export.xnnpack.lower` writes it.
+        One segment at several sizes, as
+        :func:`~handheld_export.executorch.xnnpack.lower` writes it.
     outputs : sequence of Path
         ``SEGMENT.WIDTHxHEIGHT.pte`` for each, in the folder of ``weights``.
     weights : Path

@@ -15,7 +15,7 @@ from coremltools.converters.mil import Builder as mb  # noqa: N813
 from torch.nn import functional as F
 
 from handheld.errors import TargetError
-from handheld_export import mil
+from handheld_export.coreml import mil
 from handheld_export.measure import snr_db
 
 RNG = np.random.default_rng(5)

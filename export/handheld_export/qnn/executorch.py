@@ -23,7 +23,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import QuantizationSpec
 
 from handheld.errors import TargetError
-from handheld_export.qnn_process import ARTIFACT, CODES, PROGRAM, SAMPLES
+from handheld_export.qnn.process import ARTIFACT, CODES, PROGRAM, SAMPLES
 from handheld_export.quantization import BITS, LIMITS
 
 _MAGIC, _HEADER = struct.pack("<I", 0x5678ABCD), 20

@@ -25,7 +25,7 @@ def share(paths: Sequence[Path], outputs: Sequence[Path], folder: Path) -> Path 
     Parameters
     ----------
     paths : sequence of Path
-        One segment at several sizes, as :func:`~handheld_export.onnx.lower` writes it.
+        One segment at several sizes, as :func:`~handheld_export.onnx.graphs.lower` writes it.
     outputs : sequence of Path
         One for each, in ``folder``.
     folder : Path

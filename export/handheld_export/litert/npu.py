@@ -20,8 +20,8 @@ from flatbuffers import flexbuffers
 
 from handheld.errors import TargetError
 from handheld.qnn import Sdk
-from handheld_export import tflite
-from handheld_export.hexagon import facts
+from handheld_export.litert import tflite
+from handheld_export.qnn.hexagon import facts
 
 _STATS: Final = re.compile(
     r"Partitioned subgraph<0>, selected (\d+) ops, from a total of (\d+) ops\. "

@@ -17,7 +17,7 @@ from handheld import qnn
 from handheld.errors import TargetError
 from handheld.program import Ports
 from handheld.socs import HEXAGON
-from handheld_export.qnn_process import Process
+from handheld_export.qnn.process import Process
 from handheld_export.quantization import QuantizedWeight
 from handheld_export.targets.base import Array, Runner, SegmentInput, Target
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from handheld.errors import TargetError
 from handheld.program import Ports
-from handheld_export import tflite
+from handheld_export.litert import tflite
 from handheld_export.targets.base import Array, Runner, SegmentInput
 
 _FORCE_FP16: Final = 4
@@ -48,7 +48,7 @@ def convert(opened: tflite.Open, segment: SegmentInput, weights: Sequence[Tensor
     Returns
     -------
     bytes
-        A flatbuffer for :func:`~handheld_export.tflite.graft`.
+        A flatbuffer for :func:`~handheld_export.litert.tflite.graft`.
 
     Raises
     ------

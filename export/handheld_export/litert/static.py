@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from handheld.errors import TargetError
-from handheld_export.tflite import code_of, operator_code
+from handheld_export.litert.tflite import code_of, operator_code
 
 _OPS = schema.BuiltinOperator
 _WEIGHTED: Final = frozenset({_OPS.CONV_2D, _OPS.FULLY_CONNECTED})

@@ -212,7 +212,7 @@ def read_back(path: Path, layers: Sequence[Layer]) -> None:
     TargetError
         For the first layer that is not there.
     """
-    from handheld_export.mil import Package
+    from handheld_export.coreml.mil import Package
 
     found = [_essence(*stored) for stored in Package(path).compressed()]
     for layer in layers:

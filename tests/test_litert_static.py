@@ -13,7 +13,7 @@ from torch import nn
 
 import target_cases
 from handheld.errors import TargetError
-from handheld_export import litert, tflite, tflite_static
+from handheld_export.litert import runtime, static, tflite
 from handheld_export.measure import snr_db
 
 CODED, FLOAT = "steps.0.weight", "steps.1.weight"
@@ -30,7 +30,7 @@ def case(tmp_path_factory):
         (expected,) = item.module(*item.examples)  # before its weights are taken out
     opened = tflite.Open(item.module, 1).eval()
     opened.layers = [replace(x, half=x.quantized is None) for x in opened.layers]
-    flatbuffer = litert.convert(opened, item, [x.weight for x in opened.layers])
+    flatbuffer = runtime.convert(opened, item, [x.weight for x in opened.layers])
     path = tmp_path_factory.mktemp("static") / "float.tflite"
     tflite.graft(flatbuffer, [replace(x, quantized=None) for x in opened.layers], item.ports, path)
     return item, opened.layers, flatbuffer, path, expected
@@ -49,9 +49,9 @@ def run(path, x):
 def test_codes_stay_and_values_are_on_grids(case, tmp_path):
     item, layers, flatbuffer, floats, expected = case
     samples = [[item.examples[0].numpy()], [item.examples[0].numpy() * 1.5]]
-    ranges = tflite_static.observe(floats, samples)
+    ranges = static.observe(floats, samples)
     path = tmp_path / "a.tflite"
-    edit = partial(tflite_static.quantize, ranges=ranges)
+    edit = partial(static.quantize, ranges=ranges)
     tflite.graft(flatbuffer, layers, item.ports, path, edit)
     tflite.check(path, layers)
     graph = schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0).subgraphs[0]
@@ -71,8 +71,8 @@ def test_codes_stay_and_values_are_on_grids(case, tmp_path):
 @pytest.mark.slow
 def test_a_bias_that_leaves_32_bits_is_named(case, tmp_path):
     item, layers, flatbuffer, floats, _ = case
-    ranges = tflite_static.observe(floats, [[item.examples[0].numpy() * 0]])
-    edit = partial(tflite_static.quantize, ranges=ranges)
+    ranges = static.observe(floats, [[item.examples[0].numpy() * 0]])
+    edit = partial(static.quantize, ranges=ranges)
     with pytest.raises(TargetError, match=r"layer 'steps\.0': its bias leaves 32 bits"):
         tflite.graft(flatbuffer, layers, item.ports, tmp_path / "a.tflite", edit)
 
@@ -81,4 +81,4 @@ def test_a_bias_that_leaves_32_bits_is_named(case, tmp_path):
 def test_values_that_are_not_finite_are_told(case):
     item, _, _, floats, _ = case
     with pytest.raises(TargetError, match="not finite"):
-        tflite_static.observe(floats, [[np.full(item.examples[0].shape, np.nan)]])
+        static.observe(floats, [[np.full(item.examples[0].shape, np.nan)]])

@@ -7,7 +7,7 @@ import torch
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 import tiny
-from handheld_export.ane_rewrites import (
+from handheld_export.coreml.rewrites import (
     ANE_REPLACEMENTS,
     ChannelsFirstBlock,
     ChannelsFirstTransformer,

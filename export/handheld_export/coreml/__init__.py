@@ -1,0 +1,1 @@
+"""Core ML: packages, rewrites for the Neural Engine, and an evaluator of ML programs."""

@@ -1,0 +1,1 @@
+"""ExecuTorch: programs that are one XNNPACK delegate, and files that share weights."""

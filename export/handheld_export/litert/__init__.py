@@ -1,0 +1,1 @@
+"""LiteRT: conversion, weights into .tflite files, and its compiler for NPUs."""

@@ -1,0 +1,1 @@
+"""ONNX: graphs that hold the codes of students, shared weights and fixed grids."""
