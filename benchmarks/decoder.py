@@ -239,8 +239,8 @@ def _middle(pixels: Array) -> Array:
 def in_torch(source: Path, z: Array) -> Array:
     """Return what diffusers' decoder gives in float32, [H, W, 3]."""
     from handheld_export.checkpoint import Checkpoint
-    from handheld_export.reference import decode
     from handheld_export.segments import decoder_graph, group
+    from handheld_export.torch_artifacts import decode
 
     vae = Checkpoint(source).vae
     segments = group(decoder_graph(vae, (z.shape[1], z.shape[2])), 80_000_000)

@@ -33,6 +33,7 @@ from handheld.files import write_file
 from handheld.manifest import Verification
 from handheld.models import checkpoint as find_model
 from handheld.numerics_gates import Gate
+from handheld.precision import PRECISIONS
 from handheld.program import Ports, TensorSpec
 from handheld_export import measure, targets, verify_page
 from handheld_export.checkpoint import Checkpoint
@@ -45,7 +46,6 @@ from handheld_export.verify import Report, Row, verify
 MODELS = ("critter", "critter-stack1", "critter-stack2", "critter-stack3")
 STUDENT_PRECISIONS = ("fp32", "fp16", "int8", "16a8w")
 """Roundings of a student's other layers: its own codes are the rest."""
-PRECISIONS = ("fp32", "fp16", "int8", "int4", "16a8w", "16a4w", "16a2w")
 SECONDS = 60.0
 REPORT = ".report.npz"
 """Ending of what was found of a bundle."""

@@ -14,8 +14,8 @@ from handheld.program import Call, TensorSpec, check
 from handheld_export import measure, sampling
 from handheld_export.assemble import assemble, time_embeddings, time_ids
 from handheld_export.checkpoint import SDXL_SCHEDULER, Checkpoint
-from handheld_export.reference import TorchArtifacts
 from handheld_export.segments import decoder_graph, group, unet_graph
+from handheld_export.torch_artifacts import TorchArtifacts
 
 BETAS = {k: SDXL_SCHEDULER[k] for k in ("beta_start", "beta_end", "beta_schedule")}
 LATENT, SCALE = (8, 12), 2.0

@@ -25,8 +25,8 @@ from handheld_export.bands import passes, write
 from handheld_export.checkpoint import Checkpoint
 from handheld_export.export import Options, export
 from handheld_export.measure import psnr_db, snr_db
-from handheld_export.reference import TorchArtifacts, decode
 from handheld_export.segments import decoder_graph, group
+from handheld_export.torch_artifacts import TorchArtifacts, decode
 from handheld_export.verify import verify
 
 LATENT = (6, 4)

@@ -17,8 +17,8 @@ from handheld.counting import count_unet
 from handheld.errors import UsageError
 from handheld.planning import Stored
 from handheld_export.checkpoint import Checkpoint
-from handheld_export.reference import TorchArtifacts
 from handheld_export.segments import decoder_graph, group, unet_graph
+from handheld_export.torch_artifacts import TorchArtifacts
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "make_sdxl.py"
 UNET = {"_class_name": "UNet2DConditionModel", **tiny.SDXL}

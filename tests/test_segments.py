@@ -10,7 +10,6 @@ from diffusers import UNet2DConditionModel
 import tiny
 from handheld.errors import UsageError
 from handheld.precision import find as find_precision
-from handheld_export.reference import TorchArtifacts
 from handheld_export.segments import (
     _untouched,
     decoder_graph,
@@ -21,6 +20,7 @@ from handheld_export.segments import (
     release,
     unet_graph,
 )
+from handheld_export.torch_artifacts import TorchArtifacts
 
 UNETS = {
     "SDXL": tiny.SDXL | {"layers_per_block": 2},

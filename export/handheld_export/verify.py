@@ -33,7 +33,7 @@ from handheld_export import lowering, measure, targets
 from handheld_export.assemble import LATENT
 from handheld_export.checkpoint import Checkpoint
 from handheld_export.export import Runners
-from handheld_export.reference import TorchArtifacts, decode
+from handheld_export.torch_artifacts import TorchArtifacts, decode
 
 Array = NDArray[Any]
 _CallFunction = Callable[[str, Mapping[str, Array]], Mapping[str, Array]]

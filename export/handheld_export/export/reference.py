@@ -22,8 +22,8 @@ from handheld_export.assemble import LATENT
 from handheld_export.export.plan import Plan, tokens_of
 from handheld_export.export.prompts import Texts
 from handheld_export.quantization import ActivationRange
-from handheld_export.reference import TorchArtifacts, decode
 from handheld_export.targets.base import Array
+from handheld_export.torch_artifacts import TorchArtifacts, decode
 
 _CALIBRATION_RUNS = 3
 SAMPLES = "samples"

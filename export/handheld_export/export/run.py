@@ -26,7 +26,7 @@ from handheld_export.export.packing import pack, recorded, remember, write_manif
 from handheld_export.export.plan import Options, Plan, plan_sizes
 from handheld_export.export.prompts import encode
 from handheld_export.export.reference import Sized, run_reference
-from handheld_export.export.runners import verify
+from handheld_export.export.runners import measure_picture
 from handheld_export.export.sizes import called_artifacts, pack_artifacts
 from handheld_export.export.workers import Progress, lower_all, needs_of
 from handheld_export.memory import Budget, trim
@@ -149,7 +149,7 @@ def _export(
     for one, names in zip(sized, called, strict=True):
         progress.stage(f"verifying end to end at {one.plan.name}")
         paths = {s: [root / path for _, path in packed[n].files] for s, n in names.items()}
-        verifications.append(verify(one, texts, paths, keep))
+        verifications.append(measure_picture(one, texts, paths, keep))
     manifest = write_manifest(sized, texts, metas, packed, called, verifications, work)
     sources = {ref.path: str(path) for one in packed.values() for ref, path in one.files}
     return manifest, sources

@@ -14,8 +14,8 @@ from handheld.precision import find as find_precision
 from handheld_export import measure
 from handheld_export.export.prompts import Texts
 from handheld_export.export.reference import Sized, run_program
-from handheld_export.reference import TorchArtifacts
 from handheld_export.targets.base import Array, Target
+from handheld_export.torch_artifacts import TorchArtifacts
 
 _STUDENT_WEIGHTS = 500_000_000
 
@@ -69,7 +69,7 @@ class Runners:
         return dict(zip(ports.outputs, outputs, strict=True))
 
 
-def verify(
+def measure_picture(
     one: Sized, texts: Texts, paths: Mapping[str, Sequence[Path]], keep: int
 ) -> Verification:
     """Hold the artifacts' picture against the reference, and a small student's, too."""

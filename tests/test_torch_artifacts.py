@@ -9,8 +9,8 @@ import tiny
 from handheld.precision import find as find_precision
 from handheld_export import measure
 from handheld_export.quantization import round_to_nearest
-from handheld_export.reference import TorchArtifacts
 from handheld_export.segments import decoder_graph, group
+from handheld_export.torch_artifacts import TorchArtifacts
 
 
 @pytest.fixture(scope="module")
