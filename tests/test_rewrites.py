@@ -16,7 +16,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from handheld import banding, planning
-from handheld_export.litert import rewrites
+from handheld_export.litert import rewrites as litert_rewrites
 from handheld_export.quantization import ActivationRange, round_to_nearest
 from handheld_export.rewrites import GatedGELU, Pointwise, rewrite
 
@@ -129,7 +129,7 @@ def test_attention_in_parts_computes_the_same(case, table, monkeypatch):
     randomize(module)
     with torch.no_grad():
         expected = module(*inputs)
-        actual = rewrite(module, rewrites.REPLACEMENTS)(*inputs)
+        actual = rewrite(module, litert_rewrites.REPLACEMENTS)(*inputs)
     assert (actual - expected).abs().max() <= 2e-6 * expected.abs().max()
 
 
@@ -142,15 +142,15 @@ def test_a_convolution_is_the_sum_of_its_kernels_places(size, stride, monkeypatc
     x = picture(12, *size)
     with torch.no_grad():
         expected = conv(x)
-        sliced = rewrite(conv, rewrites.REPLACEMENTS)
-        assert isinstance(sliced, rewrites.SlicedConv)
+        sliced = rewrite(conv, litert_rewrites.REPLACEMENTS)
+        assert isinstance(sliced, litert_rewrites.SlicedConv)
         assert (sliced(x) - expected).abs().max() <= 2e-6 * expected.abs().max()
 
 
 def test_convolutions_in_int8_stay():
     conv = randomize(nn.Conv2d(12, 20, 3, padding=1))
     conv.quantized = round_to_nearest(conv.weight.detach().numpy(), "int8")
-    assert isinstance(rewrite(conv, rewrites.REPLACEMENTS), nn.Conv2d)
+    assert isinstance(rewrite(conv, litert_rewrites.REPLACEMENTS), nn.Conv2d)
 
 
 def test_parts_of_an_attention_are_the_fewest_that_fit():

@@ -71,11 +71,11 @@ class Emitter:
         name = str(node.target)
         handler = _HANDLERS.get(name)
         if handler is None:
-            raise self._refuse(f"operator {name} has no XNNPACK form")
+            raise self.refuse(f"operator {name} has no XNNPACK form")
         try:
             return handler(self, node, *self._arguments(node.args), **node.kwargs)
         except TypeError as error:
-            raise self._refuse(f"operator {name} is called in an unknown way ({error})") from error
+            raise self.refuse(f"operator {name} is called in an unknown way ({error})") from error
 
     def _arguments(self, arguments: Any) -> list[Any]:
         return [
@@ -87,22 +87,25 @@ class Emitter:
             for a in arguments
         ]
 
-    def _refuse(self, message: str) -> TargetError:
+    def refuse(self, message: str) -> TargetError:
+        """Return an error that names the module of the operator at hand."""
         stack = self._node.meta.get("nn_module_stack", {}) if self._node else {}
         where = next((str(p[0]) for p in reversed(stack.values()) if p[0]), "the segment")
         return TargetError(f"{where}: {message}", remedy="add a rewrite for it")
 
     def unary(self, kind: Any, x: Value) -> Value:
+        """Write an operator of one tensor, whatever the order of its axes."""
         result = self.graph.value(x.shape, x.order)
         self.graph.add(kind(x.id, result.id, 0))
         return result
 
     def binary(self, kind: Any, node: Node, a: Operand, b: Operand) -> Value:
+        """Write arithmetic of two operands, the smaller one laid as the larger."""
         a, b = self._operand(a), self._operand(b)
         rank = max(len(a.sizes), len(b.sizes))
         tensors = [x for x in (a, b) if isinstance(x, Value)]
         if not tensors:
-            raise self._refuse("arithmetic on constants only is not folded")
+            raise self.refuse("arithmetic on constants only is not folded")
         lead = max(tensors, key=lambda x: (len(x.sizes) == rank, math.prod(x.shape)))
         if len(lead.sizes) < rank:
             lead = self.graph.reshaped(
@@ -111,7 +114,7 @@ class Emitter:
         left, right = (self._aligned(x, lead, rank) for x in (a, b))
         shape = [max(i, j) for i, j in zip(left.shape, right.shape, strict=True)]
         result = self.graph.value(shape, lead.order)
-        self.graph.add(kind(left.id, right.id, result.id, 0), self._limits(node))
+        self.graph.add(kind(left.id, right.id, result.id, 0), self.limits(node))
         return result
 
     def _operand(self, x: Operand) -> Value | Constant:
@@ -126,7 +129,7 @@ class Emitter:
             x = self.graph.reshaped(self.graph.plain(x), (1,) * (rank - len(x.sizes)) + x.sizes)
         return self.graph.ordered(x, lead.order)
 
-    def _limits(self, node: Node) -> Any:
+    def limits(self, node: Node) -> Any:
         """Fuse a ReLU that is the only reader."""
         readers = list(node.users)
         if len(readers) == 1 and str(readers[0].target) in _RELUS:
@@ -135,6 +138,7 @@ class Emitter:
         return None
 
     def relu(self, node: Node, x: Value) -> Value:
+        """Write a ReLU, unless the node before took it in."""
         if node in self._fused:
             return x
         result = self.graph.value(x.shape, x.order)
@@ -142,11 +146,12 @@ class Emitter:
         return result
 
     def mean(self, x: Value, dims: Sequence[int] | int | None, keepdim: bool) -> Value:
+        """Write a mean over axes that lie side by side."""
         rank = len(x.sizes)
         logical = range(rank) if dims is None else [dims] if isinstance(dims, int) else dims
         axes = sorted(x.order[d % rank] for d in logical)
         if axes != list(range(axes[0], axes[-1] + 1)):
-            raise self._refuse("a mean over axes that do not lie side by side")
+            raise self.refuse("a mean over axes that do not lie side by side")
         shape = [1 if i in axes else s for i, s in enumerate(x.shape)]
         if axes == [rank - 1] == [x.order[-1]] and keepdim:
             return self._row_mean(x)
@@ -179,6 +184,7 @@ class Emitter:
         return result
 
     def linear(self, node: Node, x: Value, weight: Constant, bias: Constant | None = None) -> Value:
+        """Write a linear layer; where it has codes, its inputs are rounded while running."""
         if x.order[-1] != len(x.order) - 1:
             x = self.graph.plain(x)
         layer, name = self._layer(weight)
@@ -191,7 +197,7 @@ class Emitter:
         result = self.graph.value((*x.shape[:-1], filter_.shape[0]), x.order)
         self.graph.add(
             xs.XNNFullyConnected(source.id, filter_.id, self._bias(bias), result.id, 0),
-            self._limits(node),
+            self.limits(node),
         )
         return result
 
@@ -228,10 +234,11 @@ class Emitter:
         dilation: Sequence[int] = (1, 1),
         groups: int = 1,
     ) -> Value:
+        """Write a convolution: in float, with inputs rounded while running, or on fixed grids."""
         if groups != 1:
-            raise self._refuse("convolutions in groups are not supported")
+            raise self.refuse("convolutions in groups are not supported")
         if isinstance(padding, str):
-            raise self._refuse(f"padding '{padding}' is not supported")
+            raise self.refuse(f"padding '{padding}' is not supported")
         x = self.graph.ordered(x, NHWC)
         stride, padding, dilation = (list(p) * (2 // len(p)) for p in (stride, padding, dilation))
         outputs, inputs, height, width = weight.sizes
@@ -241,7 +248,7 @@ class Emitter:
         ]
         shape = (x.shape[0], *size, outputs)
         layer, name = self._layer(weight)
-        limits = self._limits(node)
+        limits = self.limits(node)
         quantized, range_ = _codes_of(layer), range_of(layer)
         if any(float_input_of(reader) for reader in self._reading(node, limits is not None)):
             range_ = None  # a grid on its way would round what that layer reads
@@ -300,11 +307,11 @@ class Emitter:
             if str(reader.target) in ("aten.conv2d.default", "aten.linear.default"):
                 yield self._layer(self._values[cast(Node, reader.args[1])])[0]
 
-    def _static(self, x: Value, qparams: tuple[float, int]) -> Value:
-        key = ("static", x.id, qparams)
+    def _static(self, x: Value, grid: tuple[float, int]) -> Value:
+        key = ("static", x.id, grid)
         if key not in self.graph.written:
             result = self.graph.value(
-                x.shape, x.order, xs.XNNDatatype.xnn_datatype_qint8, xs.PerTensorQuant(*qparams)
+                x.shape, x.order, xs.XNNDatatype.xnn_datatype_qint8, xs.PerTensorQuant(*grid)
             )
             self.graph.add(xs.XNNConvert(x.id, result.id, 0))
             self.graph.written[key] = result
@@ -329,6 +336,7 @@ class Emitter:
         return qparams(0.0 if fused else range_.output_min, range_.output_max)
 
     def bmm(self, a: Value, b: Value) -> Value:
+        """Write a product of two batches; a transposed right side is read as it lies."""
         a = self.graph.plain(a)
         transposed = b.order == (0, 2, 1)
         if not transposed:
@@ -340,11 +348,13 @@ class Emitter:
         return result
 
     def softmax(self, x: Value, dim: int) -> Value:
+        """Write a softmax over the last axis."""
         if dim % len(x.sizes) != len(x.sizes) - 1:
-            raise self._refuse("softmax over another axis than the last")
+            raise self.refuse("softmax over another axis than the last")
         return self.unary(xs.XNNSoftmax, self.graph.plain(x))
 
     def cat(self, parts: Sequence[Value | Constant], dim: int = 0) -> Value:
+        """Join tensors, at most five at a time."""
         values = [self.graph.whole(p) if isinstance(p, Constant) else p for p in parts]
         lead = max(values, key=lambda v: math.prod(v.shape))
         values = [self.graph.ordered(v, lead.order) for v in values]
@@ -361,8 +371,9 @@ class Emitter:
         return values[0]
 
     def pad(self, x: Value, pads: Sequence[int], mode: str, value: float | None) -> Value:
+        """Write padding by a constant."""
         if mode != "constant" or any(p < 0 for p in pads):
-            raise self._refuse("only padding by a constant is supported")
+            raise self.refuse("only padding by a constant is supported")
         rank = len(x.sizes)
         before, after = [0] * rank, [0] * rank
         for i in range(len(pads) // 2):
@@ -376,12 +387,14 @@ class Emitter:
         return result
 
     def permute(self, x: Value | Constant, axes: Sequence[int]) -> Value | Constant:
+        """Return other names for the same axes; nothing is moved."""
         if isinstance(x, Constant):
             return Constant(x.tensor.permute(*axes), f"{x.name} permuted {list(axes)}")
         rank = len(x.order)
         return Value(x.id, x.shape, tuple(x.order[a % rank] for a in axes))
 
     def view(self, node: Node, x: Value | Constant) -> Value | Constant:
+        """Return another shape over the same values."""
         sizes = tuple(int(s) for s in node.meta["val"].shape)
         if sizes == x.sizes:
             return x
@@ -402,14 +415,14 @@ def _transposed(e: Emitter, x: Any, a: int, b: int) -> Any:
 def _binary(kind: Any) -> Callable[..., Value]:
     def handle(e: Emitter, node: Node, a: Any, b: Any, alpha: float = 1) -> Value:
         if alpha != 1:
-            raise e._refuse("alpha is not supported")
+            raise e.refuse("alpha is not supported")
         return e.binary(kind, node, a, b)
 
     return handle
 
 
 def _multiply(e: Emitter, node: Node, a: Any, b: Any) -> Value:
-    if a is b and not e._limits(node):
+    if a is b and not e.limits(node):
         return e.unary(xs.XNNSquare, a)
     return e.binary(xs.XNNMultiply, node, a, b)
 
@@ -424,7 +437,7 @@ def _unary(kind: Any) -> Callable[..., Value]:
 
 def _gelu(e: Emitter, node: Node, x: Value, approximate: str = "none") -> Value:
     if approximate != "none":
-        raise e._refuse(f"GELU approximated by {approximate} is not XNNPACK's")
+        raise e.refuse(f"GELU approximated by {approximate} is not XNNPACK's")
     return e.unary(xs.XNNGelu, x)
 
 
@@ -442,7 +455,7 @@ def _view(e: Emitter, node: Node, x: Any, *_: Any, **__: Any) -> Any:
 
 def _only_if_unchanged(e: Emitter, node: Node, x: Any, *_: Any, **__: Any) -> Any:
     if tuple(node.meta["val"].shape) != x.sizes or node.meta["val"].dtype != torch.float32:
-        raise e._refuse(f"{node.target} changes shape or type")
+        raise e.refuse(f"{node.target} changes shape or type")
     return x
 
 

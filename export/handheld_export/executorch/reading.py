@@ -59,6 +59,7 @@ def check(path: Path, layers: Sequence[QuantizedLayer]) -> None:
 
 
 def read(path: Path) -> tuple[dict[str, Any], Callable[[int], bytes]]:
+    """Return the delegate's graph as its schema has it, and what gives a constant's bytes."""
     file = deserialize_pte_binary(path.read_bytes())
     plan = file.program.execution_plan[0]
     if len(plan.delegates) != 1:

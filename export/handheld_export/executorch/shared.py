@@ -3,7 +3,7 @@
 A program's weights are named segments behind its flatbuffer, which lists their offsets. So sharing
 moves them into a file that :mod:`continues <handheld_export.sharing>` all programs of a segment,
 and changes nothing of a program but these offsets. Names are hashes of content and scales
-(:mod:`handheld_export.executorch.xnnpack`), and XNNPACK knows packed weights by them.
+(:meth:`handheld_export.executorch.graph.Graph.store`), and XNNPACK knows packed weights by them.
 """
 
 from __future__ import annotations

@@ -69,17 +69,17 @@ class CoreML(Target):
         TargetError
             If a layer's grid does not fit or coremltools cannot convert the segment.
         """
-        from handheld_export.coreml import packages as written
         from handheld_export.coreml.mil import Package
+        from handheld_export.coreml.packages import compress, convert, read_back
         from handheld_export.coreml.rewrites import ANE_REPLACEMENTS
         from handheld_export.half import fit
         from handheld_export.rewrites import rewrite
 
         module = rewrite(segment.module, ANE_REPLACEMENTS)
         notes = fit(module, segment.examples)
-        layers = written.compress(module, self.held)
-        files = written.convert(module, segment.examples, len(segment.ports.outputs), path)
-        written.read_back(path, layers)
+        layers = compress(module, self.held)
+        files = convert(module, segment.examples, len(segment.ports.outputs), path)
+        read_back(path, layers)
         Package(path).check()
         return Lowered(files[0], tools=self.versions(), notes=notes, parts=tuple(files[1:]))
 
