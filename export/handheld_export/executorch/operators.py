@@ -15,12 +15,7 @@ from handheld.errors import TargetError
 from handheld_export.executorch.graph import NHWC, NONE, Constant, Graph, Value
 from handheld_export.executorch.weights import conv_codes, conv_filter, linear_codes, qparams
 from handheld_export.quantization import ActivationRange, QuantizedWeight
-from handheld_export.rewrites import (
-    float_input_of,
-    quantized_of,
-    range_of,
-    source_of,
-)
+from handheld_export.rewrites import float_input_of, quantized_of, range_of, source_of
 
 _KEEP_DIMS = 0x40
 _TRANSPOSE_B = 0x1
