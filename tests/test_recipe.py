@@ -95,6 +95,62 @@ def test_every_recipe_that_ships_is_valid():
             assert recipe.read(recipe.builtin(stack, model)).name == f"{model}-{stack}"
 
 
+def test_a_recipe_goes_on_from_the_one_it_extends(tmp_path):
+    (tmp_path / "base.toml").write_text(recipes.text(recipes.warmup()))
+    path = tmp_path / "r.toml"
+    path.write_text('name = "r"\nextends = "base.toml"\n' + recipes.dmd())
+    base, found = recipe.read(tmp_path / "base.toml"), recipe.read(path)
+    assert [s.kind for s in found.steps] == ["warmup", "dmd"]
+    assert found.data == base.data
+    assert found.essence(1, "x") == base.essence(1, "x")
+    path.write_text('name = "r"\nextends = "critter/onestep"\n' + recipes.trim())
+    assert [s.kind for s in recipe.read(path).steps] == ["warmup", "warmup", "dmd", "trim"]
+
+
+def test_order_is_checked_across_the_recipe_that_is_extended(tmp_path):
+    (tmp_path / "base.toml").write_text(recipes.text(recipes.quantize()))
+    path = tmp_path / "r.toml"
+    path.write_text('name = "r"\nextends = "base.toml"\n' + recipes.dmd())
+    with pytest.raises(UsageError, match="cannot come after 'quantize'") as error:
+        recipe.read(path)
+    assert (error.value.path, error.value.field) == (str(path), "steps[0]")
+
+
+@pytest.mark.parametrize("extends", ['"other.toml"', '"critter/stack9"', '"../r"', '"."', "3"])
+def test_an_extended_recipe_that_is_not_there_is_refused(tmp_path, extends):
+    path = tmp_path / "r.toml"
+    path.write_text(f'name = "r"\nextends = {extends}\n' + recipes.dmd())
+    with pytest.raises(UsageError) as error:
+        recipe.read(path)
+    assert error.value.field == "extends"
+
+
+def test_recipes_that_extend_each_other_are_refused(tmp_path):
+    for name, other in (("a", "b"), ("b", "a")):
+        text = f'name = "{name}"\nextends = "{other}.toml"\n' + recipes.dmd()
+        (tmp_path / f"{name}.toml").write_text(text)
+    with pytest.raises(UsageError, match="extends itself"):
+        recipe.read(tmp_path / "a.toml")
+
+
+def test_an_error_in_an_extended_recipe_names_that_file(tmp_path):
+    base = tmp_path / "base.toml"
+    base.write_text(recipes.text(recipes.trim()).replace("[data]", "sede = 1\n[data]"))
+    path = tmp_path / "r.toml"
+    path.write_text('name = "r"\nextends = "base.toml"\n' + recipes.dmd())
+    with pytest.raises(UsageError, match="sede") as error:
+        recipe.read(path)
+    assert error.value.path == str(base)
+
+
+def test_a_recipe_without_data_needs_one_to_extend(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text('name = "r"\n' + recipes.dmd())
+    with pytest.raises(UsageError) as error:
+        recipe.read(path)
+    assert error.value.field == "data"
+
+
 def test_models_without_their_own_recipe_take_sdxls():
     assert recipe.builtin("stack1", "my-finetune").parent.name == "sdxl"
     for name in ("stack9", "../sdxl/stack1"):

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 from handheld.bundle import describe_validation
 from handheld.errors import UsageError
 from handheld.program import Model
-from handheld.recipes import STACKS, builtin, parse
+from handheld.recipes import STACKS, builtin, extended, parse
 from handheld_export.compress.data import Creatures, Dataset, Folder
 from handheld_export.compress.step import Step, essential, find, kinds
 
@@ -51,7 +51,8 @@ class Data(Model):
 class _File(Model):
     name: str
     about: str = ""
-    data: Data
+    extends: str | None = None
+    data: Data | None = None
     steps: list[dict[str, Any]] = Field(min_length=1)
 
 
@@ -93,7 +94,12 @@ def read(path: Path) -> Recipe:
     """
     value = parse(path)
     file = _checked(_File, value, path, "")
-    steps: list[Step] = []
+    before = extended(path, value)
+    base = read(before) if before else None
+    data = file.data or (base.data if base else None)
+    if data is None:
+        raise UsageError("is missing", path=path, field="data", remedy="correct the recipe")
+    steps: list[Step] = list(base.steps) if base else []
     for i, entry in enumerate(file.steps):
         at = f"steps[{i}]"
         settings = dict(entry)
@@ -113,7 +119,7 @@ def read(path: Path) -> Recipe:
         step = _checked(cls, settings, path, f"{at}.")
         _check_order(cls, [s.kind for s in steps], path, at)
         steps.append(step)
-    return Recipe(name=file.name, about=file.about, data=file.data, steps=steps)
+    return Recipe(name=file.name, about=file.about, data=data, steps=steps)
 
 
 def _checked(cls: Any, value: object, path: Path, prefix: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def builtin(stack: str, model: str) -> Path:
     UsageError
         If there is no such stack.
     """
-    root = Path(str(files("handheld.recipes")))
+    root = _root()
     for family in (model, "sdxl"):
         path = root / family / f"{stack}.toml"
         if path.parent.parent == root and path.is_file():
@@ -50,6 +51,55 @@ def parse(path: Path) -> dict[str, Any]:
         raise UsageError(f"is not readable TOML: {e}", path=path, remedy="correct it") from None
 
 
+def extended(path: Path, value: Mapping[str, Any]) -> Path | None:
+    """Return the recipe whose steps come before those of this one.
+
+    Parameters
+    ----------
+    path : Path
+        The recipe.
+    value : mapping
+        What `parse` read from it. ``extends`` is a recipe that comes along, ``critter/onestep``,
+        or a ``.toml`` file, seen from the recipe's folder.
+
+    Raises
+    ------
+    UsageError
+        If there is no such recipe, or one extends itself on the way.
+    """
+    found = _next(path, value)
+    seen, at = {path.resolve()}, found
+    while at is not None:
+        if at.resolve() in seen:
+            raise UsageError(
+                "extends itself", path=path, field="extends", remedy="name another recipe"
+            )
+        seen.add(at.resolve())
+        at = _next(at, parse(at))
+    return found
+
+
+def _next(path: Path, value: Mapping[str, Any]) -> Path | None:
+    name = value.get("extends")
+    if name is None:
+        return None
+    known = {f"{p.parent.name}/{p.stem}": p for p in _root().glob("*/*.toml")}
+    if isinstance(name, str):
+        found = path.parent / name if name.endswith(".toml") else known.get(name)
+        if found is not None and found.is_file():
+            return found
+    raise UsageError(
+        f"there is no recipe {name!r}",
+        path=path,
+        field="extends",
+        remedy=f"name a .toml file beside it, or one of {', '.join(sorted(known))}",
+    )
+
+
+def _root() -> Path:
+    return Path(str(files("handheld.recipes")))
+
+
 def shape_after(path: Path, shape: Shape) -> Shape:
     """Return what a recipe makes of a shape; settings of training are not looked at.
 
@@ -60,7 +110,10 @@ def shape_after(path: Path, shape: Shape) -> Shape:
     """
     from handheld.reshaping import SHAPES
 
-    steps = parse(path).get("steps")
+    value = parse(path)
+    if (base := extended(path, value)) is not None:
+        shape = shape_after(base, shape)
+    steps = value.get("steps")
     if not isinstance(steps, list) or not all(isinstance(s, dict) for s in steps):
         raise UsageError("has no list of steps", path=path, field="steps", remedy="correct it")
     for i, step in enumerate(steps):
