@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,24 @@ def _stale(path: Path, source: Checkpoint) -> bool:
     """Tell whether a bundle is not there, or was made of another checkpoint of that name."""
     if not (path / MANIFEST).exists():
         return True
-    if Bundle.open(path).manifest.model.checkpoint_sha256 == source.sha256:
+    if checkpoint_of(path) == source.sha256:
         return False
     shutil.rmtree(path)
     return True
+
+
+def checkpoint_of(path: Path) -> str:
+    """Return the hash of the checkpoint that a bundle was made of."""
+    return Bundle.open(path).manifest.model.checkpoint_sha256
+
+
+@cache
+def present(model: str) -> str | None:
+    """Return the hash of a model's checkpoint as it is now, None where there is none."""
+    try:
+        return Checkpoint(find_model(model)).sha256
+    except HandheldError:
+        return None
 
 
 def segment(folder: Path) -> dict[str, Any]:
@@ -154,9 +169,13 @@ def report_of(path: Path, noises: int) -> Report:
 
 
 def _current(report: Path) -> bool:
-    bundle = report.with_name(report.name.removesuffix(REPORT)) / MANIFEST
+    bundle = _bundle(report) / MANIFEST
     both = report.exists() and bundle.exists()
     return both and report.stat().st_mtime > bundle.stat().st_mtime
+
+
+def _bundle(report: Path) -> Path:
+    return report.with_name(report.name.removesuffix(REPORT))
 
 
 def write(report: Report, path: Path) -> None:
@@ -202,9 +221,13 @@ def _gate(told: dict[str, Any]) -> Gate:
 def gather(folder: Path) -> list[Report]:
     """Return the reports of all bundles in a folder, by model, target and precision.
 
-    A bundle of another checkpoint goes when its model is asked for again, and its report with it.
+    Those of a checkpoint that is another one by now are left out.
     """
-    reports = [read(path) for path in sorted(folder.glob(f"*{REPORT}")) if _current(path)]
+    reports = []
+    for path in filter(_current, sorted(folder.glob(f"*{REPORT}"))):
+        report = read(path)
+        if checkpoint_of(_bundle(path)) == present(report.model):
+            reports.append(report)
     order = {name: i for i, name in enumerate((*MODELS, *targets.names(), *PRECISIONS))}
 
     def place(report: Report) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 import time
@@ -24,6 +25,36 @@ if __name__ == "__main__":
     pool.submit(time.sleep, 600)
     time.sleep(600)
 """
+
+
+BESIDE = {"archive", "bundle", "errors", "files", "models", "numerics_gates", "report", "text"}
+"""Modules that exports use and that decide nothing of what an artifact holds."""
+
+
+def test_the_cache_knows_every_module_that_artifacts_depend_on() -> None:
+    lowering = pytest.importorskip("handheld_export.lowering")
+    here = Path(lowering.__file__).parent
+    used: set[str] = set()
+    for file in here.rglob("*.py"):
+        folder = file.relative_to(here).parts[0]
+        if folder in ("compress", "critter", "serve") or file.name == "cli.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "handheld":
+                used |= {name.name for name in node.names}
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("handheld."):
+                used.add(str(node.module).split(".")[1])
+    assert used - BESIDE <= set(lowering._RUNTIME)
+
+
+def test_a_change_of_a_runtime_module_is_another_source(monkeypatch, tmp_path) -> None:
+    lowering = pytest.importorskip("handheld_export.lowering")
+    before = lowering.source_sha256()
+    assert lowering.source_sha256.__wrapped__() == before
+    for name in lowering._RUNTIME:
+        (tmp_path / f"{name}.py").write_text("")
+    monkeypatch.setattr(lowering.handheld, "__file__", str(tmp_path / "__init__.py"))
+    assert lowering.source_sha256.__wrapped__() != before
 
 
 @pytest.mark.slow

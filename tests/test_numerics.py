@@ -60,16 +60,22 @@ def test_a_report_is_read_as_it_was_written(numerics, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.report"]
 
 
-def test_reports_of_all_calls_are_in_the_table(numerics, tmp_path):
+def test_reports_of_all_calls_are_in_the_table(numerics, tmp_path, monkeypatch):
+    made_of = {}
+    monkeypatch.setattr(numerics, "checkpoint_of", lambda path: made_of[path.name])
+    monkeypatch.setattr(
+        numerics, "present", {"critter": "critter", "critter-stack1": "critter-stack1"}.get
+    )
     for model, target, precision in (
         ("critter-stack1", "onnx", "int8"),
         ("critter", "onnx", "int8"),
         ("critter", "litert-cpu", "int8"),
         ("critter", "litert-cpu", "fp32"),
     ):
-        keep(numerics, tmp_path, report(model, target, precision))
+        made_of[keep(numerics, tmp_path, report(model, target, precision)).name] = model
     gone = keep(numerics, tmp_path, report("critter-stack2"))
-    (gone / numerics.MANIFEST).unlink()  # its report is of another checkpoint
+    (gone / numerics.MANIFEST).unlink()
+    made_of[keep(numerics, tmp_path, report("critter-stack3")).name] = "critter-stack3"
     numerics.summarize(tmp_path)
     table = (tmp_path / "numerics.md").read_text().splitlines()[2:]
     assert [line.split("|")[1].strip() for line in table] == [

@@ -60,9 +60,26 @@ _TOOLS = (
     "litert-torch",
     "litert-converter",
     "ai-edge-litert",
+    "coremltools",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
     "diffusers",
     "numpy",
 )
+_RUNTIME = (
+    "banding",
+    "counting",
+    "execute",
+    "manifest",
+    "noise",
+    "planning",
+    "precision",
+    "program",
+    "qnn",
+    "socs",
+)
+"""Modules of `handheld` that artifacts and manifests depend on."""
 
 
 @cache
@@ -82,10 +99,16 @@ def source_sha256() -> str:
     """Hash of the source that turns checkpoints into bundles."""
     here = Path(__file__).parent
     others = {"compress", "critter", "serve"}
-    files = [p for p in here.rglob("*.py") if p.relative_to(here).parts[0] not in others]
+    files = {
+        str(p.relative_to(here)): p
+        for p in here.rglob("*.py")
+        if p.relative_to(here).parts[0] not in others
+    }
+    runtime = Path(handheld.__file__).parent
+    files |= {f"handheld/{name}": runtime / f"{name}.py" for name in _RUNTIME}
     h = hashlib.sha256()
-    for file in sorted(files):
-        h.update(str(file.relative_to(here)).encode() + file.read_bytes())
+    for name, file in sorted(files.items()):
+        h.update(name.encode() + file.read_bytes())
     return h.hexdigest()
 
 
