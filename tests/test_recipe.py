@@ -91,7 +91,7 @@ def test_any_text_gives_a_recipe_or_a_clear_error(tmp_path_factory, words):
 
 def test_every_recipe_that_ships_is_valid():
     for model in ("sdxl", "critter"):
-        for stack in (*recipe.STACKS, "onestep"):
+        for stack in (*recipe.STACKS, "onestep", "warmup", "int4"):
             assert recipe.read(recipe.builtin(stack, model)).name == f"{model}-{stack}"
 
 

@@ -22,6 +22,14 @@ WORDS = {
 }
 
 
+def _sampling(settings: Mapping[str, Any]) -> str:
+    """Say how a student is sampled: DMD's at its own timesteps, others as their teachers."""
+    steps = f"{settings.get('steps', 20)} step(s)"
+    if timesteps := settings.get("timesteps"):
+        return f"{steps}, timesteps {timesteps}"
+    return f"{steps} of {settings.get('sampler', 'ddim')}, guidance {settings.get('guidance', 1.0)}"
+
+
 def text(settings: Mapping[str, Any]) -> str:
     """Return the card in Markdown.
 
@@ -41,7 +49,7 @@ def text(settings: Mapping[str, Any]) -> str:
         "data": settings["data"],
         "machine": "; ".join(dict.fromkeys(filter(None, machines))),
         "time": f"{minutes:.0f} minutes",
-        "drawn with": f"{settings.get('steps', 20)} step(s), timesteps {settings.get('timesteps')}",
+        "drawn with": _sampling(settings),
     }
     lines = [
         f"# {settings['name']}",

@@ -33,7 +33,7 @@ def compress(
     ],
     stack: Annotated[
         str | None,
-        typer.Option("--stack", "-s", help="stack1, stack2, stack3, or onestep for DMD2 alone."),
+        typer.Option("--stack", "-s", help="stack1, stack2, stack3, onestep: DMD2 alone, or int4: no training."),
     ] = None,
     recipe: Annotated[
         Path | None, typer.Option("--recipe", "-r", help="A TOML recipe instead of a stack.")

@@ -31,7 +31,7 @@ def plan(
     ],
     stack: Annotated[
         list[str] | None,
-        typer.Option("--stack", "-s", help="stack1, stack2, stack3 or onestep; repeatable."),
+        typer.Option("--stack", "-s", help="stack1, stack2, stack3, onestep or int4; repeatable."),
     ] = None,
     recipe: Annotated[
         list[Path] | None, typer.Option("--recipe", "-r", help="A TOML recipe; repeatable.")
