@@ -1,0 +1,33 @@
+"""A student's card says how it is drawn with."""
+
+from __future__ import annotations
+
+import pytest
+
+card = pytest.importorskip("handheld_export.compress.card")
+
+SETTINGS = {
+    "name": "tiny-int4",
+    "recipe": "int4",
+    "made_from": {"name": "tiny", "sha256": "ab"},
+    "data": "12 pictures",
+    "command": "handheld compress tiny --stack int4 --output STUDENT",
+    "licence": "CC0",
+    "history": [{"step": "quantize", "seconds": 90, "settings": {}, "machine": {"threads": 2}}],
+}
+
+
+def drawn_with(**settings):
+    (line,) = [x for x in card.text(SETTINGS | settings).splitlines() if x.startswith("| drawn")]
+    return line
+
+
+def test_one_of_dmd_is_drawn_at_its_own_timesteps():
+    line = drawn_with(steps=1, sampler="dmd", timesteps=[399])
+    assert line == "| drawn with | 1 step(s), timesteps [399] |"
+
+
+def test_one_of_several_steps_is_drawn_as_its_teacher():
+    line = drawn_with(steps=6, sampler="ddim", guidance=1.75)
+    assert line == "| drawn with | 6 step(s) of ddim, guidance 1.75 |"
+    assert "| time | 2 minutes |" in card.text(SETTINGS)
