@@ -33,7 +33,11 @@ def compress(
     ],
     stack: Annotated[
         str | None,
-        typer.Option("--stack", "-s", help="stack1, stack2, stack3, onestep: DMD2 alone, or int4: no training."),
+        typer.Option(
+            "--stack",
+            "-s",
+            help="stack1, stack2, stack3; onestep: DMD2 alone; int4: untrained.",
+        ),
     ] = None,
     recipe: Annotated[
         Path | None, typer.Option("--recipe", "-r", help="A TOML recipe instead of a stack.")
