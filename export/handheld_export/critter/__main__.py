@@ -10,7 +10,7 @@ import torch
 
 from . import evaluate, judge, pack, terminal, text, unet, vae
 
-PHASES = ("data", "vae", "text", "unet", "classifier", "pack", *terminal.PHASES, "evaluate")
+PHASES = ("data", "vae", "text", "unet", "classifier", "pack", "terminal", "evaluate")
 
 
 def run_phase(phase: str, root: Path, model: Path) -> None:
@@ -40,8 +40,8 @@ def run_phase(phase: str, root: Path, model: Path) -> None:
     elif phase == "pack":
         pack.write_trained(root, model, pack.SETTINGS)
         judge.pack(root, model)
-    elif phase in terminal.PHASES:
-        terminal.run(root, model, phase)
+    elif phase == "terminal":
+        terminal.run(root, model)
     elif phase == "evaluate":
         figures = evaluate.evaluate(model)
         evaluate.write_json(model / "quality.json", figures)
