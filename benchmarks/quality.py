@@ -59,6 +59,12 @@ def rounded(student: Checkpoint, base: Checkpoint) -> dict[str, torch.Tensor]:
     return found
 
 
+def _alike(student: Checkpoint, base: Checkpoint) -> bool:
+    """Tell whether a student could have the other's weights, rounded."""
+    same = student.settings.get("timesteps") == base.settings.get("timesteps")
+    return same and student.unet.config == base.unet.config
+
+
 def drawn(
     painter: Painter, captions: list[str], seed: int, cache: Path, key: str
 ) -> tuple[torch.Tensor, float]:
@@ -281,7 +287,7 @@ def main() -> None:
         models[name] = Painter(student, bf16=bf16), student, student.sha256
         if name == "onestep":
             base = student
-        elif student.unet.quantized and base and student.unet.config == base.unet.config:
+        elif student.unet.quantized and base and _alike(student, base):
             unet = rounded(student, base)
             key = f"{base.sha256} rounded as {student.sha256}"
             models[f"{name}, plain rounding"] = Painter(student, unet=unet, bf16=bf16), student, key

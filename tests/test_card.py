@@ -19,15 +19,23 @@ SETTINGS = {
 
 def drawn_with(**settings):
     (line,) = [x for x in card.text(SETTINGS | settings).splitlines() if x.startswith("| drawn")]
-    return line
+    return line.strip("| ").removeprefix("drawn with | ")
 
 
 def test_one_of_dmd_is_drawn_at_its_own_timesteps():
-    line = drawn_with(steps=1, sampler="dmd", timesteps=[399])
-    assert line == "| drawn with | 1 step(s), timesteps [399] |"
+    told = drawn_with(steps=1, sampler="dmd", timesteps=[399], guidance=1.0)
+    assert told == "1 step(s), dmd, timesteps [399], guidance 1.0"
 
 
 def test_one_of_several_steps_is_drawn_as_its_teacher():
-    line = drawn_with(steps=6, sampler="ddim", guidance=1.75)
-    assert line == "| drawn with | 6 step(s) of ddim, guidance 1.75 |"
-    assert "| time | 2 minutes |" in card.text(SETTINGS)
+    told = drawn_with(steps=6, sampler="ddim", guidance=1.75)
+    assert told == "6 step(s), ddim, guidance 1.75"
+
+
+def test_a_teacher_that_says_nothing_leaves_it_to_the_export():
+    assert drawn_with() == "what `handheld export` is told"
+
+
+def test_the_time_of_all_steps_is_added_up():
+    history = [*SETTINGS["history"], {"step": "activations", "seconds": 60, "settings": {}}]
+    assert "| time | 2 minutes |" in card.text(SETTINGS | {"history": history})

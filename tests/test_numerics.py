@@ -60,12 +60,25 @@ def test_a_report_is_read_as_it_was_written(numerics, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.report"]
 
 
+def test_bundles_tell_what_they_were_made_of(numerics, tmp_path, monkeypatch):
+    from handheld_export.checkpoint import Checkpoint
+
+    critter = Path(__file__).resolve().parents[1] / "models/critter"
+    monkeypatch.setattr(numerics, "find_model", lambda name: tmp_path / name)
+    (tmp_path / "critter").symlink_to(critter)
+    numerics.present.cache_clear()
+    assert numerics.present("critter") == Checkpoint(critter).sha256
+    assert numerics.present("gone") is None
+    numerics.present.cache_clear()
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / numerics.MANIFEST).write_text("{}")
+    assert numerics.checkpoint_of(tmp_path / "bundle") is None
+
+
 def test_reports_of_all_calls_are_in_the_table(numerics, tmp_path, monkeypatch):
     made_of = {}
     monkeypatch.setattr(numerics, "checkpoint_of", lambda path: made_of[path.name])
-    monkeypatch.setattr(
-        numerics, "present", {"critter": "critter", "critter-stack1": "critter-stack1"}.get
-    )
+    monkeypatch.setattr(numerics, "present", lambda model: model)
     for model, target, precision in (
         ("critter-stack1", "onnx", "int8"),
         ("critter", "onnx", "int8"),
@@ -75,7 +88,9 @@ def test_reports_of_all_calls_are_in_the_table(numerics, tmp_path, monkeypatch):
         made_of[keep(numerics, tmp_path, report(model, target, precision)).name] = model
     gone = keep(numerics, tmp_path, report("critter-stack2"))
     (gone / numerics.MANIFEST).unlink()
-    made_of[keep(numerics, tmp_path, report("critter-stack3")).name] = "critter-stack3"
+    for precision, was in (("int8", "critter-stack3 before"), ("fp32", None)):
+        stale = keep(numerics, tmp_path, report("critter-stack3", precision=precision))
+        made_of[stale.name] = was
     numerics.summarize(tmp_path)
     table = (tmp_path / "numerics.md").read_text().splitlines()[2:]
     assert [line.split("|")[1].strip() for line in table] == [

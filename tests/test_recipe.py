@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 
 import recipes
 from handheld.errors import HandheldError, UsageError
+from handheld.planning import architecture
+from handheld.recipes import shape_after
 from handheld_export.compress import recipe, steps
+from handheld_export.compress.estimate import plan
+from handheld_export.compress.load import Cluster
 from handheld_export.compress.step import kinds
 
 
@@ -116,21 +120,79 @@ def test_order_is_checked_across_the_recipe_that_is_extended(tmp_path):
     assert (error.value.path, error.value.field) == (str(path), "steps[0]")
 
 
-@pytest.mark.parametrize("extends", ['"other.toml"', '"critter/stack9"', '"../r"', '"."', "3"])
+@pytest.mark.parametrize(
+    "extends",
+    [
+        '"other.toml"',
+        '"critter/stack9"',
+        '"../r"',
+        '"."',
+        "3",
+        '"folder.toml"',
+        f'"{"x" * 300}.toml"',
+    ],
+)
 def test_an_extended_recipe_that_is_not_there_is_refused(tmp_path, extends):
+    (tmp_path / "folder.toml").mkdir()
     path = tmp_path / "r.toml"
     path.write_text(f'name = "r"\nextends = {extends}\n' + recipes.dmd())
-    with pytest.raises(UsageError) as error:
-        recipe.read(path)
-    assert error.value.field == "extends"
+    for use in (recipe.read, lambda p: shape_after(p, architecture("sdxl"))):
+        with pytest.raises(UsageError) as error:
+            use(path)
+        assert (error.value.path, error.value.field) == (str(path), "extends")
 
 
-def test_recipes_that_extend_each_other_are_refused(tmp_path):
-    for name, other in (("a", "b"), ("b", "a")):
+def test_a_circle_is_refused_where_it_closes(tmp_path):
+    for name, other in (("r", "a"), ("a", "b"), ("b", "a")):
         text = f'name = "{name}"\nextends = "{other}.toml"\n' + recipes.dmd()
         (tmp_path / f"{name}.toml").write_text(text)
-    with pytest.raises(UsageError, match="extends itself"):
-        recipe.read(tmp_path / "a.toml")
+    with pytest.raises(UsageError, match=r"r.toml > .*a.toml > .*b.toml > .*a.toml") as error:
+        recipe.read(tmp_path / "r.toml")
+    assert (error.value.path, error.value.field) == (str(tmp_path / "b.toml"), "extends")
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ('name = "r"\nextend = "critter/onestep"\n' + recipes.trim(), "extend"),
+        (recipes.text(recipes.trim()).replace("[data]", '[data]\nextends = "a/b"'), "data.extends"),
+        (recipes.text(recipes.trim() + 'extends = "a/b"\n'), "steps[0].extends"),
+    ],
+)
+def test_a_misplaced_extends_is_refused_by_all_who_read_recipes(tmp_path, text, field):
+    path = tmp_path / "r.toml"
+    path.write_text(text)
+    for use in (recipe.read, lambda p: shape_after(p, architecture("sdxl"))):
+        with pytest.raises(UsageError) as error:
+            use(path)
+        assert error.value.field == field
+
+
+def test_data_of_its_own_takes_the_place_of_the_extended_recipes(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text(
+        'name = "r"\nextends = "sdxl/onestep"\n[data]\nkind = "folder"\npath = "here"\n'
+    )
+    found = recipe.read(path)
+    assert (found.data.path, found.data.pictures) == ("here", 10_000)
+    assert [s.kind for s in found.steps] == ["warmup", "dmd"]
+    assert {place.path for place in found.places} == {
+        recipe.builtin("warmup", "sdxl"), recipe.builtin("onestep", "sdxl"),
+    }  # fmt: skip
+
+
+def test_what_cannot_be_done_is_named_in_the_file_where_it_stands(tmp_path):
+    path = tmp_path / "r.toml"
+    step = recipes.step("trim", "remove = 0.99")
+    path.write_text('name = "r"\nextends = "sdxl/onestep"\n' + step)
+    found = recipe.read(path)
+    with pytest.raises(UsageError) as error:
+        plan(found, architecture("sdxl"), Cluster(devices=8, memory=1e15))
+    assert error.value.path == str(path)
+    assert (error.value.field or "").startswith("steps[0]")
+    with pytest.raises(UsageError, match="'warmup' needs") as error:
+        plan(found, architecture("sdxl"), Cluster(memory=80e9))
+    assert error.value.path == str(recipe.builtin("warmup", "sdxl"))
 
 
 def test_an_error_in_an_extended_recipe_names_that_file(tmp_path):

@@ -65,6 +65,7 @@ _TOOLS = (
     "onnxruntime",
     "onnxscript",
     "diffusers",
+    "transformers",
     "numpy",
 )
 _RUNTIME = (

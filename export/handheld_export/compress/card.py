@@ -24,10 +24,11 @@ WORDS = {
 
 def _sampling(settings: Mapping[str, Any]) -> str:
     """Say how a student is sampled: DMD's at its own timesteps, others as their teachers."""
-    steps = f"{settings.get('steps', 20)} step(s)"
-    if timesteps := settings.get("timesteps"):
-        return f"{steps}, timesteps {timesteps}"
-    return f"{steps} of {settings.get('sampler', 'ddim')}, guidance {settings.get('guidance', 1.0)}"
+    told = [f"{settings['steps']} step(s)"] if "steps" in settings else []
+    told += [str(settings["sampler"])] if "sampler" in settings else []
+    told += [f"timesteps {settings['timesteps']}"] if settings.get("timesteps") else []
+    told += [f"guidance {settings['guidance']}"] if "guidance" in settings else []
+    return ", ".join(told) or "what `handheld export` is told"
 
 
 def text(settings: Mapping[str, Any]) -> str:

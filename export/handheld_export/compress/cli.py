@@ -36,7 +36,7 @@ def compress(
         typer.Option(
             "--stack",
             "-s",
-            help="stack1, stack2, stack3; onestep: DMD2 alone; int4: no training.",
+            help="stack1, stack2, stack3; onestep: DMD2 alone; int4: 4 bits without training.",
         ),
     ] = None,
     recipe: Annotated[

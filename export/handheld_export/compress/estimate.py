@@ -25,12 +25,11 @@ def plan(recipe: Recipe, first: Shape, cluster: Cluster) -> list[dict[str, Any]]
         If a step cannot be done on this architecture, or cannot fit the devices.
     """
     shape, reference, rows = first, first, []
-    for i, step in enumerate(recipe.steps):
-        at = f"steps[{i}]"
+    for step, (path, at) in zip(recipe.steps, recipe.places, strict=True):
         try:
             after = step.shape(shape)
         except UsageError as e:
-            e.path, e.field = recipe.name, f"{at}: {e.field}" if e.field else at
+            e.path, e.field = str(path), f"{at}: {e.field}" if e.field else at
             raise
         load = step.load(after, reference, first)
         if step.imitated:
@@ -40,7 +39,7 @@ def plan(recipe: Recipe, first: Shape, cluster: Cluster) -> list[dict[str, Any]]
         if load.loop and load.loop.batch % cluster.devices:
             raise UsageError(
                 f"batch {load.loop.batch} does not divide among {cluster.devices} devices",
-                path=recipe.name,
+                path=path,
                 field=f"{at}.train.batch",
                 remedy="choose a multiple, or another number of devices",
             )
@@ -48,7 +47,7 @@ def plan(recipe: Recipe, first: Shape, cluster: Cluster) -> list[dict[str, Any]]
             raise UsageError(
                 f"'{step.kind}' needs an estimated {need / 1e9:.0f} GB on each of "
                 f"{cluster.devices} devices, which have {cluster.memory / 1e9:.0f} GB",
-                path=recipe.name,
+                path=path,
                 field=at,
                 remedy=_remedy(load, cluster),
             )

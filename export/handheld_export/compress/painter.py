@@ -45,7 +45,7 @@ class Painter:
         self.unet: Any = build_unet(checkpoint.unet.config, own).eval().requires_grad_(False)
         self._encoder = LocalTextEncoder(checkpoint.path)
         _, self.decoder, self.factor = load_decoder(checkpoint.vae.config, weights(checkpoint.vae))
-        scale = 2 ** (len(_channels(checkpoint.vae.config)) - 1)
+        scale = picture_scale(checkpoint.vae.config)
         self.size = int(self.settings.get("size") or self.unet.config["sample_size"] * scale)
         self.side = self.size // scale
         self.channels = int(self.unet.config["in_channels"])
@@ -105,8 +105,10 @@ def weights(component: Component) -> dict[str, Tensor]:
     return found
 
 
-def _channels(config: Mapping[str, Any]) -> Sequence[int]:
-    return list(config.get("block_out_channels") or config["decoder_block_out_channels"])
+def picture_scale(config: Mapping[str, Any]) -> int:
+    """Return how many pixels of a picture's side an autoencoder makes of one latent."""
+    channels = config.get("block_out_channels") or config["decoder_block_out_channels"]
+    return int(2 ** (len(channels) - 1))
 
 
 def load_decoder(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
 from handheld.bundle import describe_validation
 from handheld.errors import UsageError
 from handheld.program import Model
-from handheld.recipes import STACKS, builtin, extended, parse
+from handheld.recipes import STACKS, builtin, chain
 from handheld_export.compress.data import Creatures, Dataset, Folder
 from handheld_export.compress.step import Step, essential, find, kinds
 
@@ -53,11 +53,18 @@ class _File(Model):
     about: str = ""
     extends: str | None = None
     data: Data | None = None
-    steps: list[dict[str, Any]] = Field(min_length=1)
+    steps: list[dict[str, Any]] = []
+
+
+class Place(NamedTuple):
+    """Where a step stands: its file, and there ``steps[1]``."""
+
+    path: Path
+    field: str
 
 
 class Recipe(Model):
-    """A validated recipe.
+    """A validated recipe, with the steps of those that it extends.
 
     Parameters
     ----------
@@ -66,12 +73,15 @@ class Recipe(Model):
         One line for people.
     data : Data
     steps : list of Step
+    places : list of Place
+        Where each step comes from.
     """
 
     name: str
     about: str
     data: Data
     steps: list[Any]
+    places: list[Place]
 
     def essence(self, upto: int, base: str) -> str:
         """Hash what the result of the first ``upto`` steps depends on."""
@@ -89,37 +99,46 @@ def read(path: Path) -> Recipe:
     Raises
     ------
     UsageError
-        Naming the file and the field: not TOML, an unknown step or key, a value out of range,
-        a step out of order.
+        Naming the file and the field: not TOML, no data or steps, an unknown step or key, a value
+        out of range, a step out of order, an extended recipe that is not there.
     """
-    value = parse(path)
-    file = _checked(_File, value, path, "")
-    before = extended(path, value)
-    base = read(before) if before else None
-    data = file.data or (base.data if base else None)
+    files = [(at, _checked(_File, value, at, "")) for at, value in chain(path)]
+    last: _File = files[-1][1]
+    steps: list[Step] = []
+    places: list[Place] = []
+    for at, file in files:
+        for i, entry in enumerate(file.steps):
+            place = Place(at, f"steps[{i}]")
+            steps.append(_step(entry, place, [s.kind for s in steps]))
+            places.append(place)
+    data = next((file.data for _, file in reversed(files) if file.data), None)
     if data is None:
-        raise UsageError("is missing", path=path, field="data", remedy="correct the recipe")
-    steps: list[Step] = list(base.steps) if base else []
-    for i, entry in enumerate(file.steps):
-        at = f"steps[{i}]"
-        settings = dict(entry)
-        kind = settings.pop("step", None)
-        if not isinstance(kind, str):
-            raise UsageError(
-                "says no step",
-                path=path,
-                field=f"{at}.step",
-                remedy=f"choose from {', '.join(sorted(kinds()))}",
-            )
-        try:
-            cls = find(kind)
-        except UsageError as e:
-            e.path, e.field = str(path), f"{at}.step"
-            raise
-        step = _checked(cls, settings, path, f"{at}.")
-        _check_order(cls, [s.kind for s in steps], path, at)
-        steps.append(step)
-    return Recipe(name=file.name, about=file.about, data=data, steps=steps)
+        raise UsageError(
+            "is missing", path=path, field="data", remedy="add [data], or extend a recipe"
+        )
+    if not steps:
+        raise UsageError("there are none", path=path, field="steps", remedy="add [[steps]]")
+    return Recipe(name=last.name, about=last.about, data=data, steps=steps, places=places)
+
+
+def _step(entry: dict[str, Any], place: Place, earlier: list[str]) -> Step:
+    settings = dict(entry)
+    kind = settings.pop("step", None)
+    if not isinstance(kind, str):
+        raise UsageError(
+            "says no step",
+            path=place.path,
+            field=f"{place.field}.step",
+            remedy=f"choose from {', '.join(sorted(kinds()))}",
+        )
+    try:
+        cls = find(kind)
+    except UsageError as e:
+        e.path, e.field = str(place.path), f"{place.field}.step"
+        raise
+    step: Step = _checked(cls, settings, place.path, f"{place.field}.")
+    _check_order(cls, earlier, place)
+    return step
 
 
 def _checked(cls: Any, value: object, path: Path, prefix: str) -> Any:
@@ -132,19 +151,19 @@ def _checked(cls: Any, value: object, path: Path, prefix: str) -> Any:
         ) from None
 
 
-def _check_order(cls: type[Step], earlier: list[str], path: Path, at: str) -> None:
+def _check_order(cls: type[Step], earlier: list[str], place: Place) -> None:
     late = [k for k in earlier if k in cls.before]
     if late:
         raise UsageError(
             f"'{cls.kind}' cannot come after '{late[0]}'",
-            path=path,
-            field=at,
+            path=place.path,
+            field=place.field,
             remedy="move it up or remove one of them",
         )
     if cls.after and not set(cls.after) & set(earlier):
         raise UsageError(
             f"'{cls.kind}' needs {' or '.join(cls.after)} before it",
-            path=path,
-            field=at,
+            path=place.path,
+            field=place.field,
             remedy="add that step",
         )

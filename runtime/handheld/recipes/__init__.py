@@ -15,6 +15,7 @@ from handheld.errors import UsageError
 from handheld.planning import Shape
 
 STACKS = ("stack1", "stack2", "stack3")
+KEYS = ("name", "about", "extends", "data", "steps")
 TRAINING = ("distill",)
 """Steps that change weights alone."""
 
@@ -27,12 +28,12 @@ def builtin(stack: str, model: str) -> Path:
     UsageError
         If there is no such stack.
     """
-    root = _root()
+    known = shipped()
     for family in (model, "sdxl"):
-        path = root / family / f"{stack}.toml"
-        if path.parent.parent == root and path.is_file():
+        if (path := known.get(f"{family}/{stack}")) is not None:
             return path
-    raise UsageError(f"stack '{stack}' is unknown", remedy=f"choose from {', '.join(STACKS)}")
+    names = [name.removeprefix("sdxl/") for name in known if name.startswith("sdxl/")]
+    raise UsageError(f"stack '{stack}' is unknown", remedy=f"choose from {', '.join(names)}")
 
 
 def parse(path: Path) -> dict[str, Any]:
@@ -51,53 +52,84 @@ def parse(path: Path) -> dict[str, Any]:
         raise UsageError(f"is not readable TOML: {e}", path=path, remedy="correct it") from None
 
 
-def extended(path: Path, value: Mapping[str, Any]) -> Path | None:
-    """Return the recipe whose steps come before those of this one.
+def chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Read a recipe and those that it extends, unchecked but for how they hang together.
 
-    Parameters
-    ----------
-    path : Path
-        The recipe.
-    value : mapping
-        What `parse` read from it. ``extends`` is a recipe that comes along, ``critter/onestep``,
-        or a ``.toml`` file, seen from the recipe's folder.
+    ``extends`` names a shipped recipe, ``critter/onestep``, or a ``.toml`` file relative to the
+    recipe's folder.
+
+    Returns
+    -------
+    list of (Path, dict)
+        The recipe that extends nothing comes first, ``path`` last.
 
     Raises
     ------
     UsageError
-        If there is no such recipe, or one extends itself on the way.
+        If one is not there or not TOML, extends itself on the way, or has keys that no recipe has.
     """
-    found = _next(path, value)
-    seen, at = {path.resolve()}, found
+    found: list[tuple[Path, dict[str, Any]]] = []
+    at: Path | None = path
     while at is not None:
-        if at.resolve() in seen:
+        value = parse(at)
+        _check_top(value, at)
+        found.append((at, value))
+        before, at = at, _extended(at, value)
+        if at is not None and at.resolve() in {known.resolve() for known, _ in found}:
+            names = " > ".join(str(p) for p, _ in found)
             raise UsageError(
-                "extends itself", path=path, field="extends", remedy="name another recipe"
+                f"{names} > {at} is a circle",
+                path=before,
+                field="extends",
+                remedy="name another recipe",
             )
-        seen.add(at.resolve())
-        at = _next(at, parse(at))
-    return found
+    return found[::-1]
 
 
-def _next(path: Path, value: Mapping[str, Any]) -> Path | None:
+def _check_top(value: Mapping[str, Any], path: Path) -> None:
+    for name in value:
+        if name not in KEYS:
+            raise UsageError(
+                "is unknown", path=path, field=name, remedy=f"a recipe has {', '.join(KEYS)}"
+            )
+    steps = value.get("steps")
+    tables = {"data": value.get("data")}
+    tables |= {f"steps[{i}]": s for i, s in enumerate(steps if isinstance(steps, list) else ())}
+    for name, table in tables.items():
+        if isinstance(table, dict) and "extends" in table:
+            raise UsageError(
+                "stands in a table",
+                path=path,
+                field=f"{name}.extends",
+                remedy="write it above [data] and [[steps]]",
+            )
+
+
+def _extended(path: Path, value: Mapping[str, Any]) -> Path | None:
     name = value.get("extends")
     if name is None:
         return None
-    known = {f"{p.parent.name}/{p.stem}": p for p in _root().glob("*/*.toml")}
-    if isinstance(name, str):
-        found = path.parent / name if name.endswith(".toml") else known.get(name)
+    if isinstance(name, str) and name.endswith(".toml"):
+        found: Path | None = path.parent / name
+    else:
+        found = shipped().get(name) if isinstance(name, str) else None
+    try:
         if found is not None and found.is_file():
             return found
+    except (OSError, ValueError):
+        pass
     raise UsageError(
         f"there is no recipe {name!r}",
         path=path,
         field="extends",
-        remedy=f"name a .toml file beside it, or one of {', '.join(sorted(known))}",
+        remedy=f"name a .toml file beside it, or one of {', '.join(shipped())}",
     )
 
 
-def _root() -> Path:
-    return Path(str(files("handheld.recipes")))
+def shipped() -> dict[str, Path]:
+    """Return the recipes that are shipped, by family and stack: ``critter/onestep``."""
+    found = Path(str(files("handheld.recipes"))).glob("*/*.toml")
+    return {f"{p.parent.name}/{p.stem}": p for p in sorted(found)}
 
 
 def shape_after(path: Path, shape: Shape) -> Shape:
@@ -108,12 +140,17 @@ def shape_after(path: Path, shape: Shape) -> Shape:
     UsageError
         If the recipe or a step is broken, unknown here, or cannot be done on this model.
     """
+    found = chain(path)
+    if not any("steps" in value for _, value in found):
+        raise UsageError("has no list of steps", path=path, field="steps", remedy="correct it")
+    for at, value in found:
+        shape = _shape_after(at, value.get("steps", []), shape)
+    return shape
+
+
+def _shape_after(path: Path, steps: object, shape: Shape) -> Shape:
     from handheld.reshaping import SHAPES
 
-    value = parse(path)
-    if (base := extended(path, value)) is not None:
-        shape = shape_after(base, shape)
-    steps = value.get("steps")
     if not isinstance(steps, list) or not all(isinstance(s, dict) for s in steps):
         raise UsageError("has no list of steps", path=path, field="steps", remedy="correct it")
     for i, step in enumerate(steps):

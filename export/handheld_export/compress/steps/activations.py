@@ -16,12 +16,12 @@ from handheld.precision import find as find_precision
 from handheld.reshaping import ActivationsShape
 from handheld_export.compress.allocate import float_inputs
 from handheld_export.compress.load import Load, macs, params
-from handheld_export.compress.painter import load_decoder
+from handheld_export.compress.painter import load_decoder, picture_scale
 from handheld_export.compress.step import Context, Step, Student, build_unet
 from handheld_export.compress.steps.quantize import calibration
 
-_PART = 4
-"""Pictures that are decoded at once."""
+_PIXELS = 4 * 128 * 128
+"""Decoded at once, and one picture at least: a large VAE takes gigabytes for one of 1024 pixels."""
 
 
 class Activations(ActivationsShape, Step):
@@ -65,9 +65,10 @@ class Activations(ActivationsShape, Step):
         latents = evaluate()
         vae, decode, factor = load_decoder(student.vae_config, student.vae)
         vae.to(context.device)
+        pixels = (side * picture_scale(student.vae_config)) ** 2
 
         def pictures() -> Tensor:
-            parts = torch.split(latents / factor, _PART)
+            parts = torch.split(latents / factor, max(1, _PIXELS // pixels))
             return torch.cat([decode(part.to(context.device)).clamp(-1, 1) for part in parts])
 
         counted = counting.count_decoder(student.vae_config, (side, side))
