@@ -221,6 +221,12 @@ def _gate(told: dict[str, Any]) -> Gate:
     return Gate(**told | {"text": tuple(told["text"])})
 
 
+@cache
+def _once(line: str) -> None:
+    """Print a line the first time only: the table is written after every bundle."""
+    print(line, flush=True)
+
+
 def gather(folder: Path) -> list[Report]:
     """Return the reports of all bundles in a folder, by model, target and precision.
 
@@ -233,7 +239,7 @@ def gather(folder: Path) -> list[Report]:
         if made_of is not None and made_of == present(report.model):
             reports.append(report)
         else:
-            print(f"left out {report.bundle}: not of {report.model} as it is now", flush=True)
+            _once(f"left out {report.bundle}: not of {report.model} as it is now")
     order = {name: i for i, name in enumerate((*MODELS, *targets.names(), *PRECISIONS))}
 
     def place(report: Report) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,16 @@ def test_an_extended_recipe_that_is_not_there_is_refused(tmp_path, extends):
         with pytest.raises(UsageError) as error:
             use(path)
         assert (error.value.path, error.value.field) == (str(path), "extends")
+
+
+@given(st.text(max_size=40))
+def test_any_name_in_extends_is_found_or_refused(tmp_path_factory, name):
+    path = tmp_path_factory.mktemp("r") / "r.toml"
+    path.write_text(f'name = "r"\nextends = {json.dumps(name)}\n' + recipes.trim())
+    try:
+        recipe.read(path)
+    except HandheldError as e:
+        assert e.exit_code == 2
 
 
 def test_a_circle_is_refused_where_it_closes(tmp_path):
