@@ -126,6 +126,23 @@ def test_codes_on_calibrated_grids(tmp_path):
         assert any("conv1' at 8x8" in note for note in lowered.notes) is not on_grids
 
 
+@needs_qnn
+@pytest.mark.slow
+def test_normalisations_of_pictures_that_spread_less_than_one(tmp_path):
+    """Their reciprocals are of numbers on grids that end below 1."""
+    norm = nn.GroupNorm(4, 16)
+    item = target_cases.segment(
+        target_cases.randomize(target_cases.Line(norm, nn.Conv2d(16, 16, 3, padding=1))),
+        [(1, 16, 16, 16)],
+    )
+    target_cases.quantize(item, lambda *_: ("int8",))
+    item = replace(item, examples=[0.1 * x for x in item.examples])
+    item = replace(item, samples=[item.examples])
+    lowered, db = target_cases.run(ONNXQNN.for_soc("SM8650"), item, tmp_path / "a.onnx")
+    assert lowered.held is None
+    assert db > 50
+
+
 def test_groups_are_refused(tmp_path):
     layer = nn.Linear(32, 16)
     item = target_cases.segment(nn.Sequential(layer, target_cases.Tuple()).eval(), [(1, 32)])

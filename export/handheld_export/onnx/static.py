@@ -25,6 +25,7 @@ _LEAST_RANGE: Final = 1e-30
 _MOVING: Final = frozenset({"Reshape", "Transpose", "Slice", "Concat", "Pad", "Unsqueeze"})
 """Operators that compute nothing: what they read and write is on one grid."""
 _WEIGHTED: Final = frozenset({"Conv", "Gemm", "MatMul"})
+_ONE: Final = "reciprocal.one"
 Ranges = dict[str, tuple[float, float]]
 """Least and greatest value by tensor; 0 is always between them."""
 
@@ -146,7 +147,24 @@ def quantize(model: Any, ranges: Ranges) -> None:
     ranges : dict
         As :func:`observe` gives them.
     """
+    _divide(model.graph)
     _Grids(model.graph, ranges).run()
+
+
+def _divide(graph: Any) -> None:
+    """Make reciprocals divisions of a 1 of their own.
+
+    QNN's provider puts the 1 of a Reciprocal on the grid of what divides it, where it is no 1 if
+    that grid ends below.
+    """
+    from onnx import numpy_helper
+
+    found = [node for node in graph.node if node.op_type == "Reciprocal"]
+    if found:
+        graph.initializer.append(numpy_helper.from_array(np.float32(1), _ONE))
+    for node in found:
+        node.op_type = "Div"
+        node.input[:] = [_ONE, *node.input]
 
 
 class _Grids:
