@@ -334,19 +334,18 @@ def main() -> None:
                 indent=2,
             )
         )
-    bad = [r for r in rows if not _passes(r)]
+    bad = [r for r in rows if not passes(r)]
     if bad:
         sys.exit(f"{len(bad)} of {len(rows)} differ by more than they may: {bad[0]}")
 
 
-def _passes(row: Row) -> bool:
+def passes(row: Row) -> bool:
     """Whole bundles have to give the same picture, to 40 dB; layers are held to LIMITS."""
     if row.what not in KINDS:
         return row.psnr_db is None or row.psnr_db >= 40
-    if (row.target, row.precision, row.what) == ("onnx", "int8", "linear"):
-        # onnxruntime sums blocks in float, and has another kernel where dot products are missing.
-        return row.relative_error <= 1e-2
-    return row.equal if row.what == "fixed" else row.relative_error <= LIMITS[row.precision]
+    if row.what == "fixed" or (row.target, row.precision) == ("onnx", "int8"):
+        return row.equal
+    return row.relative_error <= LIMITS[row.precision]
 
 
 if __name__ == "__main__":

@@ -36,14 +36,19 @@ def arm64():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_layers_agree_with_x86(arm64, tmp_path, precision):
-    bundle = arm64.layers("executorch-xnnpack", precision, tmp_path / "bundle")
+@pytest.mark.parametrize("target", ["executorch-xnnpack", "onnx"])
+def test_layers_agree_with_x86(arm64, tmp_path, target, precision):
+    if target == "onnx":
+        pytest.importorskip("onnxscript")
+    bundle = arm64.layers(target, precision, tmp_path / "bundle")
     made = arm64.kit()
+    more = ["block"] if precision == "fp32" else ["fixed"] if target != "onnx" else []
     for cpu in arm64.CPUS:
         for residency in ("resident", "stream"):
             rows = list(arm64.compare(bundle, made, cpu, residency, tmp_path / "work"))
-            kinds = ["linear", "conv"] + (["block"] if precision == "fp32" else ["fixed"])
-            assert [r.what for r in rows] == kinds
+            assert [r.what for r in rows] == ["linear", "conv", *more]
             for row in rows:
+                assert arm64.passes(row), row
                 assert row.relative_error <= arm64.LIMITS[precision], row
                 assert row.equal or row.what != "fixed", row
+                assert row.equal or (target, precision) != ("onnx", "int8"), row

@@ -55,7 +55,9 @@ def test_quantized_layers_run_from_codes(case, grid, tmp_path):
     assert db >= 35
     kinds = Counter(n.op_type for n in load(tmp_path / "a.onnx").graph.node)
     layers = layers_of(rewrite(item.module)).values()
-    assert kinds["MatMulNBits"] == sum(isinstance(m, nn.Linear) for m in layers)
+    linear = [m for m in layers if isinstance(m, nn.Linear)]
+    by_rows = sum(m.quantized.grid == "int8" for m in linear)  # of int4 models, 1x1 convolutions
+    assert (kinds["MatMulInteger"], kinds["MatMulNBits"]) == (by_rows, len(linear) - by_rows)
     assert kinds["ConvInteger"] == sum(isinstance(m, nn.Conv2d) for m in layers)
     assert not kinds["MatMul"] or "transformer" in case or "mid" in case  # attention's own
 
@@ -79,6 +81,27 @@ def test_layers_with_float_inputs_round_nothing(case, grid, tmp_path):
     assert db >= 90, "as exact as float"
     kinds = Counter(n.op_type for n in load(tmp_path / "a.onnx").graph.node)
     assert not kinds["ConvInteger"]
+
+
+def test_int8_rows_give_the_bits_that_their_definition_gives(tmp_path):
+    """Every processor computes them: integers, and single operations of float32."""
+    layer = nn.Linear(72, 40)
+    item = segment(randomize(nn.Sequential(layer, Tuple())), [(2, 9, 72)])
+    quantize(item, lambda *_: ("int8",))
+    item.examples[0][0, 3] = 0
+    TARGET.lower(item, tmp_path / "a.onnx")
+    x = item.examples[0].numpy()
+    (y,) = TARGET.load(tmp_path / "a.onnx", item.ports)(x)
+
+    one = np.float32
+    largest = np.maximum(np.abs(x).max(-1, keepdims=True), one(1e-20))
+    codes = np.rint(x * (one(127) / largest) + one(128)).astype(np.int32) - 128
+    assert np.abs(codes).max() == 127
+    sums = codes @ layer.quantized.codes.T.astype(np.int32)
+    scale = largest * one(1 / 127)
+    expected = sums.astype(one) * layer.quantized.scales * scale + layer.bias.detach().numpy()
+    assert np.array_equal(y, expected)
+    assert np.array_equal(y[0, 3], layer.bias.detach().numpy())
 
 
 def mixed(name, layer):
