@@ -30,17 +30,18 @@ def test_it_agrees_with_the_steps(model, stack):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("steps = 3", "no list of steps"),
+        ("steps = 3", "steps.*valid list"),
+        ("", "steps: there are none"),
         ('[[steps]]\nstep = "fly"', "unknown to the planner"),
         ("[[steps]]\nwidth = 3", "unknown to the planner"),
         ('[[steps]]\nstep = "trim"', "say either"),
         ('[[steps]]\nstep = "trim"\npairs = [9, 1]', "does not fit"),
-        ("[[", "not readable TOML"),
+        ("[", "not readable TOML"),
     ],
 )
 def test_broken_recipes_are_named(tmp_path, text, words):
     path = tmp_path / "r.toml"
-    path.write_text(text)
+    path.write_text(f'name = "r"\n{text}')
     with pytest.raises(UsageError, match=words) as e:
         recipes.shape_after(path, planning.architecture("sdxl"))
     assert e.value.path == str(path)
@@ -55,3 +56,11 @@ def test_it_needs_no_torch():
     )
     said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert int(said.stdout) > 700
+
+
+def test_a_recipe_has_a_name(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text('[[steps]]\nstep = "trim"\nremove = 0.1')
+    with pytest.raises(UsageError) as e:
+        recipes.shape_after(path, planning.architecture("sdxl"))
+    assert (e.value.path, e.value.field) == (str(path), "name")

@@ -147,7 +147,7 @@ def compress(
             source,
             chosen,
             output,
-            dataset=chosen.data.dataset(data),
+            dataset=recipes.dataset(chosen.data, data),
             machine=machine,
             work=work,
             watch=bars.watch,

@@ -5,55 +5,41 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from pydantic import Field, ValidationError
-
-from handheld.bundle import describe_validation
 from handheld.errors import UsageError
 from handheld.program import Model
-from handheld.recipes import STACKS, builtin, chain
+from handheld.recipes import STACKS, Data, builtin, chain, checked
 from handheld_export.compress.data import Creatures, Dataset, Folder
 from handheld_export.compress.step import Step, essential, find, kinds
 
-__all__ = ["STACKS", "Data", "Recipe", "builtin", "read"]
+__all__ = ["STACKS", "Recipe", "builtin", "dataset", "read"]
 
 
-class Data(Model):
-    """Where pictures and captions come from."""
+def dataset(data: Data, override: Path | None = None) -> Dataset:
+    """Return a recipe's dataset.
 
-    kind: Literal["creatures", "folder"]
-    path: str | None = None
-    """For ``folder``; ``compress --data`` says it otherwise."""
-    pictures: int = Field(default=10_000, ge=1)
-    seed: int = 0
+    Parameters
+    ----------
+    data : Data
+    override : Path, optional
+        A folder to read instead.
 
-    def dataset(self, override: Path | None = None) -> Dataset:
-        """Return the dataset.
-
-        Raises
-        ------
-        UsageError
-            If the recipe reads a folder and nobody said which.
-        """
-        if override is None and self.kind == "creatures":
-            return Creatures(self.seed)
-        path = override or (Path(self.path) if self.path else None)
-        if path is None:
-            raise UsageError(
-                "the recipe reads captioned pictures, and no folder is named",
-                field="data.path",
-                remedy="give one with --data",
-            )
-        return Folder(path)
-
-
-class _File(Model):
-    name: str
-    about: str = ""
-    extends: str | None = None
-    data: Data | None = None
-    steps: list[dict[str, Any]] = []
+    Raises
+    ------
+    UsageError
+        If the recipe reads a folder and nobody said which.
+    """
+    if override is None and data.kind == "creatures":
+        return Creatures(data.seed)
+    path = override or (Path(data.path) if data.path else None)
+    if path is None:
+        raise UsageError(
+            "the recipe reads captioned pictures, and no folder is named",
+            field="data.path",
+            remedy="give one with --data",
+        )
+    return Folder(path)
 
 
 class Place(NamedTuple):
@@ -102,8 +88,8 @@ def read(path: Path) -> Recipe:
         Naming the file and the field: not TOML, no data or steps, an unknown step or key, a value
         out of range, a step out of order, an extended recipe that is not there.
     """
-    files = [(at, _checked(_File, value, at, "")) for at, value in chain(path)]
-    last: _File = files[-1][1]
+    files = chain(path)
+    last = files[-1][1]
     steps: list[Step] = []
     places: list[Place] = []
     for at, file in files:
@@ -136,19 +122,9 @@ def _step(entry: dict[str, Any], place: Place, earlier: list[str]) -> Step:
     except UsageError as e:
         e.path, e.field = str(place.path), f"{place.field}.step"
         raise
-    step: Step = _checked(cls, settings, place.path, f"{place.field}.")
+    step: Step = checked(cls, settings, place.path, f"{place.field}.")
     _check_order(cls, earlier, place)
     return step
-
-
-def _checked(cls: Any, value: object, path: Path, prefix: str) -> Any:
-    try:
-        return cls.model_validate(value)
-    except ValidationError as e:
-        message, field = describe_validation(e)
-        raise UsageError(
-            message, path=path, field=f"{prefix}{field}", remedy="correct the recipe"
-        ) from None
 
 
 def _check_order(cls: type[Step], earlier: list[str], place: Place) -> None:

@@ -6,18 +6,39 @@ import tomllib
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from handheld.bundle import describe_validation
 from handheld.errors import UsageError
 from handheld.planning import Shape
+from handheld.program import Model
 
 STACKS = ("stack1", "stack2", "stack3")
-KEYS = ("name", "about", "extends", "data", "steps")
 TRAINING = ("distill",)
 """Steps that change weights alone."""
+
+
+class Data(Model):
+    """Where pictures and captions come from."""
+
+    kind: Literal["creatures", "folder"]
+    path: str | None = None
+    """For ``folder``; ``compress --data`` says it otherwise."""
+    pictures: int = Field(default=10_000, ge=1)
+    seed: int = 0
+
+
+class File(Model):
+    """What one file says, its steps unchecked."""
+
+    name: str
+    about: str = ""
+    """One line for people."""
+    extends: str | None = None
+    data: Data | None = None
+    steps: list[dict[str, Any]] = []
 
 
 def builtin(stack: str, model: str) -> Path:
@@ -36,31 +57,15 @@ def builtin(stack: str, model: str) -> Path:
     raise UsageError(f"stack '{stack}' is unknown", remedy=f"choose from {', '.join(names)}")
 
 
-def parse(path: Path) -> dict[str, Any]:
-    """Read a recipe's TOML, unchecked.
-
-    Raises
-    ------
-    UsageError
-        If there is no such file, or it is not TOML.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError("there is no such recipe", path=path) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-        raise UsageError(f"is not readable TOML: {e}", path=path, remedy="correct it") from None
-
-
-def chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Read a recipe and those that it extends, unchecked but for how they hang together.
+def chain(path: Path) -> list[tuple[Path, File]]:
+    """Read a recipe and those that it extends.
 
     ``extends`` names a shipped recipe, ``critter/onestep``, or a ``.toml`` file relative to the
     recipe's folder.
 
     Returns
     -------
-    list of (Path, dict)
+    list of (Path, File)
         The recipe that extends nothing comes first, ``path`` last.
 
     Raises
@@ -68,13 +73,12 @@ def chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     UsageError
         If one is not there or not TOML, extends itself on the way, or has keys that no recipe has.
     """
-    found: list[tuple[Path, dict[str, Any]]] = []
+    found: list[tuple[Path, File]] = []
     at: Path | None = path
     while at is not None:
-        value = parse(at)
-        _check_top(value, at)
-        found.append((at, value))
-        before, at = at, _extended(at, value)
+        file = _read(at)
+        found.append((at, file))
+        before, at = at, _extended(at, file)
         if at is not None and at.resolve() in {known.resolve() for known, _ in found}:
             names = " > ".join(str(p) for p, _ in found)
             raise UsageError(
@@ -86,12 +90,37 @@ def chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     return found[::-1]
 
 
-def _check_top(value: Mapping[str, Any], path: Path) -> None:
-    for name in value:
-        if name not in KEYS:
-            raise UsageError(
-                "is unknown", path=path, field=name, remedy=f"a recipe has {', '.join(KEYS)}"
-            )
+def _read(path: Path) -> File:
+    try:
+        value = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError("there is no such recipe", path=path) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        raise UsageError(f"is not readable TOML: {e}", path=path, remedy="correct it") from None
+    _check_tables(value, path)
+    file: File = checked(File, value, path)
+    return file
+
+
+def checked(cls: type[Model], value: object, path: Path, prefix: str = "") -> Any:
+    """Read a part of a recipe.
+
+    Raises
+    ------
+    UsageError
+        Naming the file and the field, below ``prefix``.
+    """
+    try:
+        return cls.model_validate(value)
+    except ValidationError as e:
+        message, field = describe_validation(e)
+        raise UsageError(
+            message, path=path, field=f"{prefix}{field or ''}" or None, remedy="correct the recipe"
+        ) from None
+
+
+def _check_tables(value: Mapping[str, Any], path: Path) -> None:
+    """Refuse ``extends`` below the head of a table, which TOML takes for one of its keys."""
     steps = value.get("steps")
     tables = {"data": value.get("data")}
     tables |= {f"steps[{i}]": s for i, s in enumerate(steps if isinstance(steps, list) else ())}
@@ -105,14 +134,11 @@ def _check_top(value: Mapping[str, Any], path: Path) -> None:
             )
 
 
-def _extended(path: Path, value: Mapping[str, Any]) -> Path | None:
-    name = value.get("extends")
+def _extended(path: Path, file: File) -> Path | None:
+    name = file.extends
     if name is None:
         return None
-    if isinstance(name, str) and name.endswith(".toml"):
-        found: Path | None = path.parent / name
-    else:
-        found = shipped().get(name) if isinstance(name, str) else None
+    found = path.parent / name if name.endswith(".toml") else shipped().get(name)
     try:
         if found is not None and found.is_file():
             return found
@@ -141,18 +167,16 @@ def shape_after(path: Path, shape: Shape) -> Shape:
         If the recipe or a step is broken, unknown here, or cannot be done on this model.
     """
     found = chain(path)
-    if not any("steps" in value for _, value in found):
-        raise UsageError("has no list of steps", path=path, field="steps", remedy="correct it")
-    for at, value in found:
-        shape = _shape_after(at, value.get("steps", []), shape)
+    if not any(file.steps for _, file in found):
+        raise UsageError("there are none", path=path, field="steps", remedy="add [[steps]]")
+    for at, file in found:
+        shape = _shape_after(at, file.steps, shape)
     return shape
 
 
-def _shape_after(path: Path, steps: object, shape: Shape) -> Shape:
+def _shape_after(path: Path, steps: list[dict[str, Any]], shape: Shape) -> Shape:
     from handheld.reshaping import SHAPES
 
-    if not isinstance(steps, list) or not all(isinstance(s, dict) for s in steps):
-        raise UsageError("has no list of steps", path=path, field="steps", remedy="correct it")
     for i, step in enumerate(steps):
         kind = step.get("step")
         if kind in TRAINING:
@@ -166,13 +190,9 @@ def _shape_after(path: Path, steps: object, shape: Shape) -> Shape:
                 remedy=f"it knows {', '.join(sorted((*TRAINING, *SHAPES)))}",
             )
         own = {k: v for k, v in step.items() if k in cls.model_fields}
+        settings = checked(cls, own, path, f"steps[{i}].")
         try:
-            shape = cls.model_validate(own).shape(shape)
-        except ValidationError as e:
-            message, field = describe_validation(e)
-            raise UsageError(
-                message, path=path, field=f"steps[{i}].{field}", remedy="correct the recipe"
-            ) from None
+            shape = settings.shape(shape)
         except UsageError as e:
             e.path, e.field = str(path), f"steps[{i}]: {e.field}" if e.field else f"steps[{i}]"
             raise
