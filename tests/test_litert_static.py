@@ -13,7 +13,7 @@ from torch import nn
 
 import target_cases
 from handheld.errors import TargetError
-from handheld_export.litert import runtime, static, tflite
+from handheld_export.litert import conversion, static, tflite
 from handheld_export.measure import snr_db
 
 CODED, FLOAT = "steps.0.weight", "steps.1.weight"
@@ -30,7 +30,7 @@ def case(tmp_path_factory):
         (expected,) = item.module(*item.examples)  # before its weights are taken out
     opened = tflite.Open(item.module, 1).eval()
     opened.layers = [replace(x, half=x.quantized is None) for x in opened.layers]
-    flatbuffer = runtime.convert(opened, item, [x.weight for x in opened.layers])
+    flatbuffer = conversion.convert(opened, item, [x.weight for x in opened.layers])
     path = tmp_path_factory.mktemp("static") / "float.tflite"
     tflite.graft(flatbuffer, [replace(x, quantized=None) for x in opened.layers], item.ports, path)
     return item, opened.layers, flatbuffer, path, expected

@@ -18,7 +18,7 @@ from handheld.precision import find as find_precision
 from handheld_export import lowering, targets
 from handheld_export.checkpoint import Checkpoint
 from handheld_export.export import Options, export
-from handheld_export.litert import runtime
+from handheld_export.litert import conversion
 from handheld_export.segments import SegmentModule, materialize, release
 from handheld_export.targets.base import SegmentInput
 
@@ -92,14 +92,14 @@ def test_the_list_is_well_formed():
 @pytest.mark.parametrize(("target", "precision"), COMBINATIONS)
 def test_partitions_of_critter(target, precision, checkpoint, converted, tmp_path, monkeypatch):
     """As an export lowers its U-Net; what the artifacts compute is tested elsewhere."""
-    convert = runtime.convert
+    convert = conversion.convert
 
     def once(opened, given, weights):
         if given.id not in converted:
             converted[given.id] = convert(opened, given, weights)
         return converted[given.id]
 
-    monkeypatch.setattr(runtime, "convert", once)
+    monkeypatch.setattr(conversion, "convert", once)
     lowers = targets.find(target)
     side = checkpoint.unet.config["sample_size"]
     segments = lowering.lines(checkpoint, (side, side), 77).cut("unet", lowers, precision)

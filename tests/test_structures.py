@@ -8,7 +8,7 @@ from torch import nn
 
 from handheld.program import Ports, TensorSpec
 from handheld_export import structures
-from handheld_export.litert import runtime, tflite
+from handheld_export.litert import conversion, tflite
 from handheld_export.targets.base import SegmentInput
 from handheld_export.targets.litert_cpu import LiteRTCPU
 
@@ -45,13 +45,13 @@ def segment(module, shared):
 @pytest.fixture
 def conversions(monkeypatch):
     calls = []
-    real = runtime._convert
+    real = conversion._convert
 
     def counted(*args):
         calls.append(args)
         return real(*args)
 
-    monkeypatch.setattr(runtime, "_convert", counted)
+    monkeypatch.setattr(conversion, "_convert", counted)
     return calls
 
 

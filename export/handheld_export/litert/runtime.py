@@ -1,29 +1,25 @@
-"""LiteRT's Python runtime: conversion, its accelerators, and what its GPU delegate takes."""
+"""LiteRT's Python runtime: its accelerators, and what its GPU delegate takes."""
 
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import ai_edge_litert.schema_py_generated as schema
 import flatbuffers
 import numpy as np
-import torch
-from torch import Tensor
 
 from handheld.errors import TargetError
 from handheld.program import Ports
 from handheld_export.litert import tflite
-from handheld_export.targets.base import Array, Runner, SegmentInput
+from handheld_export.targets.base import Array, Runner
 
 _FORCE_FP16: Final = 4
 """XNNPACK's flag for arithmetic in half precision."""
@@ -37,49 +33,6 @@ GPU_OPERATORS: Final = frozenset(
 """Operators that the delegate took in segments that ran through WebGPU. The wheel's own analyzer
 passes whatever it is given, BROADCAST_TO for one, which the delegate refuses."""
 _GPU_DIMENSIONS: Final = 4
-_CONVERTERS: Final = ("litert-torch", "litert-converter", "torch")
-
-
-def convert(opened: tflite.Open, segment: SegmentInput, weights: Sequence[Tensor]) -> bytes:
-    """Convert a module that takes its weights as inputs.
-
-    Segments of one structure share a conversion, see :mod:`handheld_export.structures`.
-
-    Returns
-    -------
-    bytes
-        A flatbuffer for :func:`~handheld_export.litert.tflite.graft`.
-
-    Raises
-    ------
-    TargetError
-        If the converter cannot.
-    """
-    if segment.shared is None:
-        return _convert(opened, segment, weights)
-    from handheld_export import structures
-
-    return structures.convert(
-        opened,
-        (*segment.examples, *weights),
-        {name: version(name) for name in _CONVERTERS},
-        segment.shared,
-        lambda: _convert(opened, segment, weights),
-    )
-
-
-def _convert(opened: tflite.Open, segment: SegmentInput, weights: Sequence[Tensor]) -> bytes:
-    import litert_torch
-    from litert_torch import progress
-
-    progress.config.show_progress = False
-    logging.getLogger("litert_torch").setLevel(logging.ERROR)
-    try:
-        with torch.no_grad():
-            model = litert_torch.convert(opened, (*segment.examples, *weights))
-        return bytes(model.model_content())
-    except Exception as error:
-        raise TargetError(f"litert-torch cannot convert it: {error}") from error
 
 
 def check_gpu(path: Path) -> None:

@@ -49,7 +49,7 @@ class LiteRTCPU(Target):
             If a layer's grid cannot run, or the converted graph does not read each
             layer's weight as it should.
         """
-        from handheld_export.litert import runtime, tflite
+        from handheld_export.litert import conversion, tflite
         from handheld_export.litert.rewrites import REPLACEMENTS
         from handheld_export.rewrites import rewrite
 
@@ -58,7 +58,7 @@ class LiteRTCPU(Target):
         opened.layers = [self._holding(layer) for layer in opened.layers]
         checked = [_check(x.name, x.quantized) for x in opened.layers if x.quantized is not None]
         notes = [note for note in checked if note]
-        flatbuffer = runtime.convert(opened, segment, [layer.weight for layer in opened.layers])
+        flatbuffer = conversion.convert(opened, segment, [layer.weight for layer in opened.layers])
         tflite.graft(flatbuffer, opened.layers, segment.ports, path)
         tflite.check(path, opened.layers)
         return Lowered(path, _partitions(path), self.versions(), tuple(notes))

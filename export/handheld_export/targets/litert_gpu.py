@@ -76,7 +76,7 @@ class LiteRTGPU(Target):
             If values leave fp16, or the delegate does not take an operator.
         """
         from handheld_export.half import fit
-        from handheld_export.litert import runtime, tflite
+        from handheld_export.litert import conversion, runtime, tflite
         from handheld_export.litert.rewrites import GPU_REPLACEMENTS
         from handheld_export.rewrites import rewrite
 
@@ -84,7 +84,7 @@ class LiteRTGPU(Target):
         notes = fit(module, segment.examples)
         opened = tflite.Open(module, len(segment.ports.inputs)).eval()
         opened.layers = [self.stored(layer) for layer in opened.layers]
-        flatbuffer = runtime.convert(opened, segment, [x.weight for x in opened.layers])
+        flatbuffer = conversion.convert(opened, segment, [x.weight for x in opened.layers])
         tflite.graft(flatbuffer, opened.layers, segment.ports, path)
         tflite.check(path, opened.layers)
         runtime.check_gpu(path)

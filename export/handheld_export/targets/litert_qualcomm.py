@@ -58,7 +58,7 @@ class LiteRTQualcomm(HexagonTarget):
             NPU.
         """
         from handheld_export.half import fit, steady
-        from handheld_export.litert import npu, runtime, static, tflite
+        from handheld_export.litert import conversion, npu, static, tflite
         from handheld_export.litert.rewrites import GPU_REPLACEMENTS
         from handheld_export.rewrites import quantized_of, rewrite
 
@@ -70,7 +70,7 @@ class LiteRTQualcomm(HexagonTarget):
             notes = (*notes, *steady(module, segment.examples))
         opened = tflite.Open(module, len(segment.ports.inputs)).eval()
         opened.layers = [self._holding(x, on_grids) for x in opened.layers]
-        flatbuffer = runtime.convert(opened, segment, [x.weight for x in opened.layers])
+        flatbuffer = conversion.convert(opened, segment, [x.weight for x in opened.layers])
         assert self.soc is not None
         with tempfile.TemporaryDirectory(prefix="handheld-npu-") as folder:
             source, edit = Path(folder) / path.name, None
