@@ -143,6 +143,21 @@ def test_normalisations_of_pictures_that_spread_less_than_one(tmp_path):
     assert db > 50
 
 
+@needs_qnn
+@pytest.mark.slow
+def test_a_layer_without_codes_between_grids_keeps_its_weights(tmp_path):
+    """onnxruntime would round them to 8 bits, and to one scale."""
+    module = target_cases.randomize(
+        target_cases.Line(nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1))
+    )
+    item = target_cases.segment(module, [(1, 16, 16, 4)])
+    target_cases.quantize(item, lambda name, _: None if name == "steps.0" else ("int8",))
+    item = replace(item, samples=[item.examples])
+    lowered, db = target_cases.run(ONNXQNN.for_soc("SM8650"), item, tmp_path / "a.onnx")
+    assert lowered.held is None
+    assert db > 60
+
+
 def test_groups_are_refused(tmp_path):
     layer = nn.Linear(32, 16)
     item = target_cases.segment(nn.Sequential(layer, target_cases.Tuple()).eval(), [(1, 32)])

@@ -17,6 +17,8 @@ from handheld.socs import HEXAGON
 
 _SOC_MODEL: Final = {"SM8550": 43, "SM8650": 57, "SM8750": 69}
 """QNN's own numbers."""
+_ROUNDS_WEIGHTS: Final = "WeightBiasQuantization"
+"""onnxruntime's pass that puts float weights between two grids on one of 8 bits, for a tensor."""
 
 
 @cache
@@ -58,7 +60,11 @@ def session(
         options.add_session_config_entry(name, value)
     backend = {"backend_path": str(_libraries() / "libQnnHtp.so"), **(provider or {})}
     options.add_provider_for_devices([_device()], backend)
-    return ort.InferenceSession(model if isinstance(model, bytes) else str(model), options)
+    return ort.InferenceSession(
+        model if isinstance(model, bytes) else str(model),
+        options,
+        disabled_optimizers=[_ROUNDS_WEIGHTS],
+    )
 
 
 def compile_for(soc: str, source: Path, path: Path) -> dict[str, Any]:
