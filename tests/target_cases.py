@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from diffusers.models.autoencoders.vae import DecoderTiny
 from diffusers.models.downsampling import Downsample2D
@@ -151,6 +153,14 @@ def run(target, item, path):
         assert result.shape == y.shape
         assert result.flags.c_contiguous
     return lowered, min(snr_db(y, r) for y, r in zip(expected, results, strict=True))
+
+
+def beyond_calibration():
+    """A normalisation of what spreads less than all that calibration sees of it."""
+    norm, convolution = nn.GroupNorm(4, 16), nn.Conv2d(16, 16, 3, padding=1)
+    item = segment(randomize(Line(norm, convolution)), [(1, 16, 16, 16)])
+    quantize(item, lambda *_: ("int8",))
+    return replace(item, samples=[[1.4 * x for x in item.examples]])
 
 
 def far_below_zero():

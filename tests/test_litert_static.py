@@ -15,6 +15,7 @@ import target_cases
 from handheld.errors import TargetError
 from handheld_export.litert import conversion, static, tflite
 from handheld_export.measure import snr_db
+from handheld_export.quantization import ROOM
 
 CODED, FLOAT = "steps.0.weight", "steps.1.weight"
 
@@ -64,7 +65,7 @@ def test_codes_stay_and_values_are_on_grids(case, tmp_path):
         for t in graph.tensors
         if t.type == schema.TensorType.INT16 and list(t.shape) == [1, 6, 10, 8]
     )
-    assert scale == pytest.approx(1.5 * float(item.examples[0].abs().max()) / 32767)
+    assert scale == pytest.approx(ROOM * 1.5 * float(item.examples[0].abs().max()) / 32767)
     assert snr_db(expected.numpy(), run(path, item.examples[0].numpy())) > 60
 
 

@@ -234,3 +234,12 @@ def test_convolutions_on_other_socs(soc, hexagon, grid, tmp_path):
     again = replace(item, samples=[item.examples])
     other.lower(again, tmp_path / "b.pte")
     assert (tmp_path / "a.pte").read_bytes() == (tmp_path / "b.pte").read_bytes()
+
+
+@here
+@pytest.mark.slow
+def test_values_somewhat_beyond_calibration_are_not_cut(tmp_path):
+    item = target_cases.beyond_calibration()
+    item = replace(item, samples=[[0.7 * x for x in item.examples]])
+    _, db = target_cases.run(ExecuTorchQNN.for_soc("SM8650"), item, tmp_path / "a.pte")
+    assert db > 45

@@ -149,3 +149,11 @@ def test_operators_outside_are_named(tmp_path, case, said):
     targets.find("litert-cpu").lower(item, source)
     with pytest.raises(TargetError, match=f"{said}; outside: CONV_2D"):
         npu.compile_for(qnn.find("litert"), "SM8650", source, tmp_path / "b.tflite")
+
+
+@needs_qnn
+@pytest.mark.slow
+def test_values_somewhat_beyond_calibration_are_not_cut(tmp_path):
+    item = target_cases.beyond_calibration()
+    _, db = target_cases.run(targets.find("litert-qualcomm:SM8650"), item, tmp_path / "a.tflite")
+    assert db > 50

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,12 @@ from numpy.typing import NDArray
 Grid = Literal["int8", "int4", "int2", "palette"]
 LIMITS: dict[str, tuple[int, int]] = {"int8": (-127, 127), "int4": (-7, 7), "int2": (-2, 1)}
 BITS: dict[str, int] = {"int8": 8, "int4": 4, "int2": 2}
+ROOM: Final = 2.0
+"""Calibrated 16-bit grids reach this many times as far as what calibration has seen.
+
+That takes one of their bits. A normalisation's factor beyond its grid is cut, and its whole token
+or picture comes out smaller; a bit less is hardly seen.
+"""
 
 
 def pack(codes: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:

@@ -1,8 +1,9 @@
 """Fixed 16-bit grids for all values of a .tflite file, as NPUs want them.
 
 The ranges come from a run of the same file in float32 on calibration samples, so a tensor's range
-is known by its place in the file. Weights keep the student's codes and scales. Layers without codes
-stay in half precision between two conversions; all else is on symmetric 16-bit grids.
+is known by its place in the file; grids reach twice as far. Weights keep the student's codes and
+scales. Layers without codes stay in half precision between two conversions; all else is on
+symmetric 16-bit grids.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from numpy.typing import NDArray
 
 from handheld.errors import TargetError
 from handheld_export.litert.tflite import code_of, operator_code
+from handheld_export.quantization import ROOM
 
 _OPS = schema.BuiltinOperator
 _WEIGHTED: Final = frozenset({_OPS.CONV_2D, _OPS.FULLY_CONNECTED})
 _MOVING: Final = frozenset({_OPS.RESHAPE, _OPS.TRANSPOSE, _OPS.SLICE, _OPS.PAD, _OPS.CONCATENATION})
 """Operators that compute nothing: what they read and write is on one grid."""
+_BOUNDED: Final = frozenset({_OPS.SOFTMAX, _OPS.LOGISTIC, _OPS.TANH})
+"""Operators whose results are known to end where calibration saw them end."""
 _FLOAT: Final = schema.TensorType.FLOAT32
 _MOST: Final = 32767
 _LEAST_RANGE: Final = 1e-30
@@ -97,7 +101,7 @@ class _Grids:
 
     def __init__(self, model: Any, ranges: Ranges) -> None:
         self.model, self.graph = model, model.subgraphs[0]
-        self.ranges = _united(model, ranges)
+        self.ranges = _united(model, _with_room(model, ranges))
         self.floats = {i for i, t in enumerate(self.graph.tensors) if t.type == _FLOAT}
         self.on_grid = {int(i): False for i in self.graph.inputs}
         for op in self.graph.operators:
@@ -198,6 +202,15 @@ class _Grids:
         tensor.type, tensor.quantization = schema.TensorType.INT64, _parameters(scale)
         self._store(tensor, codes.astype(np.int64))
         return made
+
+
+def _with_room(model: Any, ranges: Ranges) -> Ranges:
+    graph, wider = model.subgraphs[0], ranges.copy()
+    wider[[int(i) for i in graph.inputs]] *= ROOM
+    for op in graph.operators:
+        if code_of(model, op) not in _BOUNDED:
+            wider[[int(i) for i in op.outputs]] *= ROOM
+    return wider
 
 
 def _united(model: Any, ranges: Ranges) -> Ranges:

@@ -2,7 +2,8 @@
 
 A graph names its grids by pairs of QuantizeLinear and DequantizeLinear. Weights with codes are
 DequantizeLinear of these alone, with the student's scales; layers without codes stay in float. The
-ranges come from a run of the same graph on calibration samples, before the pairs are in it.
+ranges come from a run of the same graph on calibration samples, before the pairs are in it; grids
+reach twice as far.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from handheld.errors import TargetError
-from handheld_export.quantization import QuantizedWeight
+from handheld_export.quantization import ROOM, QuantizedWeight
 from handheld_export.rewrites import quantized_of, source_of
 
 _MOST: Final = 65535
 _LEAST_RANGE: Final = 1e-30
 _MOVING: Final = frozenset({"Reshape", "Transpose", "Slice", "Concat", "Pad", "Unsqueeze"})
 """Operators that compute nothing: what they read and write is on one grid."""
+_BOUNDED: Final = frozenset({"Softmax", "Sigmoid", "Tanh"})
+"""Operators whose results are known to end where calibration saw them end."""
 _WEIGHTED: Final = frozenset({"Conv", "Gemm", "MatMul"})
 _ONE: Final = "reciprocal.one"
 Ranges = dict[str, tuple[float, float]]
@@ -171,7 +174,7 @@ class _Grids:
     def __init__(self, graph: Any, ranges: Ranges) -> None:
         from onnx import TensorProto, numpy_helper
 
-        self.graph, self.ranges = graph, _united(graph, ranges)
+        self.graph, self.ranges = graph, _united(graph, _with_room(graph, ranges))
         constants = {t.name: t for t in graph.initializer if t.data_type == TensorProto.FLOAT}
         self.weights = {n.output[0]: n for n in graph.node if n.op_type == "DequantizeLinear"}
         self.constants = {name: numpy_helper.to_array(t) for name, t in constants.items()}
@@ -255,6 +258,14 @@ class _Grids:
             node.output[:] = [raw if n == name else n for n in node.output]
         self.ranges[raw] = self.ranges[name]
         self._placed(raw, name)
+
+
+def _with_room(graph: Any, ranges: Ranges) -> Ranges:
+    bounded = {n for node in graph.node if node.op_type in _BOUNDED for n in node.output}
+    return {
+        name: (low, high) if name in bounded else (ROOM * low, ROOM * high)
+        for name, (low, high) in ranges.items()
+    }
 
 
 def _united(graph: Any, ranges: Ranges) -> Ranges:

@@ -1,8 +1,8 @@
 """From an exported segment to a QNN context binary; runs where QNN is loaded.
 
-In fp16 the graph goes to the compiler as it is. Otherwise every tensor is on a 16-bit grid of the
-range that the samples show, and so are the weights of layers that have no codes; layers with codes
-keep them, with the student's own scales.
+In fp16 the graph goes to the compiler as it is. Otherwise every tensor is on a 16-bit grid that
+reaches twice as far as what the samples show. So are the weights of layers that have no codes, in
+their own range; layers with codes keep them, with the student's own scales.
 """
 
 from __future__ import annotations
@@ -24,12 +24,20 @@ from torchao.quantization.pt2e.quantizer import QuantizationSpec
 
 from handheld.errors import TargetError
 from handheld_export.qnn.process import ARTIFACT, CODES, PROGRAM, SAMPLES
-from handheld_export.quantization import BITS, LIMITS
+from handheld_export.quantization import BITS, LIMITS, ROOM
 
 _MAGIC, _HEADER = struct.pack("<I", 0x5678ABCD), 20
 """What is before a binary: magic number (4 bytes), signature and size (8 each)."""
 _ANNOTATION = "quantization_annotation"
 _WEIGHTED = (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default)
+
+
+class Seen(MinMaxObserver):  # type: ignore[misc]
+    """The range that was seen, with room."""
+
+    def calculate_qparams(self) -> Any:
+        """Return scale and zero point."""
+        return self._calculate_qparams(ROOM * self.min_val, ROOM * self.max_val)
 
 
 class GivenScales(UniformQuantizationObserverBase):  # type: ignore[misc]
@@ -214,7 +222,7 @@ def lower(folder: Path, soc: str) -> dict[str, Any]:
             QuantDtype.use_16a8w,
             is_conv_per_channel=True,
             is_linear_per_channel=True,
-            act_observer=MinMaxObserver,
+            act_observer=Seen,
         )
         quantizer.add_custom_quant_annotations((weights.annotate,))
         prepared = prepare_pt2e(module, quantizer)
