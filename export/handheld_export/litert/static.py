@@ -25,7 +25,7 @@ _WEIGHTED: Final = frozenset({_OPS.CONV_2D, _OPS.FULLY_CONNECTED})
 _MOVING: Final = frozenset({_OPS.RESHAPE, _OPS.TRANSPOSE, _OPS.SLICE, _OPS.PAD, _OPS.CONCATENATION})
 """Operators that compute nothing: what they read and write is on one grid."""
 _BOUNDED: Final = frozenset({_OPS.SOFTMAX, _OPS.LOGISTIC, _OPS.TANH})
-"""Operators whose results are known to end where calibration saw them end."""
+"""Operators whose results are 1 at most."""
 _FLOAT: Final = schema.TensorType.FLOAT32
 _MOST: Final = 32767
 _LEAST_RANGE: Final = 1e-30
@@ -208,8 +208,10 @@ def _with_room(model: Any, ranges: Ranges) -> Ranges:
     graph, wider = model.subgraphs[0], ranges.copy()
     wider[[int(i) for i in graph.inputs]] *= ROOM
     for op in graph.operators:
-        if code_of(model, op) not in _BOUNDED:
-            wider[[int(i) for i in op.outputs]] *= ROOM
+        outputs = [int(i) for i in op.outputs]
+        wider[outputs] *= ROOM
+        if code_of(model, op) in _BOUNDED:
+            wider[outputs] = np.minimum(wider[outputs], 1)
     return wider
 
 

@@ -26,7 +26,7 @@ _LEAST_RANGE: Final = 1e-30
 _MOVING: Final = frozenset({"Reshape", "Transpose", "Slice", "Concat", "Pad", "Unsqueeze"})
 """Operators that compute nothing: what they read and write is on one grid."""
 _BOUNDED: Final = frozenset({"Softmax", "Sigmoid", "Tanh"})
-"""Operators whose results are known to end where calibration saw them end."""
+"""Operators whose results are within -1 and 1."""
 _WEIGHTED: Final = frozenset({"Conv", "Gemm", "MatMul"})
 _ONE: Final = "reciprocal.one"
 Ranges = dict[str, tuple[float, float]]
@@ -164,7 +164,7 @@ def _divide(graph: Any) -> None:
 
     found = [node for node in graph.node if node.op_type == "Reciprocal"]
     if found:
-        graph.initializer.append(numpy_helper.from_array(np.float32(1), _ONE))
+        graph.initializer.append(numpy_helper.from_array(np.asarray(1, np.float32), _ONE))
     for node in found:
         node.op_type = "Div"
         node.input[:] = [_ONE, *node.input]
@@ -262,10 +262,8 @@ class _Grids:
 
 def _with_room(graph: Any, ranges: Ranges) -> Ranges:
     bounded = {n for node in graph.node if node.op_type in _BOUNDED for n in node.output}
-    return {
-        name: (low, high) if name in bounded else (ROOM * low, ROOM * high)
-        for name, (low, high) in ranges.items()
-    }
+    wider = {name: (ROOM * low, ROOM * high) for name, (low, high) in ranges.items()}
+    return wider | {n: (max(wider[n][0], -1.0), min(wider[n][1], 1.0)) for n in bounded}
 
 
 def _united(graph: Any, ranges: Ranges) -> Ranges:
