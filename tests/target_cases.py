@@ -155,12 +155,12 @@ def run(target, item, path):
     return lowered, min(snr_db(y, r) for y, r in zip(expected, results, strict=True))
 
 
-def beyond_calibration():
-    """A normalisation of what spreads less than all that calibration sees of it."""
+def beyond_calibration(factor):
+    """A normalisation, a convolution, and a calibration that sees ``factor`` times what comes."""
     norm, convolution = nn.GroupNorm(4, 16), nn.Conv2d(16, 16, 3, padding=1)
     item = segment(randomize(Line(norm, convolution)), [(1, 16, 16, 16)])
     quantize(item, lambda *_: ("int8",))
-    return replace(item, samples=[[1.4 * x for x in item.examples]])
+    return replace(item, samples=[[factor * x for x in item.examples]])
 
 
 def far_below_zero():

@@ -42,13 +42,17 @@ def test_layers_agree_with_x86(arm64, tmp_path, target, precision):
         pytest.importorskip("onnxscript")
     bundle = arm64.layers(target, precision, tmp_path / "bundle")
     made = arm64.kit()
-    more = ["block"] if precision == "fp32" else ["fixed"] if target != "onnx" else []
+    more = {
+        ("executorch-xnnpack", "fp32"): ["block"],
+        ("executorch-xnnpack", "int8"): ["fixed"],
+        ("onnx", "fp32"): ["block"],
+        ("onnx", "int8"): [],
+    }[target, precision]
     for cpu in arm64.CPUS:
         for residency in ("resident", "stream"):
             rows = list(arm64.compare(bundle, made, cpu, residency, tmp_path / "work"))
             assert [r.what for r in rows] == ["linear", "conv", *more]
             for row in rows:
-                assert arm64.passes(row), row
                 assert row.relative_error <= arm64.LIMITS[precision], row
                 assert row.equal or row.what != "fixed", row
                 assert row.equal or (target, precision) != ("onnx", "int8"), row

@@ -55,14 +55,14 @@ def test_settings_are_read(tmp_path):
         (recipes.quantize("bits = 3.0", "megabytes = 2.0"), "steps[0]", "not both"),
         (recipes.step("trim", "remove = 0.3", "pairs = [1, 1]"), "steps[0]", "either"),
         (recipes.step("trim"), "steps[0]", "either"),
-        (recipes.quantize('linear = ["int3"]'), "steps[0].linear", "int8"),
+        (recipes.quantize('linear = ["int3"]'), "steps[0].linear[0]", "int8"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_place(tmp_path, steps, field, words):
     with pytest.raises(UsageError) as error:
         read(tmp_path, steps)
     assert error.value.path == str(tmp_path / "r.toml")
-    assert (error.value.field or "").startswith(field)
+    assert error.value.field == field
     assert words in str(error.value)
     assert error.value.exit_code == 2
 
@@ -70,7 +70,7 @@ def test_what_is_wrong_is_named_with_its_place(tmp_path, steps, field, words):
 def test_unknown_keys_at_the_top_are_refused(tmp_path):
     path = tmp_path / "r.toml"
     path.write_text("sede = 1\n" + recipes.text(recipes.trim()))
-    with pytest.raises(UsageError, match="sede"):
+    with pytest.raises(UsageError, match=r"sede: is unknown \(a recipe has name, about, extends"):
         recipe.read(path)
 
 

@@ -239,7 +239,6 @@ def test_convolutions_on_other_socs(soc, hexagon, grid, tmp_path):
 @here
 @pytest.mark.slow
 def test_values_somewhat_beyond_calibration_are_not_cut(tmp_path):
-    item = target_cases.beyond_calibration()
-    item = replace(item, samples=[[0.7 * x for x in item.examples]])
+    item = target_cases.beyond_calibration(0.7)
     _, db = target_cases.run(ExecuTorchQNN.for_soc("SM8650"), item, tmp_path / "a.pte")
     assert db > 45

@@ -83,6 +83,14 @@ def test_layers_with_float_inputs_round_nothing(case, grid, tmp_path):
     assert not kinds["ConvInteger"]
 
 
+def old_x86():
+    """Whether onnxruntime's fast integer products overflow here."""
+    from handheld_export.targets import onnx
+
+    return onnx._saturates()
+
+
+@pytest.mark.skipif(old_x86(), reason="x86-64 without VNNI")
 def test_int8_rows_give_the_bits_that_their_definition_gives(tmp_path):
     """Every processor computes them: integers, and single operations of float32."""
     layer = nn.Linear(72, 40)
@@ -102,6 +110,19 @@ def test_int8_rows_give_the_bits_that_their_definition_gives(tmp_path):
     expected = sums.astype(one) * layer.quantized.scales * scale + layer.bias.detach().numpy()
     assert np.array_equal(y, expected)
     assert np.array_equal(y[0, 3], layer.bias.detach().numpy())
+    kinds = {n.op_type for n in load(tmp_path / "a.onnx").graph.node}
+    assert not kinds & {"Reciprocal", "Clip"}, "engines have kernels of their own for these"
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf])
+def test_int8_rows_do_not_hide_infinity(bad, tmp_path):
+    item = segment(randomize(nn.Sequential(nn.Linear(16, 8), Tuple())), [(3, 16)])
+    quantize(item, lambda *_: ("int8",))
+    TARGET.lower(item, tmp_path / "a.onnx")
+    x = item.examples[0].numpy().copy()
+    x[1, 2] = bad
+    (y,) = TARGET.load(tmp_path / "a.onnx", item.ports)(x)
+    assert np.isfinite(y).all(-1).tolist() == [True, False, True]
 
 
 def mixed(name, layer):

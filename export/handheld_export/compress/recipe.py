@@ -122,7 +122,7 @@ def _step(entry: dict[str, Any], place: Place, earlier: list[str]) -> Step:
     except UsageError as e:
         e.path, e.field = str(place.path), f"{place.field}.step"
         raise
-    step: Step = checked(cls, settings, place.path, f"{place.field}.")
+    step: Step = checked(cls, settings, place.path, place.field)
     _check_order(cls, earlier, place)
     return step
 

@@ -7,7 +7,7 @@ else into ONNX, and buffers become initializers.
 - Linear layers are ``com.microsoft.MatMulNBits`` in 2 or 4 bits, and in int8 with groups. Its
   kernels quantize activations to int8 in blocks while running.
 - Linear layers in int8 with scales per channel are ``MatMulInteger``, on rows that the graph itself
-  quantizes. That takes 0.6 of the time, and gives the same bits on every processor.
+  quantizes. That is faster, and gives the same bits on arm64 and on x86-64 with VNNI.
 - Convolutions are ``DynamicQuantizeLinear`` and ``ConvInteger`` with int8 codes.
 - Layers whose input is not to be rounded compute in float from the same codes.
 """
@@ -38,7 +38,7 @@ DOMAIN = "com.microsoft"
 EXTERNAL_FROM = 1024
 """Bytes from which a tensor lies in the file of external data."""
 _ZERO = 128
-"""Of rows' codes: kernels want the left side unsigned."""
+"""Of rows' codes: the fast kernels take an unsigned left side, whose middle this is."""
 _LEAST = 1e-20
 """A row of zeros is divided by this."""
 _FLOAT_ACTIVATIONS, _INT8_ACTIVATIONS = 1, 4
@@ -111,6 +111,8 @@ class IntegerLinear(nn.Module):
     scales: Tensor
     bias: Tensor
     zero: Tensor
+    most: Tensor
+    least: Tensor
 
     def __init__(self, layer: nn.Linear, weight: QuantizedWeight) -> None:
         super().__init__()
@@ -119,10 +121,13 @@ class IntegerLinear(nn.Module):
         bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach()
         self.register_buffer("bias", bias)
         self.register_buffer("zero", torch.tensor(_ZERO, dtype=torch.uint8))
+        # As tensors: numbers would become Reciprocal, and Clip, which turns infinity into a number.
+        self.register_buffer("most", torch.tensor(127.0))
+        self.register_buffer("least", torch.tensor(_LEAST))
 
     def forward(self, x: Tensor) -> Tensor:
-        largest = x.abs().amax(-1, keepdim=True).clamp(min=_LEAST)
-        codes = torch.round(x * (127 / largest) + _ZERO).to(torch.uint8)
+        largest = torch.maximum(x.abs().amax(-1, keepdim=True), self.least)
+        codes = torch.round(x * (self.most / largest) + _ZERO).to(torch.uint8)
         counted = torch.onnx.ops.symbolic(
             "MatMulInteger",
             (codes, self.codes, self.zero, None),
@@ -379,10 +384,10 @@ def read_back(path: Path, layers: Sequence[Layer]) -> None:
 def _same(codes: NDArray[Any], scales: NDArray[Any], own: QuantizedWeight) -> bool:
     if own.codes.ndim == 4:
         return np.array_equal(codes, own.codes) and np.array_equal(scales.reshape(-1), own.scales)
-    bits = BITS[own.grid]
-    out, inputs = own.codes.shape
     if codes.ndim == 2:
         return np.array_equal(codes.T, own.codes) and np.array_equal(scales, own.scales)
+    bits = BITS[own.grid]
+    out, inputs = own.codes.shape
     per = codes.shape[2] * 8 // bits
     rows = codes.reshape(out, -1)
     if bits == 8:

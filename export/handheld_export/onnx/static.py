@@ -104,7 +104,7 @@ def check(model: Any, module: nn.Module) -> None:
 
 
 def observe(model: Any, samples: Sequence[Mapping[str, NDArray[Any]]]) -> Ranges:
-    """Run a graph on samples and return the range of each float tensor that is not constant.
+    """Run a graph on samples and return the range of each float tensor that a node or caller gives.
 
     Parameters
     ----------

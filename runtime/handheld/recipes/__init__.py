@@ -97,6 +97,9 @@ def _read(path: Path) -> File:
         raise UsageError("there is no such recipe", path=path) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
         raise UsageError(f"is not readable TOML: {e}", path=path, remedy="correct it") from None
+    if unknown := next((name for name in value if name not in File.model_fields), None):
+        keys = ", ".join(File.model_fields)
+        raise UsageError("is unknown", path=path, field=unknown, remedy=f"a recipe has {keys}")
     _check_tables(value, path)
     file: File = checked(File, value, path)
     return file
@@ -108,14 +111,15 @@ def checked(cls: type[Model], value: object, path: Path, prefix: str = "") -> An
     Raises
     ------
     UsageError
-        Naming the file and the field, below ``prefix``.
+        Naming the file and the field, which is below ``prefix``.
     """
     try:
         return cls.model_validate(value)
     except ValidationError as e:
         message, field = describe_validation(e)
+        place = ".".join(filter(None, (prefix, field)))
         raise UsageError(
-            message, path=path, field=f"{prefix}{field or ''}" or None, remedy="correct the recipe"
+            message, path=path, field=place or None, remedy="correct the recipe"
         ) from None
 
 
@@ -190,7 +194,7 @@ def _shape_after(path: Path, steps: list[dict[str, Any]], shape: Shape) -> Shape
                 remedy=f"it knows {', '.join(sorted((*TRAINING, *SHAPES)))}",
             )
         own = {k: v for k, v in step.items() if k in cls.model_fields}
-        settings = checked(cls, own, path, f"steps[{i}].")
+        settings = checked(cls, own, path, f"steps[{i}]")
         try:
             shape = settings.shape(shape)
         except UsageError as e:
