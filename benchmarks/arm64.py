@@ -334,12 +334,12 @@ def main() -> None:
                 indent=2,
             )
         )
-    bad = [r for r in rows if not passes(r)]
+    bad = [r for r in rows if not _passes(r)]
     if bad:
         sys.exit(f"{len(bad)} of {len(rows)} differ by more than they may: {bad[0]}")
 
 
-def passes(row: Row) -> bool:
+def _passes(row: Row) -> bool:
     """Whole bundles have to give the same picture, to 40 dB; layers are held to LIMITS."""
     if row.what not in KINDS:
         return row.psnr_db is None or row.psnr_db >= 40
