@@ -64,6 +64,17 @@ class IPhone:
     def running(self) -> list[int]:
         return _running(self.folder)
 
+    def terminated(self) -> list[int]:
+        """Return the apps that were ended by a call."""
+        return [int(option(c, "--pid")) for c in self.calls() if "terminate" in c]
+
+    def is_idle(self, patience_s: float = 20) -> bool:
+        """Tell whether no app is left; one that has just reported is on its way out."""
+        deadline = time.monotonic() + patience_s
+        while self.running() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return self.running() == []
+
 
 def _running(folder: Path) -> list[int]:
     found = []
