@@ -143,6 +143,31 @@ class Tuple(nn.Module):
         return (x,)
 
 
+class Product(nn.Module):
+    """A product of two computed matrices, as attention has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = (nn.Linear(32, 32, bias=False) for _ in range(2))
+
+    def forward(self, x, context):
+        return (torch.bmm(self.left(x), self.right(context).transpose(1, 2)),)
+
+
+def product():
+    """Return one on calibrated grids, with int8 weights."""
+    item = segment(randomize(Product()), [(1, 64, 32), (1, 48, 32)])
+    quantize(item, lambda *_: ("int8",))
+    return replace(item, samples=[item.examples])
+
+
+def narrow(layer, shape):
+    """Return a layer of 2-bit codes on calibrated grids."""
+    item = segment(randomize(Line(layer)), [shape])
+    quantize(item, lambda *_: ("int2",))
+    return replace(item, samples=[item.examples])
+
+
 def run(target, item, path):
     """Lower, load and run a segment: what was lowered, and dB of the worst output."""
     lowered = target.lower(item, path)

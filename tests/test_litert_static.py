@@ -79,6 +79,24 @@ def test_a_bias_that_leaves_32_bits_is_named(case, tmp_path):
 
 
 @pytest.mark.slow
+def test_buffers_of_kernels_are_no_values(tmp_path):
+    """A product of computed matrices has some, in which nothing was written at first."""
+    item = target_cases.product()
+    opened = tflite.Open(item.module, 2).eval()
+    flatbuffer = conversion.convert(opened, item, [x.weight for x in opened.layers])
+    path = tmp_path / "float.tflite"
+    layers = [replace(x, quantized=None) for x in opened.layers]
+    tflite.graft(flatbuffer, layers, item.ports, path)
+    model = schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0)
+    (graph,) = model.subgraphs
+    assert schema.BuiltinOperator.BATCH_MATMUL in [
+        tflite.code_of(model, o) for o in graph.operators
+    ]
+    ranges = static.observe(path, [[x.numpy() for x in item.examples]])
+    assert len(ranges) == len(graph.tensors)
+
+
+@pytest.mark.slow
 def test_values_that_are_not_finite_are_told(case):
     item, _, _, floats, _ = case
     with pytest.raises(TargetError, match="not finite"):

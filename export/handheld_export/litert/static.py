@@ -60,9 +60,10 @@ def observe(path: Path, samples: Sequence[Sequence[NDArray[Any]]]) -> Ranges:
         experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
         num_threads=1,
     )
+    # Later there are kernels' own buffers, too, which hold anything.
+    tensors = interpreter.get_tensor_details()
     interpreter.allocate_tensors()
     inputs = [d["index"] for d in interpreter.get_input_details()]
-    tensors = interpreter.get_tensor_details()
     ranges = np.zeros(1 + max(d["index"] for d in tensors))
     for sample in samples:
         for index, value in zip(inputs, sample, strict=True):
