@@ -77,3 +77,19 @@ def test_a_reciprocal_divides_an_exact_one():
     assert ("Reciprocal" in kinds, kinds.count("Div")) == (False, 1)
     assert grids(model)[static._ONE] == pytest.approx((0, 1), abs=1e-7)
     assert run(model, np.full(SHAPE, 0.4, np.float32)) == pytest.approx(2.5, abs=1e-3)
+
+
+def test_what_is_on_the_right_of_a_product_is_on_signed_codes():
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["t"]),
+        helper.make_node("MatMul", ["x", "t"], ["p"]),
+        helper.make_node("MatMul", ["p", "x"], ["y"]),
+    ]
+    x = np.array([[-1, 2, 0.5, 3], [2, -2, 1, 0]], np.float32)
+    model = quantized(graph(*nodes), x)
+    stored = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    made = {name: node for node in model.graph.node for name in node.output}
+    for product in (n for n in model.graph.node if n.op_type == "MatMul"):
+        left, right = (stored[made[name].input[2]].dtype for name in product.input)
+        assert (left, right) == (np.uint16, np.int16)
+    assert run(model, x) == pytest.approx(x @ x.T @ x, abs=5e-3)

@@ -23,6 +23,16 @@ convolution = st.tuples(st.integers(1, 5), st.integers(1, 4), st.just(3), st.jus
 weights = (linear | convolution).flatmap(lambda s: hnp.arrays(np.float32, s, elements=floats))
 
 
+signed = st.sampled_from(["int8", "int4", "int2"]).flatmap(
+    lambda grid: st.tuples(
+        st.just(grid),
+        (linear | convolution).flatmap(
+            lambda s: hnp.arrays(np.int8, s, elements=st.integers(*LIMITS[grid]))
+        ),
+    )
+)
+
+
 def per_channel(scales, weight):
     return scales.reshape(-1, *([1] * (weight.ndim - 1)))
 
@@ -175,3 +185,26 @@ def test_codes_come_out_of_bytes_as_they_went_in(grid, shape):
 def test_the_first_code_is_in_the_lowest_bits():
     assert pack(np.array([[1, -1, -7]], np.int8), 4).tolist() == [[0xF1, 0x09]]
     assert pack(np.array([[1, 0, -1, -2, 1]], np.int8), 2).tolist() == [[0b10_11_00_01, 0b01]]
+
+
+@given(given=signed, seed=st.integers(0, 9))
+def test_stretched_codes_stand_for_the_same_values(given, seed):
+    grid, codes = given
+    scales = np.random.default_rng(seed).uniform(1e-3, 9, len(codes)).astype(np.float32)
+    weight = QuantizedWeight(grid, codes, scales)
+    wide = weight.stretched()
+    QuantizedWeight.checked(wide.grid, wide.codes, wide.scales)
+    assert wide.grid == "int8"
+    assert np.array_equal(wide.dequantize(), weight.dequantize())
+    peak = np.abs(wide.codes.reshape(len(codes), -1).astype(int)).max(axis=1)
+    assert ((peak == 0) | (2 * peak > 127)).all()
+
+
+def test_only_codes_of_channels_are_stretched():
+    grouped = round_to_nearest(np.ones((2, 8), np.float32), "int4", 4)
+    palette = QuantizedWeight(
+        "palette", np.zeros((1, 2), np.int8), np.ones(1, np.float32), None, np.ones(4, np.float32)
+    )
+    for weight in (grouped, palette):
+        with pytest.raises(ValueError, match="one scale per channel"):
+            weight.stretched()

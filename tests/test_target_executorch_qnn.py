@@ -238,6 +238,13 @@ def test_convolutions_on_other_socs(soc, hexagon, grid, tmp_path):
 
 @here
 @pytest.mark.slow
+def test_products_of_computed_matrices_keep_16_bits(target, tmp_path):
+    _, db = target_cases.run(target, target_cases.product(), tmp_path / "a.pte")
+    assert db > 55
+
+
+@here
+@pytest.mark.slow
 def test_values_somewhat_beyond_calibration_are_not_cut(tmp_path):
     item = target_cases.beyond_calibration(0.7)
     _, db = target_cases.run(ExecuTorchQNN.for_soc("SM8650"), item, tmp_path / "a.pte")

@@ -124,6 +124,23 @@ def test_an_embedding_whose_silu_reads_values_far_below_zero_is_right(tmp_path):
     assert any("without sigmoid" in note for note in lowered.notes)
 
 
+@needs_qnn
+@pytest.mark.slow
+def test_products_of_computed_matrices_keep_16_bits(tmp_path):
+    item = target_cases.product()
+    _, db = target_cases.run(LiteRTQualcomm.for_soc("SM8650"), item, tmp_path / "a.tflite")
+    assert db > 55
+
+
+@needs_qnn
+@pytest.mark.slow
+def test_narrow_codes_of_convolutions_lose_nothing_in_sums(tmp_path):
+    """Codes of -2 to 1 as they are would have 52 dB."""
+    item = target_cases.narrow(nn.Conv2d(64, 64, 3, padding=1), (1, 16, 16, 64))
+    _, db = target_cases.run(LiteRTQualcomm.for_soc("SM8650"), item, tmp_path / "a.tflite")
+    assert db > 65
+
+
 @pytest.mark.parametrize("grid", ["int8", "int4"])
 def test_groups_are_refused(grid, tmp_path):
     layer = nn.Linear(32, 16)

@@ -158,6 +158,21 @@ def test_a_layer_without_codes_between_grids_keeps_its_weights(tmp_path):
     assert db > 60
 
 
+@needs_qnn
+def test_products_of_computed_matrices_keep_16_bits(tmp_path):
+    """Of unsigned codes, QNN's provider rounds those on the right to 8 bits."""
+    _, db = target_cases.run(ONNXQNN.for_soc("SM8650"), target_cases.product(), tmp_path / "a.onnx")
+    assert db > 55
+
+
+@needs_qnn
+def test_narrow_codes_lose_nothing_in_sums(tmp_path):
+    """Codes of -2 to 1 as they are would have 52 dB."""
+    item = target_cases.narrow(nn.Conv2d(64, 64, 1), (1, 16, 16, 64))
+    _, db = target_cases.run(ONNXQNN.for_soc("SM8650"), item, tmp_path / "a.onnx")
+    assert db > 65
+
+
 def test_groups_are_refused(tmp_path):
     layer = nn.Linear(32, 16)
     item = target_cases.segment(nn.Sequential(layer, target_cases.Tuple()).eval(), [(1, 32)])
@@ -172,7 +187,7 @@ def test_codes_that_do_not_arrive_are_found():
     layer = nn.Linear(4, 2)
     layer.quantized = round_to_nearest(layer.weight.detach().numpy(), "int8")
     module = nn.Sequential(layer)
-    static.replace(module, lambda *_: None)
+    static.replace(module, lambda *_: None, lambda weight: weight)
     codes, scales = layer.quantized.codes.T.copy(), layer.quantized.scales
     node = helper.make_node("DequantizeLinear", ["0.codes", "0.scales"], ["w"], axis=1)
     made = helper.make_tensor_value_info("w", TensorProto.FLOAT, [4, 2])

@@ -157,6 +157,26 @@ class QuantizedWeight:
             self.codebook,
         )
 
+    def stretched(self) -> QuantizedWeight:
+        """Return the same values on the int8 grid, in codes as large as it takes.
+
+        Codes of a channel are multiplied by a power of two and its scale is divided by it, so that
+        no bit of a value changes. For kernels that drop the last bits of their sums.
+
+        Raises
+        ------
+        ValueError
+            If scales are per group, or codes stand for a palette.
+        """
+        if self.group_size is not None or self.codebook is not None:
+            raise ValueError("only codes with one scale per channel can be stretched")
+        rows = self.codes.reshape(len(self.codes), -1).astype(np.int16)
+        peak = np.abs(rows).max(axis=1, initial=0)
+        factor = np.exp2(np.floor(np.log2(LIMITS["int8"][1] // np.maximum(peak, 1))))
+        factor = np.where(peak == 0, 1, factor).astype(np.float32)
+        codes = (rows * factor[:, None]).astype(np.int8).reshape(self.codes.shape)
+        return QuantizedWeight("int8", codes, self.scales / factor)
+
     def sha256(self) -> str:
         """Hash of grid, codes and scales."""
         h = hashlib.sha256(f"{self.grid}|{self.group_size}|{self.codes.shape}".encode())

@@ -22,6 +22,7 @@ from handheld_export.quantization import ROOM, QuantizedWeight
 from handheld_export.rewrites import quantized_of, source_of
 
 _MOST: Final = 65535
+_MOST_SIGNED: Final = 32767
 _LEAST_RANGE: Final = 1e-30
 _MOVING: Final = frozenset({"Reshape", "Transpose", "Slice", "Concat", "Pad", "Unsqueeze"})
 """Operators that compute nothing: what they read and write is on one grid."""
@@ -64,8 +65,21 @@ class Coded(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def replace(module: nn.Module, check: Callable[[str, QuantizedWeight], None]) -> None:
-    """Replace layers with codes, in place; ``check`` refuses what does not run."""
+def replace(
+    module: nn.Module,
+    check: Callable[[str, QuantizedWeight], None],
+    held: Callable[[QuantizedWeight], QuantizedWeight],
+) -> None:
+    """Replace layers with codes, in place.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+    check : callable
+        Refuses what does not run, given a layer's name and weight.
+    held : callable
+        Gives the same values in the codes that the graph is to hold.
+    """
     made: dict[int, Coded] = {}
     for name, layer in list(module.named_modules(remove_duplicate=False)):
         weight = quantized_of(layer)
@@ -74,7 +88,7 @@ def replace(module: nn.Module, check: Callable[[str, QuantizedWeight], None]) ->
         source = source_of(layer) or name
         check(source, weight)
         if id(layer) not in made:
-            made[id(layer)] = Coded(layer, weight, source)
+            made[id(layer)] = Coded(layer, held(weight), source)
         parent, _, own = name.rpartition(".")
         setattr(module.get_submodule(parent), own, made[id(layer)])
 
@@ -204,6 +218,8 @@ class _Grids:
             return name
         if node.op_type == "Conv" and place == 2:
             return self._bias(node, name)
+        if node.op_type == "MatMul" and place == 1 and name in self.ranges:
+            return self._signed(name)
         return self._placed(name)
 
     def _store(self, name: str, values: Any) -> str:
@@ -234,6 +250,20 @@ class _Grids:
             self.placed[name] = self._node("DequantizeLinear", [codes, *grid], made)
             self.scales[self.placed[name]] = scale
         return self.placed[name]
+
+    def _signed(self, name: str) -> str:
+        """Return a computed tensor that has been on a symmetric grid of signed codes.
+
+        QNN's provider rounds the right side of a product of two computed matrices to 8 bits where
+        its 16-bit codes are unsigned.
+        """
+        made = f"{name}.signed"
+        if made not in self.scales:
+            scale = np.float32(max(*map(abs, self.ranges[name]), _LEAST_RANGE) / _MOST_SIGNED)
+            grid = self._store(f"{made}.scale", scale), self._store(f"{made}.zero", np.int16(0))
+            codes = self._node("QuantizeLinear", [self._placed(name), *grid], f"{made}.codes")
+            self.scales[self._node("DequantizeLinear", [codes, *grid], made)] = scale
+        return made
 
     def _bias(self, node: Any, name: str) -> str:
         """Put a bias on the grid of its layer's sums: a product of the input's and the weight's."""

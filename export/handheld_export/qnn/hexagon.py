@@ -115,6 +115,13 @@ class HexagonTarget(Target):
             raise TargetError(f"target '{self.name}' lacks QNN", remedy=qnn.missing(self.converter))
         return sdk
 
+    def held(self, weight: QuantizedWeight) -> QuantizedWeight:
+        """Return a weight on the grid that holds its codes, int8 to its ends.
+
+        QNN's sums lose their last 8 bits, so small codes would lose more.
+        """
+        return weight.stretched() if self.container(weight) == "int8" else super().held(weight)
+
     def facts(self, path: Path) -> dict[str, str]:
         """Return ``soc``, ``hexagon`` and ``qnn`` as an artifact's binary says them."""
         return facts(path.read_bytes(), path)

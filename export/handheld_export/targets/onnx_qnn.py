@@ -59,7 +59,7 @@ class ONNXQNN(HexagonTarget):
         coded = [w for layer in module.modules() if (w := quantized_of(layer)) is not None]
         on_grids = bool(segment.samples and coded and small is None)
         if on_grids:
-            static.replace(module, check)
+            static.replace(module, check, self.held)
         else:
             notes = (*notes, *steady(module, segment.examples))
         inputs, outputs = list(segment.ports.inputs), list(segment.ports.outputs)
