@@ -168,6 +168,14 @@ def narrow(layer, shape):
     return replace(item, samples=[item.examples])
 
 
+def drowning(outlier):
+    """Return a linear layer of 2-bit codes, one of whose inputs is far larger than the others."""
+    item = segment(randomize(nn.Sequential(nn.Linear(128, 64), Tuple())), [(1, 64, 128)])
+    item.examples[0][0, 0, 0] = outlier
+    quantize(item, lambda *_: ("int2",))
+    return replace(item, samples=[item.examples])
+
+
 def run(target, item, path):
     """Lower, load and run a segment: what was lowered, and dB of the worst output."""
     lowered = target.lower(item, path)

@@ -214,7 +214,7 @@ def test_every_grid_of_linear_layers(target, tmp_path):
     quantize(item, mixed)
     lowered, db = target_cases.run(target, item, tmp_path / "a.pte")
     assert db >= 35
-    assert (lowered.held, lowered.partitions) == (None, 1)
+    assert (lowered.held, lowered.partitions) == ({}, 1)
     assert lowered.tools["hexagon"] == "75"
 
 
@@ -230,10 +230,21 @@ def test_convolutions_on_other_socs(soc, hexagon, grid, tmp_path):
     lowered, db = target_cases.run(other, item, tmp_path / "a.pte")
     assert db >= 35
     assert (lowered.tools["soc"], lowered.tools["hexagon"]) == (soc, hexagon)
-    assert lowered.held is None
+    assert lowered.held == {}
     again = replace(item, samples=[item.examples])
     other.lower(again, tmp_path / "b.pte")
     assert (tmp_path / "a.pte").read_bytes() == (tmp_path / "b.pte").read_bytes()
+
+
+@here
+@pytest.mark.slow
+@pytest.mark.parametrize(("outlier", "held"), [(1.0, {}), (200.0, {"int2 as int8": 8192})])
+def test_layers_keep_narrow_codes_unless_their_sums_would_drown(outlier, held, target, tmp_path):
+    item = target_cases.drowning(outlier)
+    lowered, db = target_cases.run(target, item, tmp_path / "a.pte")
+    assert db > 40
+    assert lowered.held == held
+    assert any("held as int8" in note for note in lowered.notes) == bool(held)
 
 
 @here

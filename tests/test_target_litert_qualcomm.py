@@ -94,7 +94,8 @@ def test_codes_on_calibrated_grids(tmp_path):
     target = targets.find("litert-qualcomm:SM8650")
     lowered, db = target_cases.run(target, item, tmp_path / "a.tflite")
     assert db > 40
-    assert (lowered.partitions, lowered.held) == (1, None)
+    assert lowered.partitions == 1
+    assert set(lowered.held) == {"int2 as int8", "int4 as int8"}, "convolutions"
 
 
 @needs_qnn
@@ -139,6 +140,17 @@ def test_narrow_codes_of_convolutions_lose_nothing_in_sums(tmp_path):
     item = target_cases.narrow(nn.Conv2d(64, 64, 3, padding=1), (1, 16, 16, 64))
     _, db = target_cases.run(LiteRTQualcomm.for_soc("SM8650"), item, tmp_path / "a.tflite")
     assert db > 65
+
+
+@needs_qnn
+@pytest.mark.slow
+@pytest.mark.parametrize(("outlier", "held"), [(1.0, {}), (200.0, {"int2 as int8": 8192})])
+def test_linear_layers_keep_narrow_codes_unless_their_sums_would_drown(outlier, held, tmp_path):
+    item = target_cases.drowning(outlier)
+    lowered, db = target_cases.run(LiteRTQualcomm.for_soc("SM8650"), item, tmp_path / "a.tflite")
+    assert db > 40
+    assert lowered.held == held
+    assert any("held as int8" in note for note in lowered.notes) == bool(held)
 
 
 @pytest.mark.parametrize("grid", ["int8", "int4"])

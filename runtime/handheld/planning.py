@@ -58,12 +58,7 @@ CONTAINERS: Mapping[str, Mapping[tuple[str, str], Grid]] = {
         ("conv1x1", "int4"): "int8",
         ("conv1x1", "int2"): "int8",
     },
-    "litert-qualcomm": {
-        ("conv3x3", "int4"): "int8",
-        ("conv3x3", "int2"): "int8",
-        ("conv1x1", "int4"): "int8",
-        ("conv1x1", "int2"): "int8",
-    },
+    "litert-qualcomm": {("conv3x3", "int4"): "int8", ("conv3x3", "int2"): "int8"},
     "onnx": {
         ("conv3x3", "int4"): "int8",
         ("conv3x3", "int2"): "int8",

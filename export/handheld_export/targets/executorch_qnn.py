@@ -14,7 +14,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from handheld.errors import TargetError
-from handheld_export.qnn.hexagon import HexagonTarget, check, counted, process, too_small
+from handheld_export.qnn.hexagon import (
+    HexagonTarget,
+    check,
+    counted,
+    faint,
+    process,
+    told,
+    too_small,
+)
 from handheld_export.qnn.process import ARTIFACT, CODES, PROGRAM, SAMPLES
 from handheld_export.quantization import BITS, QuantizedWeight
 from handheld_export.targets.base import Lowered, SegmentInput
@@ -54,15 +62,17 @@ class ExecuTorchQNN(HexagonTarget):
         from handheld_export.half import steady
         from handheld_export.rewrites import rewrite
 
-        layers = _quantized(segment.module)
+        given = layers = _quantized(segment.module)
         for name, weight in layers.items():
             check(name, weight)
         notes: tuple[str, ...] = ()
-        held = None
         if (small := too_small(segment)) is not None:
-            notes = (small,)
-            held = counted(layers.values())
-            layers = {}
+            notes, layers = (small,), {}
+        elif layers:
+            wide = faint(segment)
+            notes = told(wide)
+            layers = {n: w.stretched() if n in wide else w for n, w in layers.items()}
+        held = counted((w, layers[n].grid if layers else "fp16") for n, w in given.items())
         module = segment.module
         if not layers:
             module = rewrite(module, {})

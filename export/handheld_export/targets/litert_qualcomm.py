@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from handheld_export.qnn.hexagon import HexagonTarget, check, counted
+from handheld_export.qnn.hexagon import HexagonTarget, check, counted, faint, told
 from handheld_export.targets.base import Lowered, SegmentInput
 
 if TYPE_CHECKING:
@@ -62,14 +62,16 @@ class LiteRTQualcomm(HexagonTarget):
         from handheld_export.litert.rewrites import GPU_REPLACEMENTS
         from handheld_export.rewrites import quantized_of, rewrite
 
+        coded = any(quantized_of(layer) is not None for layer in segment.module.modules())
+        on_grids = bool(segment.samples and coded)
+        wide = faint(segment) if on_grids else {}
         module = rewrite(segment.module, GPU_REPLACEMENTS)
-        notes = fit(module, segment.examples)
-        given = [w for layer in module.modules() if (w := quantized_of(layer)) is not None]
-        on_grids = bool(segment.samples and given)
+        notes = (*fit(module, segment.examples), *told(wide))
         if not on_grids:
             notes = (*notes, *steady(module, segment.examples))
         opened = tflite.Open(module, len(segment.ports.inputs)).eval()
-        opened.layers = [self._holding(x, on_grids) for x in opened.layers]
+        given = [x.quantized for x in opened.layers]
+        opened.layers = [self._holding(x, on_grids, x.name in wide) for x in opened.layers]
         flatbuffer = conversion.convert(opened, segment, [x.weight for x in opened.layers])
         assert self.soc is not None
         with tempfile.TemporaryDirectory(prefix="handheld-npu-") as folder:
@@ -82,13 +84,15 @@ class LiteRTQualcomm(HexagonTarget):
             tflite.graft(flatbuffer, opened.layers, segment.ports, source, edit)
             tflite.check(source, opened.layers)
             npu.compile_for(self.sdk, self.soc, source, path)
-        held = None if on_grids else counted(given)
+        grids = [x.quantized.grid if x.quantized else "fp16" for x in opened.layers]
+        held = counted((w, g) for w, g in zip(given, grids, strict=True) if w is not None)
         return Lowered(path, 1, self.versions() | self.made(path), notes, held=held)
 
-    def _holding(self, layer: tflite.Layer, on_grids: bool) -> tflite.Layer:
+    def _holding(self, layer: tflite.Layer, on_grids: bool, wide: bool) -> tflite.Layer:
         weight = layer.quantized
         if weight is None or not on_grids:
             return replace(layer, quantized=None, half=True)
         check(layer.name, weight)
         # Inputs are on 16-bit grids, which hold what eight bits do not.
-        return replace(layer, quantized=self.held(weight), float_input=False)
+        held = weight.stretched() if wide else self.held(weight)
+        return replace(layer, quantized=held, float_input=False)

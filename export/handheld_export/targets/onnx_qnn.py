@@ -77,5 +77,5 @@ class ONNXQNN(HexagonTarget):
                 onnx_format.save_model(model, str(source))
             request = {"do": "compile", "source": str(source), "path": str(path), "soc": self.soc}
             process(self.sdk, "lower")(request)
-        held = None if on_grids else counted(coded)
+        held = None if on_grids else counted((w, "fp16") for w in coded)
         return Lowered(path, 1, self.versions() | self.made(path), notes, held=held)
