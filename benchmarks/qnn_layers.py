@@ -4,8 +4,9 @@
     python benchmarks/qnn_layers.py --target onnx-qnn:SM8750 --output build/qnn_layers.json
 
 Each case has random weights and inputs, is calibrated on its own input, compiled, and run in QNN's
-simulation; the table gives dB against torch with the same codes. Not run on hardware. Targets whose
-tools are missing are named and passed over.
+simulation; the table gives dB against torch with the same codes, and first what is estimated where
+codes of 4 and 2 bits go to the NPU as they are. Not run on hardware. Targets whose tools are
+missing are named and passed over.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from handheld.errors import TargetError
 from handheld.files import write_file
 from handheld.program import Ports, TensorSpec
 from handheld_export import measure, targets
+from handheld_export.qnn.hexagon import sums_db
 from handheld_export.quantization import Grid, round_to_nearest
 from handheld_export.targets.base import SegmentInput
 
@@ -159,11 +161,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except TargetError as error:
             print(f"{name} is left out: {error.message} ({error.remedy})")
     table: dict[str, dict[str, float]] = {}
-    print("| dB | " + " | ".join(names) + " |\n|---" + "|---:" * len(names) + "|")
+    print("| dB | estimate | " + " | ".join(names) + " |\n|---|---:" + "|---:" * len(names) + "|")
     with tempfile.TemporaryDirectory() as folder:
         for what, case in cases().items():
-            table[what] = {n: round(measured(n, case, Path(folder)), 1) for n in names}
-            print(f"| {what} | " + " | ".join(f"{x:.1f}" for x in table[what].values()) + " |")
+            estimate = min(sums_db(segment(case), lambda weight: weight).values(), default=None)
+            table[what] = {} if estimate is None else {"estimate": round(estimate, 1)}
+            found = {n: round(measured(n, case, Path(folder)), 1) for n in names}
+            figures = " | ".join(f"{x:.1f}" for x in found.values())
+            print(f"| {what} | {table[what].get('estimate', '')} | {figures} |", flush=True)
+            table[what] |= found
     if given.output:
         record = {"versions": versions, "db": table}
         write_file(given.output, json.dumps(record, indent=2).encode())

@@ -61,6 +61,7 @@ def mid_block(channels, heads):
 
 CASES = {
     "group norm": lambda: (nn.GroupNorm(8, 64), [picture(64, 8)]),
+    "group norm of tokens": lambda: (nn.GroupNorm(8, 64), [picture(64, 8).flatten(2)]),
     "group norm with an offset": lambda: (nn.GroupNorm(4, 32), [picture(32, 6, 10, 2, 30.0)]),
     "group norm without weights": lambda: (nn.GroupNorm(4, 16, affine=False), [picture(16, 4)]),
     "layer norm": lambda: (nn.LayerNorm(64), [torch.randn(2, 5, 64)]),

@@ -269,7 +269,20 @@ def test_products_of_computed_matrices_keep_16_bits(target, tmp_path):
 
 @here
 @pytest.mark.slow
-def test_values_somewhat_beyond_calibration_are_not_cut(tmp_path):
-    item = target_cases.beyond_calibration(0.8)
+def test_a_decoders_attention_is_on_grids(target, tmp_path):
+    """Its normalisation is of tokens."""
+    module, _ = target_cases.CASES["mid block"]()
+    item = segment(randomize(module), [(1, 16, 16, 64)])
+    quantize(item, lambda *_: ("int8",))
+    lowered, db = target_cases.run(target, item, tmp_path / "a.pte")
+    assert lowered.held == {}
+    assert db > 45
+
+
+@here
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [0.8, 1.4])
+def test_values_somewhat_beyond_calibration_are_not_cut(factor, tmp_path):
+    item = target_cases.beyond_calibration(factor)
     _, db = target_cases.run(ExecuTorchQNN.for_soc("SM8650"), item, tmp_path / "a.pte")
     assert db > 45

@@ -95,7 +95,17 @@ def test_codes_on_calibrated_grids(tmp_path):
     lowered, db = target_cases.run(target, item, tmp_path / "a.tflite")
     assert db > 40
     assert lowered.partitions == 1
-    assert set(lowered.held) == {"int2 as int8", "int4 as int8"}, "convolutions"
+    convolutions = {
+        grid: sum(
+            layer.quantized.codes.size
+            for layer in module.modules()
+            if isinstance(layer, nn.Conv2d)
+            and layer.kernel_size == (3, 3)
+            and layer.quantized.grid == grid
+        )
+        for grid in ("int2", "int4")
+    }
+    assert lowered.held == {f"{grid} as int8": n for grid, n in convolutions.items()}
 
 
 @needs_qnn

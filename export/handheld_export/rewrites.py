@@ -118,7 +118,7 @@ class TanhGELU(nn.Module):
 
 
 class PictureGroupNorm(nn.Module):
-    """GroupNorm of ``[N, C, H, W]``.
+    """GroupNorm of ``[N, C, H, W]``, or of ``[N, C, tokens]`` as attention has it.
 
     The mean is subtracted before squaring, so large offsets cost no precision. Only the
     ``[N, C, 1, 1]`` statistics are regrouped; the picture keeps its layout.
@@ -146,6 +146,9 @@ class PictureGroupNorm(nn.Module):
         self.eps *= factor**2
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 3:
+            normed: Tensor = self(x.unsqueeze(3))
+            return normed.squeeze(3)
         if self.factor != 1:
             x = x * self.factor
         centred = x - self._group_mean(x)

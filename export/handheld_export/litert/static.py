@@ -226,7 +226,7 @@ def _united(model: Any, ranges: Ranges) -> Ranges:
             moved = [i for i in moved if i >= 0 and graph.tensors[i].type == _FLOAT]
             group[np.isin(group, group[moved])] = group[moved[0]]
     for g in np.unique(group):
-        united[: len(group)][group == g] = ranges[: len(group)][group == g].max()
+        united[group == g] = ranges[group == g].max()
     return united
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, cached_property
 from pathlib import Path
 from typing import ClassVar, Final
@@ -122,11 +122,22 @@ class HexagonTarget(Target):
         return sdk
 
     def held(self, weight: QuantizedWeight) -> QuantizedWeight:
-        """Return a weight on the grid that holds its codes, int8 to its ends.
+        """Return a weight on the grid that holds its codes; as int8, in codes as large as can be.
 
-        QNN's sums lose their last 8 bits, so small codes would lose more.
+        QNN's sums lose their last 8 bits, of which small codes leave little.
         """
         return weight.stretched() if self.container(weight) == "int8" else super().held(weight)
+
+    def drowned(self, segment: SegmentInput) -> dict[str, float]:
+        """Find layers whose codes are too narrow for their sums, so that int8 is to hold them.
+
+        Returns
+        -------
+        dict
+            By layer, the estimated dB of its sums, less than 40.
+        """
+        found = sums_db(segment, self.held)
+        return {name: db for name, db in found.items() if db < _LEAST_SUM_DB}
 
     def facts(self, path: Path) -> dict[str, str]:
         """Return ``soc``, ``hexagon`` and ``qnn`` as an artifact's binary says them."""
@@ -208,18 +219,25 @@ def counted(held: Iterable[tuple[QuantizedWeight, str]]) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def faint(segment: SegmentInput) -> dict[str, float]:
-    """Find layers of narrow codes whose sums are hardly larger than what QNN drops of them.
+def sums_db(
+    segment: SegmentInput, held: Callable[[QuantizedWeight], QuantizedWeight]
+) -> dict[str, float]:
+    """Estimate by layer how far sums of narrow codes are above what QNN drops of them, in dB.
+
+    A layer's input is taken to be on a grid of its own. Where it is joined with larger values, and
+    shares their grid, its sums are smaller.
 
     Parameters
     ----------
     segment : SegmentInput
         Its example stands for samples where it has none.
+    held : callable
+        Gives the weight that a target holds for a layer's.
 
     Returns
     -------
     dict
-        By layer, the estimated dB of its sums; only of layers that have less than 40.
+        Of layers that are held in 4 or 2 bits.
     """
     found: dict[str, _Sums] = {}
     hooks = []
@@ -227,17 +245,18 @@ def faint(segment: SegmentInput) -> dict[str, float]:
         weight = getattr(layer, "quantized", None)
         if not isinstance(layer, nn.Linear | nn.Conv2d) or weight is None:
             continue
-        if weight.grid in ("int4", "int2") and weight.group_size is None:
+        if held(weight).grid in ("int4", "int2"):
             found[name] = sums = _Sums(layer, weight)
             hooks.append(layer.register_forward_hook(sums.add))
     try:
-        with torch.no_grad():
-            for sample in segment.samples or [segment.examples]:
-                segment.module(*sample)
+        if found:
+            with torch.no_grad():
+                for sample in segment.samples or [segment.examples]:
+                    segment.module(*sample)
     finally:
         for hook in hooks:
             hook.remove()
-    return {n: db for n, sums in found.items() if (db := sums.db()) < _LEAST_SUM_DB}
+    return {name: sums.db() for name, sums in found.items()}
 
 
 class _Sums:
@@ -261,15 +280,15 @@ class _Sums:
         return 10 * math.log10(self._power / lost) if lost and self._power else math.inf
 
 
-def told(found: Mapping[str, float]) -> tuple[str, ...]:
-    """Return a note about layers that :func:`faint` has found."""
-    if not found:
+def note_on(drowned: Mapping[str, float]) -> tuple[str, ...]:
+    """Return a note on layers that are held as int8 because of their sums."""
+    if not drowned:
         return ()
-    name = min(found, key=found.__getitem__)
-    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    name = min(drowned, key=drowned.__getitem__)
+    more = f" and {len(drowned) - 1} more" if len(drowned) > 1 else ""
     return (
         f"held as int8, because sums of so narrow codes would be rounded too much: layer '{name}' "
-        f"(estimated {found[name]:.0f} dB){more}",
+        f"(estimated {drowned[name]:.1f} dB){more}",
     )
 
 

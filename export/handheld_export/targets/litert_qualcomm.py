@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from handheld_export.qnn.hexagon import HexagonTarget, check, counted, faint, told
+from handheld_export.qnn.hexagon import HexagonTarget, check, counted, note_on
 from handheld_export.targets.base import Lowered, SegmentInput
 
 if TYPE_CHECKING:
@@ -62,16 +62,20 @@ class LiteRTQualcomm(HexagonTarget):
         from handheld_export.litert.rewrites import GPU_REPLACEMENTS
         from handheld_export.rewrites import quantized_of, rewrite
 
-        coded = any(quantized_of(layer) is not None for layer in segment.module.modules())
-        on_grids = bool(segment.samples and coded)
-        wide = faint(segment) if on_grids else {}
+        named = segment.module.named_modules()
+        coded = {name: w for name, layer in named if (w := quantized_of(layer)) is not None}
+        on_grids, drowned = bool(segment.samples and coded), {}
+        if on_grids:
+            for name, weight in coded.items():
+                check(name, weight)
+            drowned = self.drowned(segment)
         module = rewrite(segment.module, GPU_REPLACEMENTS)
-        notes = (*fit(module, segment.examples), *told(wide))
+        notes = (*fit(module, segment.examples), *note_on(drowned))
         if not on_grids:
             notes = (*notes, *steady(module, segment.examples))
         opened = tflite.Open(module, len(segment.ports.inputs)).eval()
         given = [x.quantized for x in opened.layers]
-        opened.layers = [self._holding(x, on_grids, x.name in wide) for x in opened.layers]
+        opened.layers = [self._holding(x, on_grids, x.name in drowned) for x in opened.layers]
         flatbuffer = conversion.convert(opened, segment, [x.weight for x in opened.layers])
         assert self.soc is not None
         with tempfile.TemporaryDirectory(prefix="handheld-npu-") as folder:
@@ -88,11 +92,12 @@ class LiteRTQualcomm(HexagonTarget):
         held = counted((w, g) for w, g in zip(given, grids, strict=True) if w is not None)
         return Lowered(path, 1, self.versions() | self.made(path), notes, held=held)
 
-    def _holding(self, layer: tflite.Layer, on_grids: bool, wide: bool) -> tflite.Layer:
+    def _holding(self, layer: tflite.Layer, on_grids: bool, drowned: bool) -> tflite.Layer:
         weight = layer.quantized
         if weight is None or not on_grids:
             return replace(layer, quantized=None, half=True)
-        check(layer.name, weight)
         # Inputs are on 16-bit grids, which hold what eight bits do not.
-        held = weight.stretched() if wide else self.held(weight)
+        # No convolution of fewer bits compiles, a strided 1x1 one neither.
+        stretched = drowned or weight.codes.ndim == 4
+        held = weight.stretched() if stretched else self.held(weight)
         return replace(layer, quantized=held, float_input=False)
