@@ -80,8 +80,8 @@ class Artifact(Model):
     weights: dict[str, int] = {}
     """Number of weights by storage, for example ``{"int4": 1000, "float32": 10}``."""
     held: dict[str, int] = {}
-    """Number of weights whose grid the target's kernels cannot read, by that grid and the wider
-    one that holds the same codes, for example ``{"int2 as int8": 1000}``."""
+    """Number of weights whose grid the target's kernels cannot read, or compute badly on, by that
+    grid and the wider one that holds the same values, for example ``{"int2 as int8": 1000}``."""
     macs: int | None = None
     partitions: int | None = None
     """Delegate partitions in the artifact; null where the engine has no such notion."""

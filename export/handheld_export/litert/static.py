@@ -1,9 +1,9 @@
 """Fixed 16-bit grids for all values of a .tflite file, as NPUs want them.
 
 The ranges come from a run of the same file in float32 on calibration samples, so a tensor's range
-is known by its place in the file; grids reach twice as far. Weights keep the student's codes and
-scales. Layers without codes stay in half precision between two conversions; all else is on
-symmetric 16-bit grids.
+is known by its place in the file; grids reach twice as far. Weights are the student's, in its
+codes or in larger ones. Layers without codes stay in half precision between two conversions; all
+else is on symmetric 16-bit grids.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Fixed 16-bit grids for all values of an ONNX graph, as QNN's provider reads them.
 
 A graph names its grids by pairs of QuantizeLinear and DequantizeLinear. Weights with codes are
-DequantizeLinear of these alone, with the student's scales; layers without codes stay in float. The
+DequantizeLinear of these alone, with scales per channel; layers without codes stay in float. The
 ranges come from a run of the same graph on calibration samples, before the pairs are in it; grids
 reach twice as far.
 """

@@ -31,9 +31,9 @@ class ExecuTorchQNN(HexagonTarget):
     """Lower to a .pte that holds one QNN context binary for one SoC.
 
     The NPU computes in fp16, or on 16-bit grids that are calibrated on the program's own inputs.
-    Layers with codes keep them, with the student's scale per output channel; the weights of all
-    other layers are on 16-bit grids. The artifact runs here in QNN's simulation of the NPU; it was
-    not run on hardware.
+    Layers with codes keep them, with the student's scale per output channel, or hold the same
+    values as int8 where sums would drown; the weights of all other layers are on 16-bit grids. The
+    artifact runs here in QNN's simulation of the NPU; it was not run on hardware.
     """
 
     name: ClassVar[str] = "executorch-qnn"

@@ -20,9 +20,10 @@ class LiteRTQualcomm(HexagonTarget):
     """Lower to a .tflite whose one operator is a context binary of QNN for one SoC.
 
     The NPU computes in fp16, or on 16-bit grids that are calibrated on the program's own inputs.
-    There, layers with codes keep them, with the student's scale per output channel, and layers
-    without stay in fp16. The compiler takes int4 and int2 in linear layers; convolutions hold such
-    codes as int8. The binary runs here in QNN's simulation of the NPU; it was not run on hardware.
+    There, layers with codes have the student's values, with a scale per output channel, and layers
+    without stay in fp16. The compiler takes int4 and int2 in linear layers; convolutions, and
+    layers whose sums would drown, hold such codes as int8. The binary runs here in QNN's simulation
+    of the NPU; it was not run on hardware.
     """
 
     name: ClassVar[str] = "litert-qualcomm"

@@ -15,9 +15,9 @@ class ONNXQNN(HexagonTarget):
     """Lower to an ONNX graph of one EPContext node, which holds a context binary for one SoC.
 
     The NPU computes in fp16, or on 16-bit grids that are calibrated on the program's own inputs.
-    There, layers with codes keep them, as int8, with the student's scale per output channel, and
-    layers without stay in fp16. The binary runs here in QNN's simulation of the NPU; it was not run
-    on hardware.
+    There, layers with codes have the student's values, in int8 codes with a scale per output
+    channel, and layers without stay in fp16. The binary runs here in QNN's simulation of the NPU;
+    it was not run on hardware.
     """
 
     name: ClassVar[str] = "onnx-qnn"
