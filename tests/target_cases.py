@@ -168,6 +168,15 @@ def narrow(layer, shape):
     return replace(item, samples=[item.examples])
 
 
+def unlike_groups():
+    """Return a group normalisation on calibrated grids, one of whose groups is 100 times larger."""
+    norm = nn.GroupNorm(4, 16)
+    item = segment(randomize(Line(norm, nn.Conv2d(16, 16, 3, padding=1))), [(1, 16, 16, 16)])
+    item.examples[0][..., :4] *= 100
+    quantize(item, lambda *_: ("int8",))
+    return replace(item, samples=[item.examples])
+
+
 def drowning(outlier):
     """Return a linear layer of 2-bit codes, one of whose inputs is far larger than the others."""
     item = segment(randomize(nn.Sequential(nn.Linear(128, 64), Tuple())), [(1, 64, 128)])

@@ -269,6 +269,14 @@ def test_products_of_computed_matrices_keep_16_bits(target, tmp_path):
 
 @here
 @pytest.mark.slow
+def test_groups_that_spread_differently_are_levelled(target, tmp_path):
+    lowered, db = target_cases.run(target, target_cases.unlike_groups(), tmp_path / "a.pte")
+    assert db > 38
+    assert any("levelled" in note for note in lowered.notes)
+
+
+@here
+@pytest.mark.slow
 def test_a_decoders_attention_is_on_grids(target, tmp_path):
     """Its normalisation is of tokens."""
     module, _ = target_cases.CASES["mid block"]()

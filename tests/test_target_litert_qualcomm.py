@@ -145,6 +145,15 @@ def test_products_of_computed_matrices_keep_16_bits(tmp_path):
 
 @needs_qnn
 @pytest.mark.slow
+def test_groups_that_spread_differently_are_levelled(tmp_path):
+    item = target_cases.unlike_groups()
+    lowered, db = target_cases.run(LiteRTQualcomm.for_soc("SM8650"), item, tmp_path / "a.tflite")
+    assert db > 38
+    assert any("levelled" in note for note in lowered.notes)
+
+
+@needs_qnn
+@pytest.mark.slow
 def test_narrow_codes_of_convolutions_lose_nothing_in_sums(tmp_path):
     """Codes of -2 to 1 as they are would have 52 dB."""
     item = target_cases.narrow(nn.Conv2d(64, 64, 3, padding=1), (1, 16, 16, 64))

@@ -126,6 +126,9 @@ class PictureGroupNorm(nn.Module):
 
     factor = 1.0
     """What the picture is multiplied with first, where its squares leave a type's range."""
+    levels: Tensor | None
+    """What each channel is multiplied with first, where groups spread too differently."""
+    eps: float | Tensor
     spread: Tensor
     weight: Tensor
     bias: Tensor
@@ -139,6 +142,19 @@ class PictureGroupNorm(nn.Module):
         self.register_buffer("weight", weight.reshape(1, -1, 1, 1))
         self.register_buffer("bias", bias.reshape(1, -1, 1, 1))
         self.register_buffer("spread", torch.zeros(1, self.groups, self.channels // self.groups, 1))
+        self.register_buffer("levels", None)
+
+    def level(self, factors: Tensor) -> None:
+        """Multiply each of the ``[groups]`` first; what comes out stays the same."""
+        eps = self.eps * factors**2
+        del self.eps
+        self.register_buffer("eps", self._like_variance(eps))
+        self.register_buffer("levels", self._by_channel(factors))
+
+    def _by_channel(self, values: Tensor) -> Tensor:
+        return values.repeat_interleave(self.channels // self.groups).reshape(1, -1, 1, 1)
+
+    _like_variance = _by_channel
 
     def scale(self, factor: float) -> None:
         """Square values at another size; what comes out stays the same."""
@@ -149,11 +165,16 @@ class PictureGroupNorm(nn.Module):
         if x.dim() == 3:
             normed: Tensor = self(x.unsqueeze(3))
             return normed.squeeze(3)
-        if self.factor != 1:
-            x = x * self.factor
-        centred = x - self._group_mean(x)
+        centred = self._centred(x)
         variance = self._group_mean(centred * centred)
         return centred * (torch.rsqrt(variance + self.eps) * self.weight) + self.bias
+
+    def _centred(self, x: Tensor) -> Tensor:
+        if self.factor != 1:
+            x = x * self.factor
+        if self.levels is not None:
+            x = x * self.levels
+        return x - self._group_mean(x)
 
     def _group_mean(self, x: Tensor) -> Tensor:
         n = x.shape[0]

@@ -83,11 +83,12 @@ class HalfGroupNorm(PictureGroupNorm):
     The converter makes one of any broadcast whose other side it knows to change nothing.
     """
 
+    def _like_variance(self, values: Tensor) -> Tensor:
+        return values.reshape(1, -1, 1, 1)
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.factor != 1:
-            x = x * self.factor
         n, shape = x.shape[0], (x.shape[0], self.groups, self.channels // self.groups, 1)
-        centred = x - self._group_mean(x)
+        centred = self._centred(x)
         variance = (centred * centred).mean((2, 3), keepdim=True).reshape(shape)
         inverse = torch.rsqrt(variance.mean((2, 3), keepdim=True) + self.eps)
         scale = inverse * self.weight.reshape(1, *shape[1:])

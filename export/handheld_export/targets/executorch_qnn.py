@@ -59,6 +59,7 @@ class ExecuTorchQNN(HexagonTarget):
             If a layer's grid does not run, or an operator is not taken by the NPU.
         """
         from handheld_export.half import steady
+        from handheld_export.qnn.levels import level
         from handheld_export.rewrites import PictureGroupNorm, rewrite
 
         given = layers = _quantized(segment.module)
@@ -75,6 +76,7 @@ class ExecuTorchQNN(HexagonTarget):
         if layers:
             # QNN's own GroupNorm has 48 dB on grids, where means have 76.
             module = rewrite(segment.module, {nn.GroupNorm: PictureGroupNorm})
+            notes = (*notes, *level(module, segment.samples or [segment.examples]))
         else:
             module = rewrite(segment.module, {})
             notes = (*notes, *steady(module, segment.examples))

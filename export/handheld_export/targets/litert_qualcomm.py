@@ -61,6 +61,7 @@ class LiteRTQualcomm(HexagonTarget):
         from handheld_export.half import fit, steady
         from handheld_export.litert import conversion, npu, static, tflite
         from handheld_export.litert.rewrites import GPU_REPLACEMENTS
+        from handheld_export.qnn.levels import level
         from handheld_export.rewrites import quantized_of, rewrite
 
         named = segment.module.named_modules()
@@ -72,7 +73,9 @@ class LiteRTQualcomm(HexagonTarget):
             drowned = self.drowned(segment)
         module = rewrite(segment.module, GPU_REPLACEMENTS)
         notes = (*fit(module, segment.examples), *note_on(drowned))
-        if not on_grids:
+        if on_grids:
+            notes = (*notes, *level(module, segment.samples))
+        else:
             notes = (*notes, *steady(module, segment.examples))
         opened = tflite.Open(module, len(segment.ports.inputs)).eval()
         given = [x.quantized for x in opened.layers]

@@ -49,6 +49,7 @@ class ONNXQNN(HexagonTarget):
 
         from handheld_export.half import fit, steady
         from handheld_export.onnx import graphs, static
+        from handheld_export.qnn.levels import level
         from handheld_export.rewrites import quantized_of, rewrite
 
         small = too_small(segment) if segment.samples else None
@@ -59,6 +60,7 @@ class ONNXQNN(HexagonTarget):
         coded = [w for layer in module.modules() if (w := quantized_of(layer)) is not None]
         on_grids = bool(segment.samples and coded and small is None)
         if on_grids:
+            notes = (*notes, *level(module, segment.samples))
             static.replace(module, check, self.held)
         else:
             notes = (*notes, *steady(module, segment.examples))
