@@ -192,7 +192,7 @@ def _examine(module: nn.Module, examples: Sequence[Tensor]) -> tuple[float, dict
 
     def watch(name: str, norm: PictureGroupNorm) -> None:
         def look(_m: nn.Module, given: tuple[Tensor, ...]) -> None:
-            x = given[0]
+            x = given[0].unsqueeze(3) if given[0].dim() == 3 else given[0]
             centred[name] = float((x - norm._group_mean(x)).abs().max())
 
         handles.append(norm.register_forward_pre_hook(look))

@@ -145,7 +145,15 @@ class PictureGroupNorm(nn.Module):
         self.register_buffer("levels", None)
 
     def level(self, factors: Tensor) -> None:
-        """Multiply each of the ``[groups]`` first; what comes out stays the same."""
+        """Multiply each of the ``[groups]`` first; what comes out stays the same.
+
+        Raises
+        ------
+        ValueError
+            If it was done before.
+        """
+        if self.levels is not None:
+            raise ValueError("groups are levelled already")
         eps = self.eps * factors**2
         del self.eps
         self.register_buffer("eps", self._like_variance(eps))
@@ -162,9 +170,9 @@ class PictureGroupNorm(nn.Module):
         self.eps *= factor**2
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 3:
-            normed: Tensor = self(x.unsqueeze(3))
-            return normed.squeeze(3)
+        return self._normed(x.unsqueeze(3)).squeeze(3) if x.dim() == 3 else self._normed(x)
+
+    def _normed(self, x: Tensor) -> Tensor:
         centred = self._centred(x)
         variance = self._group_mean(centred * centred)
         return centred * (torch.rsqrt(variance + self.eps) * self.weight) + self.bias

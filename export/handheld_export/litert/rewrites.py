@@ -86,7 +86,7 @@ class HalfGroupNorm(PictureGroupNorm):
     def _like_variance(self, values: Tensor) -> Tensor:
         return values.reshape(1, -1, 1, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _normed(self, x: Tensor) -> Tensor:
         n, shape = x.shape[0], (x.shape[0], self.groups, self.channels // self.groups, 1)
         centred = self._centred(x)
         variance = (centred * centred).mean((2, 3), keepdim=True).reshape(shape)

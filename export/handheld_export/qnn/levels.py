@@ -17,8 +17,10 @@ from torch.utils.hooks import RemovableHandle
 from handheld_export.rewrites import PictureGroupNorm
 
 _UNEVEN: Final = 16.0
-"""How many times another's spread: up to here variances keep 59 dB by the steps of their grid."""
-_MOST: Final = 2.0**10
+"""How far apart groups may be, by their spread: so far, by the steps of that grid, the smallest
+variance keeps 53 dB, and what is normalised by it 59."""
+_MOST: Final = 2.0**6
+"""A group that is silent in the samples may not be."""
 
 
 def level(module: nn.Module, samples: Sequence[Sequence[Tensor]]) -> tuple[str, ...]:
@@ -37,12 +39,13 @@ def level(module: nn.Module, samples: Sequence[Sequence[Tensor]]) -> tuple[str, 
         What was done and why; empty if nothing was.
     """
     norms = [m for m in module.modules() if isinstance(m, PictureGroupNorm)]
-    seen: dict[nn.Module, Tensor] = {}
+    seen: dict[nn.Module, list[Tensor]] = {}
 
     def watch(norm: PictureGroupNorm) -> RemovableHandle:
         def look(_: nn.Module, given: tuple[Tensor, ...]) -> None:
             groups = given[0].reshape(given[0].shape[0], norm.groups, -1).double()
-            seen[norm] = seen.get(norm, torch.zeros(())) + groups.var(2, correction=0).mean(0)
+            variance, peak = groups.var(2, correction=0).mean(0), groups.abs().amax((0, 2))
+            seen.setdefault(norm, []).append(torch.stack([variance, peak]))
 
         return norm.register_forward_pre_hook(look)
 
@@ -56,13 +59,19 @@ def level(module: nn.Module, samples: Sequence[Sequence[Tensor]]) -> tuple[str, 
         for hook in hooks:
             hook.remove()
     ratios = []
-    for norm in norms:
-        if norm not in seen or not seen[norm].max():
+    for norm, calls in seen.items():
+        assert isinstance(norm, PictureGroupNorm)
+        found = torch.stack(calls)
+        spread = (found[:, 0].mean(0) + norm.eps / norm.factor**2).sqrt()
+        apart = spread.max() / spread
+        if apart.max() < _UNEVEN:
             continue
-        below = (seen[norm].max() / seen[norm]).sqrt().clamp(max=_MOST)
-        if below.max() >= _UNEVEN:
-            norm.level(torch.exp2(torch.floor(torch.log2(below))).float())
-            ratios.append(float(below.max()))
+        # Far from its mean, a quiet group would need more of the picture's grid than it has.
+        peak = found[:, 1].amax(0)
+        most = (peak.max() / peak).clamp(max=_MOST)
+        norm.level(torch.exp2(torch.floor(torch.log2(torch.minimum(apart, most)))).float())
+        ratios.append(float(apart.max()))
     if not ratios:
         return ()
-    return (f"{len(ratios)} normalisations of groups {max(ratios):.0f} times apart, levelled",)
+    count = f"{len(ratios)} of {len(norms)}"
+    return (f"levelled groups of {count} normalisations, up to {max(ratios):.0f} times apart",)
