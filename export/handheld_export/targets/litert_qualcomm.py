@@ -100,8 +100,8 @@ class LiteRTQualcomm(HexagonTarget):
         weight = layer.quantized
         if weight is None or not on_grids:
             return replace(layer, quantized=None, half=True)
-        # Inputs are on 16-bit grids, which hold what eight bits do not.
         # No convolution of fewer bits compiles, a strided 1x1 one neither.
         stretched = drowned or weight.codes.ndim == 4
         held = weight.stretched() if stretched else self.held(weight)
+        # Inputs are on 16-bit grids, which hold what eight bits do not.
         return replace(layer, quantized=held, float_input=False)
